@@ -1,0 +1,145 @@
+"""Where the numbers live: NumPy on the CPU or CuPy on the GPU. The only file that names CuPy.
+
+Everywhere else `xp` stands for the array module, so that a formula is written once. `use("cuda")` switches it
+before any array is made. Arrays enter the device through `to_device` and leave it through `to_host`, nowhere else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+__all__ = [
+    "Array",
+    "narrow",
+    "peak_memory_bytes",
+    "random_generator",
+    "read_only",
+    "to_device",
+    "to_host",
+    "use",
+    "use_module",
+    "widen",
+    "xp",
+]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"  # on the GPU: cupy.ndarray, which has the same interface
+
+_module: Any = np
+
+
+class _ArrayModule:
+    """Forwards every name to the array module in use."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_module, name)
+
+
+if TYPE_CHECKING:
+    import numpy as xp
+else:
+    xp = _ArrayModule()
+
+
+def use(device: str) -> str:
+    """Choose `cpu`, `cuda` or `auto` (a GPU if one answers), and return the choice made.
+
+    Raises RuntimeError, with what to install, if `cuda` is asked for and CuPy or a GPU is missing.
+    """
+    global _module
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device {device!r} is unknown: choose auto, cpu or cuda")
+    _module = np
+    if device == "cpu":
+        return "cpu"
+    try:
+        import cupy  # type: ignore[import-not-found,unused-ignore]
+
+        cupy.cuda.runtime.getDeviceCount()
+        cupy.zeros(1)
+    except Exception as error:  # CuPy is missing, or it finds no driver or GPU: each raises something else
+        if device == "cuda":
+            raise RuntimeError(
+                f"no usable GPU ({error}): install CuPy for your CUDA with `pip install 'minilora[cuda12]'` or "
+                "`'minilora[cuda13]'`, or choose --device cpu"
+            ) from error
+        return "cpu"
+    _module = cupy
+    return "cuda"
+
+
+def use_module(module: Any) -> Any:
+    """Put any module with NumPy's interface behind `xp` and return the one it replaces (for tests)."""
+    global _module
+    previous, _module = _module, module
+    return previous
+
+
+def to_device(array: np.ndarray[Any, Any]) -> Array:
+    """A host array as an array of the device in use (no copy on the CPU)."""
+    return xp.asarray(array)
+
+
+def to_host(array: Array) -> np.ndarray[Any, Any]:
+    """An array of the device as a NumPy array (no copy on the CPU)."""
+    return array.get() if hasattr(array, "get") else np.asarray(array)
+
+
+def read_only(array: Array) -> Array:
+    """Mark an array as frozen. NumPy then refuses every write to it; CuPy has no such mark."""
+    if isinstance(array, np.ndarray):
+        array.flags.writeable = False
+    return array
+
+
+def random_generator(*seeds: int) -> Any:
+    """The device's random generator for these seeds: the same seeds give the same draws on the same device."""
+    return xp.random.default_rng(np.random.SeedSequence(seeds).generate_state(1, np.uint64).item())
+
+
+def narrow(array: Array) -> Array:
+    """A bfloat16 array as its bits in uint16: the form that both NumPy and CuPy can hold and shift."""
+    return array.view(np.uint16)
+
+
+def widen(array: Array, dtype: Any) -> Array:
+    """A stored array in the dtype of the computation. A uint16 array holds bfloat16 bits.
+
+    bfloat16 is the upper half of a float32, so widening is a shift by 16 bits, and exact.
+    """
+    if array.dtype == np.uint16:
+        bits = array.astype(np.uint32)
+        bits <<= 16
+        array = bits.view(np.float32)
+    return array.astype(dtype, copy=False)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held: of the GPU if one is in use, else of the machine."""
+    if _module is not np and hasattr(_module, "get_default_memory_pool"):
+        return int(_module.get_default_memory_pool().total_bytes())
+    if platform.system() == "Windows":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
+
+
+def _keep_large_temporaries() -> None:
+    """Tell glibc to reuse large freed arrays instead of returning them to the system.
+
+    Every forward makes and drops temporaries of many megabytes. By default each is mapped afresh, so the system
+    zeroes its pages again and again: about a fifth of a training step on the CPU.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, 1 << 31 - 1)
+
+
+_keep_large_temporaries()

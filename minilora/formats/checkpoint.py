@@ -1,0 +1,202 @@
+"""Hugging Face checkpoints in and out: a folder with `config.json` and `model.safetensors`, whole or in shards.
+
+Reading is strict: every tensor of the configuration is there, in its shape, and nothing is left over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from minilora.formats.files import (
+    HostArray,
+    Shape,
+    check_shapes,
+    open_safetensors,
+    read_json,
+    write_json,
+    write_safetensors,
+)
+from minilora.model.config import Config
+from minilora.model.names import EMBED, HEAD, parameter_shapes
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float64": np.dtype(np.float64),
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+STORED = ("F64", "F32", "F16", "BF16")  # the same four, as safetensors spells them
+MISFIT = "The weights and config.json do not belong together."
+
+
+def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
+    """The configuration of a checkpoint, parsed and as it stands in the file."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder. minilora reads local checkpoints: "
+            "fetch one with `hf download NAME --local-dir FOLDER`"
+        )
+    return read_config_file(folder / "config.json")
+
+
+def read_config_file(path: Path) -> tuple[Config, dict[str, Any]]:
+    """The same, from one file."""
+    raw = read_json(path)
+    try:
+        return Config.from_dict(raw), raw
+    except (ValueError, TypeError, ArithmeticError) as error:  # the last two: a text or a zero where a number belongs
+        raise ValueError(f"{path}: {str(error).removeprefix('config.json: ')}") from error
+
+
+def read_weights(folder: Path, config: Config) -> dict[str, HostArray]:
+    """Every tensor of the configuration in its stored dtype, each in its own memory.
+
+    Two things that old files hold are passed over: buffers of RoPE, and the head of a tied model if it is a copy.
+    """
+    folder = Path(folder)
+    places: dict[str, Path] = {}
+    found: dict[str, Shape] = {}
+    for path in _weight_files(folder):
+        with open_safetensors(path) as file:
+            for name in file.keys():
+                if name.endswith("rotary_emb.inv_freq"):
+                    continue
+                if name in places:
+                    raise ValueError(f"{path}: {name} is in {places[name].name} too: remove one of the two")
+                header = file.get_slice(name)
+                if header.get_dtype() not in STORED:
+                    raise ValueError(f"{path}: {name} is stored as {header.get_dtype()}, not as {', '.join(STORED)}")
+                places[name], found[name] = path, tuple(header.get_shape())
+
+    expected = parameter_shapes(config)
+    head, embed = f"{HEAD}.weight", f"{EMBED}.weight"
+    copied_head = config.tie_word_embeddings and head in found
+    check_shapes(folder, expected | ({head: expected[embed]} if copied_head else {}), found, MISFIT)
+
+    weights: dict[str, HostArray] = {}
+    for path in dict.fromkeys(places.values()):
+        with open_safetensors(path) as file:
+            weights.update((name, file.get_tensor(name)) for name in places if places[name] == path)
+    if copied_head and not _same_bytes(weights[head], weights[embed]):
+        raise ValueError(
+            f"{places[head]}: {head} differs from {embed}, but config.json ties them: "
+            "set tie_word_embeddings to false, or remove the head"
+        )
+    return {name: weights[name] for name in expected}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    if not (folder / INDEX).exists():
+        pickled = any(folder.glob("pytorch_model*.bin"))
+        advice = "convert pytorch_model.bin to safetensors" if pickled else "copy or download the checkpoint whole"
+        raise FileNotFoundError(f"{folder}: holds neither {SINGLE} nor {INDEX}: {advice}")
+    index = folder / INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: 'weight_map' is missing or empty")
+    shards = sorted(set(map(str, weight_map.values())))
+    for shard in shards:
+        # An index from elsewhere must not make us open a file outside the folder.
+        if shard in ("", ".", "..") or any(mark in shard for mark in "/\\:\0"):
+            raise ValueError(f"{index}: shard {shard!r} is not a plain file name")
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(f"{folder / shard}: this shard is missing: copy or download the checkpoint whole")
+    return [folder / shard for shard in shards]
+
+
+def _same_bytes(a: HostArray, b: HostArray) -> bool:
+    return a.dtype == b.dtype and bool(np.array_equal(a.view(np.uint8), b.view(np.uint8)))
+
+
+def write_checkpoint(
+    folder: Path,
+    raw_config: Mapping[str, Any],
+    weights: Mapping[str, HostArray],
+    dtype: str = "float32",
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a checkpoint that transformers and `read_weights` load, over an old one in the folder if there is one.
+
+    Converting rounds to nearest even, shard by shard; a number too large for the dtype is a ValueError.
+    """
+    folder, target = Path(folder), named_dtype(dtype)
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    check_shapes(folder, parameter_shapes(Config.from_dict(dict(raw_config))), found, MISFIT)
+    shards = _split(weights, target.itemsize, max_shard_bytes)
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = [SINGLE]
+    else:  # old files go first: a killed process must not leave a mixture that looks whole
+        for old in (SINGLE, INDEX):
+            (folder / old).unlink(missing_ok=True)
+
+    write_json(folder / "config.json", {**raw_config, "dtype": dtype, "torch_dtype": dtype})
+    for name, shard in zip(names, shards, strict=True):
+        converted = {key: _convert(folder / name, key, weights[key], target) for key in shard}
+        write_safetensors(folder / name, converted, {"format": "pt"})
+    if len(shards) > 1:
+        total = sum(tensor.size for tensor in weights.values()) * target.itemsize
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        names.append(INDEX)
+    for path in (folder / SINGLE, folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
+        if path.name not in names:
+            path.unlink(missing_ok=True)
+
+
+def named_dtype(name: str) -> np.dtype[Any]:
+    """The dtype with this name, one of those a checkpoint may have."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is unknown: choose {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _split(weights: Mapping[str, HostArray], itemsize: int, limit: int) -> list[list[str]]:
+    """Names in their order, in shards of at most `limit` bytes; a larger tensor has a shard to itself."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in weights.items():
+        size = tensor.size * itemsize
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _convert(path: Path, name: str, tensor: HostArray, dtype: np.dtype[Any]) -> HostArray:
+    try:
+        with np.errstate(over="raise"):
+            return tensor.astype(dtype, copy=False)
+    except FloatingPointError as error:
+        raise ValueError(f"{path}: {name} holds numbers too large for {dtype.name}: choose another dtype") from error
+
+
+def random_weights(config: Config, seed: int, dtype: str = "float32", std: float = 0.02) -> dict[str, HostArray]:
+    """Matrices normal(0, std), gains of norms one, biases zero.
+
+    Drawn in float32 and converted tensor by tensor, so that memory holds the model once.
+    """
+    rng, target = np.random.default_rng(seed), named_dtype(dtype)
+    weights: dict[str, HostArray] = {}
+    for name, shape in parameter_shapes(config).items():
+        if name.endswith(".bias"):
+            tensor = np.zeros(shape, np.float32)
+        elif len(shape) == 1:
+            tensor = np.ones(shape, np.float32)
+        else:
+            tensor = rng.standard_normal(shape, np.float32)
+            tensor *= np.float32(std)
+        weights[name] = tensor.astype(target, copy=False)
+    return weights

@@ -1,0 +1,74 @@
+"""The `config.json` of the SmolLM family's base models, for shapes without a download."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _llama(
+    hidden_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    intermediate_size: int,
+    rope_theta: float,
+    max_position_embeddings: int,
+) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": max_position_embeddings,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": rope_theta,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "torch_dtype": "bfloat16",
+    }
+
+
+_SMOLLM3: dict[str, Any] = {
+    "architectures": ["SmolLM3ForCausalLM"],
+    "model_type": "smollm3",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 65536,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 5e6,
+    "rope_scaling": None,
+    "no_rope_layers": [int((layer + 1) % 4 != 0) for layer in range(36)],  # 1 where RoPE is used
+    "no_rope_layer_interval": 4,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "pad_token_id": 128004,
+    "torch_dtype": "bfloat16",
+}
+
+KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
+    # hidden, layers, heads, key/value heads, feed-forward, RoPE's θ, positions
+    "SmolLM-135M": _llama(576, 30, 9, 3, 1536, 1e4, 2048),
+    "SmolLM-360M": _llama(960, 32, 15, 5, 2560, 1e4, 2048),
+    "SmolLM-1.7B": _llama(2048, 24, 32, 32, 8192, 1e4, 2048),
+    "SmolLM2-135M": _llama(576, 30, 9, 3, 1536, 1e5, 8192),
+    "SmolLM2-360M": _llama(960, 32, 15, 5, 2560, 1e5, 8192),
+    "SmolLM2-1.7B": _llama(2048, 24, 32, 32, 8192, 1.3e5, 8192),
+    "SmolLM3-3B": _SMOLLM3,
+}

@@ -1,0 +1,74 @@
+"""A frozen weight, behind one narrow interface: `x Wᵀ`, `dy W`, and W itself.
+
+No gradient of W is ever formed, so neither product has anything to save: its backward needs W alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from minilora.backend import Array, read_only, widen
+
+
+class FrozenWeight(Protocol):
+    """W (out, in). It never changes."""
+
+    shape: tuple[int, int]
+
+    def forward(self, x: Array) -> Array:
+        """y = x Wᵀ: (N, in) → (N, out)."""
+
+    def backward(self, dy: Array) -> Array:
+        """dx = dy W: (N, out) → (N, in)."""
+
+    def rows(self, index: Array) -> Array:
+        """W[index]: (N,) → (N, in), for embeddings."""
+
+    def dense(self) -> Array:
+        """W as an array in the dtype of the computation. Not to be written to."""
+
+
+class DenseWeight:
+    """W held in the dtype of the computation."""
+
+    def __init__(self, W: Array) -> None:
+        self.W = read_only(W)
+        self.shape: tuple[int, int] = W.shape
+
+    def forward(self, x: Array) -> Array:
+        return x @ self.W.T
+
+    def backward(self, dy: Array) -> Array:
+        return dy @ self.W
+
+    def rows(self, index: Array) -> Array:
+        return self.W[index]
+
+    def dense(self) -> Array:
+        return self.W
+
+
+class StoredWeight:
+    """W held as the checkpoint stores it, bfloat16 (as uint16 bits) or float16, and widened for the moment of use.
+
+    Widening is exact, so every result equals DenseWeight's to the last bit, in half of float32's memory.
+    """
+
+    def __init__(self, W: Array, dtype: Any = np.float32) -> None:
+        self.W = read_only(W)
+        self.dtype = dtype
+        self.shape: tuple[int, int] = W.shape
+
+    def forward(self, x: Array) -> Array:
+        return x @ self.dense().T
+
+    def backward(self, dy: Array) -> Array:
+        return dy @ self.dense()
+
+    def rows(self, index: Array) -> Array:
+        return widen(self.W[index], self.dtype)
+
+    def dense(self) -> Array:
+        return widen(self.W, self.dtype)

@@ -1,0 +1,118 @@
+"""LoRA: low-rank adaptation of a frozen weight (Hu et al., 2021, arXiv:2106.09685).
+
+A pretrained linear map y = x Wᵀ is to learn something new. Full fine-tuning would change all of W (out · in numbers).
+LoRA leaves W alone and learns a change of low rank beside it:
+
+    W' = W + ΔW,    ΔW = s · B A,    s = α/r                                                   (paper, eq. 3)
+
+    A (r, in)   random at the start          B (out, r)   zero at the start, hence ΔW = 0
+
+With r ≪ in, out this is r·(in + out) numbers. ΔW is never formed while training. A token x goes through the
+bottleneck of r numbers instead, beside the frozen product:
+
+         x ───────────── Wᵀ ─────────────(+)── y         y = x Wᵀ + s · h Bᵀ
+         └─ dropout ─ Aᵀ ── h ── Bᵀ ── s ─┘              h = x Aᵀ           (x is row n of an (N, in) matrix)
+
+Everything below follows from these two lines. All vectors are rows, as in PyTorch and PEFT.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minilora.backend import Array, to_device, xp
+from minilora.frozen import FrozenWeight
+
+
+def init_kaiming(
+    rank: int, shape: tuple[int, int], rng: np.random.Generator, dtype: Any = np.float32
+) -> tuple[Array, Array]:
+    """A (r, in) uniform in ±1/√in, and B (out, r) zero, for a W of `shape` (out, in).
+
+    This is PEFT's default: Kaiming-uniform with negative slope a = √5 has the bound √(6/((1 + a²)·in)) = 1/√in.
+    """
+    out_features, in_features = shape
+    bound = 1 / math.sqrt(in_features)
+    A = rng.uniform(-bound, bound, (rank, in_features)).astype(dtype)
+    return to_device(A), xp.zeros((out_features, rank), dtype)
+
+
+def init_gaussian(
+    rank: int, shape: tuple[int, int], rng: np.random.Generator, dtype: Any = np.float32
+) -> tuple[Array, Array]:
+    """A (r, in) normal with standard deviation 1/r, and B (out, r) zero: the paper's choice, as PEFT scales it."""
+    out_features, in_features = shape
+    A = rng.normal(0, 1 / rank, (rank, in_features)).astype(dtype)
+    return to_device(A), xp.zeros((out_features, rank), dtype)
+
+
+def dropout_mask(shape: tuple[int, ...], p: float, rng: Any, dtype: Any = np.float32) -> Array:
+    """Zero with probability p, 1/(1 − p) elsewhere: multiplying by it changes no expectation."""
+    keep: Array = rng.random(shape, dtype=np.float32) >= p
+    return keep.astype(dtype) / (1 - p)
+
+
+class LoRACache(NamedTuple):
+    x: Array  # (N, in), the branch's input, after dropout
+    h: Array  # (N, r)
+    mask: Array | None  # (N, in)
+
+
+def lora(x: Array, W: FrozenWeight, A: Array, B: Array, s: float, mask: Array | None = None) -> tuple[Array, LoRACache]:
+    """y = x Wᵀ + s (x̃ Aᵀ) Bᵀ with x̃ = mask ⊙ x: (N, in) → (N, out).
+
+    The mask is dropout's, on the branch only; without one x̃ = x. Nothing is saved for W, and h has only r columns.
+    """
+    frozen = W.forward(x)
+    if mask is not None:
+        x = x * mask
+    h = x @ A.T
+    y = (s * h) @ B.T
+    y += frozen
+    return y, LoRACache(x, h, mask)
+
+
+def lora_backward(
+    dy: Array, W: FrozenWeight, A: Array, B: Array, s: float, cache: LoRACache
+) -> tuple[Array, Array, Array]:
+    """dx (N, in), dA (r, in), dB (out, r). There is no dW: W is frozen, and its gradient is never formed.
+
+    Forward was y = x Wᵀ + s h Bᵀ and h = x̃ Aᵀ. Going back through it, from y to h and from h to A and x:
+        dB = s dyᵀ h        dh = s dy B        dA = dhᵀ x̃        dx = dy W + mask ⊙ (dh A).
+    At the start B = 0, so dh = 0 and dA = 0: the first step moves B alone.
+    """
+    x, h, mask = cache
+    dB = s * (dy.T @ h)
+    dh = s * (dy @ B)
+    dA = dh.T @ x
+    dx = dh @ A
+    if mask is not None:
+        dx *= mask
+    dx += W.backward(dy)
+    return dx, dA, dB
+
+
+def delta(A: Array, B: Array, s: float) -> Array:
+    """ΔW = s B A, (out, in): what the adapter adds to W. Its rank is at most r."""
+    return s * (B @ A)
+
+
+class Merged(NamedTuple):
+    W: Array  # (out, in), W + ΔW
+    original: Array  # (out, in), W itself, untouched
+
+
+def merge(W: Array, A: Array, B: Array, s: float) -> Merged:
+    """W' = W + s B A, after which a forward costs what it did before LoRA.
+
+    The original is kept: floating-point addition rounds, so W' − ΔW would give back nearly W, not W.
+    """
+    return Merged(W + delta(A, B, s), W)
+
+
+def unmerge(merged: Merged) -> Array:
+    """The very bytes of W."""
+    return merged.original

@@ -1,0 +1,55 @@
+"""The base model: every site frozen. What every method starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from minilora.backend import Array, narrow, to_device, widen
+from minilora.frozen import DenseWeight, FrozenWeight, StoredWeight
+from minilora.model.config import Config
+from minilora.model.model import Model
+from minilora.model.names import EMBED, HEAD, LINEAR, NORM, layer_module
+from minilora.model.sites import FrozenEmbedding, FrozenLinear, FrozenNorm, Site
+
+
+def base_model(
+    config: Config, weights: Mapping[str, np.ndarray[Any, Any]], dtype: Any = np.float32, stored: bool = False
+) -> Model:
+    """A model computing in `dtype` from the host arrays of a checkpoint.
+
+    `stored` keeps bfloat16 and float16 matrices as they are and widens them at each use: half the memory, the same
+    results. Otherwise they are widened once.
+    """
+
+    def vector(name: str) -> Array:
+        return widen(_bits_to_device(weights[name]), dtype)
+
+    def matrix(name: str) -> FrozenWeight:
+        array = _bits_to_device(weights[name])
+        if stored and array.dtype.itemsize < np.dtype(dtype).itemsize:
+            return StoredWeight(array, dtype)
+        return DenseWeight(widen(array, dtype))
+
+    def linear(module: str) -> FrozenLinear:
+        bias = vector(f"{module}.bias") if f"{module}.bias" in weights else None
+        return FrozenLinear(matrix(f"{module}.weight"), bias)
+
+    embed = matrix(f"{EMBED}.weight")
+    sites: dict[str, Site] = {EMBED: FrozenEmbedding(embed)}
+    for layer in range(config.num_hidden_layers):
+        for role in LINEAR:
+            sites[layer_module(layer, role)] = linear(layer_module(layer, role))
+        for role in ("attention_norm", "mlp_norm"):
+            module = layer_module(layer, role)
+            sites[module] = FrozenNorm(vector(f"{module}.weight"), config.rms_norm_eps)
+    sites[NORM] = FrozenNorm(vector(f"{NORM}.weight"), config.rms_norm_eps)
+    sites[HEAD] = FrozenLinear(embed) if config.tie_word_embeddings else linear(HEAD)
+    return Model(config, sites)
+
+
+def _bits_to_device(array: np.ndarray[Any, Any]) -> Array:
+    return to_device(narrow(array) if array.dtype == ml_dtypes.bfloat16 else array)

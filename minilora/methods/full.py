@@ -1,0 +1,84 @@
+"""Full fine-tuning (and pretraining): every parameter trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from minilora.backend import Array
+from minilora.model.config import Config
+from minilora.model.model import Model
+from minilora.model.names import EMBED, HEAD, LINEAR, NORM, layer_module
+from minilora.model.sites import Gradients, Site
+from minilora.ops.embedding import EmbeddingCache, embedding, embedding_backward
+from minilora.ops.linear import LinearCache, linear, linear_backward
+from minilora.ops.rmsnorm import RMSNormCache, rmsnorm, rmsnorm_backward
+
+
+class FullLinear:
+    """y = x Wᵀ + b, with gradients for W and b."""
+
+    trains = True
+
+    def __init__(self, W: Array, b: Array | None = None) -> None:
+        self.W = W
+        self.b = b
+
+    def forward(self, x: Array, seed: int | None = None) -> tuple[Array, LinearCache]:
+        return linear(x, self.W, self.b)
+
+    def backward(self, dy: Array, cache: LinearCache) -> tuple[Array, Gradients]:
+        dx, dW, db = linear_backward(dy, cache)
+        return dx, {"weight": dW} if self.b is None else {"weight": dW, "bias": db}
+
+
+class FullNorm:
+    """RMSNorm, with a gradient for its gain."""
+
+    trains = True
+
+    def __init__(self, gain: Array, eps: float) -> None:
+        self.gain = gain
+        self.eps = eps
+
+    def forward(self, x: Array, seed: int | None = None) -> tuple[Array, RMSNormCache]:
+        return rmsnorm(x, self.gain, self.eps)
+
+    def backward(self, dy: Array, cache: RMSNormCache) -> tuple[Array, Gradients]:
+        dx, dgain = rmsnorm_backward(dy, cache)
+        return dx, {"weight": dgain}
+
+
+class FullEmbedding:
+    """x = E[tokens], with a gradient for E. Tied to the head, E gets the sum of both gradients."""
+
+    trains = True
+
+    def __init__(self, E: Array) -> None:
+        self.E = E
+
+    def forward(self, x: Array, seed: int | None = None) -> tuple[Array, EmbeddingCache]:
+        return embedding(x, self.E)
+
+    def backward(self, dy: Array, cache: EmbeddingCache) -> tuple[Array, Gradients]:
+        return dy, {"weight": embedding_backward(dy, cache)}
+
+
+def full_model(config: Config, trainable: Mapping[str, Array]) -> Model:
+    """The model whose sites share the arrays of `trainable`, one for every tensor of the checkpoint."""
+
+    def linear_site(module: str) -> Site:
+        bias = f"{module}.bias"
+        return FullLinear(trainable[f"{module}.weight"], trainable[bias] if bias in trainable else None)
+
+    def norm_site(module: str) -> Site:
+        return FullNorm(trainable[f"{module}.weight"], config.rms_norm_eps)
+
+    E = trainable[f"{EMBED}.weight"]
+    sites: dict[str, Site] = {EMBED: FullEmbedding(E), NORM: norm_site(NORM)}
+    for layer in range(config.num_hidden_layers):
+        for role in LINEAR:
+            sites[layer_module(layer, role)] = linear_site(layer_module(layer, role))
+        for role in ("attention_norm", "mlp_norm"):
+            sites[layer_module(layer, role)] = norm_site(layer_module(layer, role))
+    sites[HEAD] = FullLinear(E) if config.tie_word_embeddings else linear_site(HEAD)
+    return Model(config, sites)

@@ -1,0 +1,150 @@
+"""The whole model: a forward list, and the same list backwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from minilora.backend import Array, xp
+from minilora.model.block import BlockCache, Context, KeysValues, block, block_backward
+from minilora.model.config import Config
+from minilora.model.names import EMBED, HEAD, LAYER, NORM, layer_module
+from minilora.model.sites import Gradients, Sites, add_gradients, layer_sites
+from minilora.ops.attention import visible_keys
+from minilora.ops.cross_entropy import IGNORE, cross_entropy, cross_entropy_backward
+from minilora.ops.rope import rope_angles, rope_frequencies
+
+
+@dataclass(frozen=True)
+class Model:
+    """A configuration, and the site that stands at each module name. Methods make a new Model with other sites."""
+
+    config: Config
+    sites: Sites
+
+    @property
+    def lowest_trained_layer(self) -> int:
+        """The first layer with a site that trains; everything below it needs no backward and saves nothing."""
+        if self.sites[EMBED].trains:
+            return 0
+        for layer in range(self.config.num_hidden_layers):
+            if any(self.sites[layer_module(layer, role)].trains for role in LAYER):
+                return layer
+        return self.config.num_hidden_layers
+
+
+class Past(NamedTuple):
+    """Keys and values that come before the tokens: the cache of a generation, or a prefix."""
+
+    layers: list[KeysValues]  # each (B, S, K, d)
+    positions: Array  # (B, S)
+    segments: Array  # (B, S)
+
+
+class ForwardCache(NamedTuple):
+    context: Context
+    embed: Any
+    inputs: dict[int, Array]  # layer → its input x, where the layer is to be run again (activation checkpointing)
+    blocks: dict[int, BlockCache]  # layer → its cache
+    norm: Any
+    seed: int | None
+
+
+def forward(
+    model: Model,
+    tokens: Array,
+    positions: Array,
+    segments: Array,
+    past: Past | None = None,
+    seed: int | None = None,
+    checkpointing: bool = False,
+    keep: bool = True,
+) -> tuple[Array, Past, ForwardCache]:
+    """tokens, positions, segments (B, T) → the hidden states after the last norm (N, D), the past including these
+    tokens, and the cache.
+
+    `checkpointing` saves only each layer's input, and the backward runs the layer again; `keep=False` saves nothing,
+    for when no backward will follow.
+    """
+    config, sites = model.config, model.sites
+    past_positions, past_segments = positions, segments
+    if past is not None:
+        past_positions = xp.concatenate([past.positions, positions], axis=1)
+        past_segments = xp.concatenate([past.segments, segments], axis=1)
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    x, c_embed = sites[EMBED].forward(tokens.reshape(-1), seed)
+    context = Context(
+        *rope_angles(positions, frequencies, x.real.dtype),
+        visible_keys(positions, segments, past_positions, past_segments),
+    )
+    inputs: dict[int, Array] = {}
+    blocks: dict[int, BlockCache] = {}
+    keys_values = []
+    lowest = model.lowest_trained_layer if keep else config.num_hidden_layers
+    for layer in range(config.num_hidden_layers):
+        if layer >= lowest and checkpointing:
+            inputs[layer] = x
+        layer_past = past.layers[layer] if past is not None else None
+        x, kv, cache = block(x, layer_sites(sites, layer), config, config.rope_layers[layer], context, layer_past, seed)
+        keys_values.append(kv)
+        if layer >= lowest and not checkpointing:
+            blocks[layer] = cache
+    x, c_norm = sites[NORM].forward(x, seed)
+    return (
+        x,
+        Past(keys_values, past_positions, past_segments),
+        ForwardCache(context, c_embed, inputs, blocks, c_norm, seed),
+    )
+
+
+def backward(model: Model, dx: Array, cache: ForwardCache) -> Gradients:
+    """The gradient of every parameter that trains below the head, from dx, that of the hidden states (N, D).
+
+    It stops at the lowest layer that trains.
+    """
+    config, sites = model.config, model.sites
+    grads: Gradients = {}
+    lowest = model.lowest_trained_layer
+    if lowest == config.num_hidden_layers and not sites[NORM].trains:
+        return grads
+    dx, site_grads = sites[NORM].backward(dx, cache.norm)
+    add_gradients(grads, site_grads, f"{NORM}.")
+    for layer in reversed(range(lowest, config.num_hidden_layers)):
+        site, use_rope = layer_sites(sites, layer), config.rope_layers[layer]
+        if layer in cache.inputs:
+            x = cache.inputs[layer]
+            _, _, block_cache = block(x, site, config, use_rope, cache.context, None, cache.seed)
+        else:
+            block_cache = cache.blocks[layer]
+        dx, block_grads = block_backward(dx, site, use_rope, cache.context, block_cache)
+        add_gradients(grads, block_grads, f"model.layers.{layer}.")
+    if sites[EMBED].trains:
+        _, site_grads = sites[EMBED].backward(dx, cache.embed)
+        add_gradients(grads, site_grads, f"{EMBED}.")
+    return grads
+
+
+def head_loss(
+    model: Model, hidden: Array, labels: Array, dloss: float | None, chunk: int = 1024, seed: int | None = None
+) -> tuple[Array, Array | None, Gradients]:
+    """Σ cross-entropy over the labelled rows; and, unless dloss is None, dhidden (N, D) and the head's gradients.
+
+    hidden (N, D), labels (N,). Only labelled rows reach the head, `chunk` of them at a time, and each chunk goes
+    forward and straight back: the loss is the end of the graph, so its gradient is known at once, and the matrix of all
+    logits (N, V) never exists.
+    """
+    site = model.sites[HEAD]
+    prefix = f"{EMBED if model.config.tie_word_embeddings else HEAD}."  # whose parameter the head's is
+    grads: Gradients = {}
+    rows = xp.flatnonzero(labels != IGNORE)
+    loss = xp.zeros((), hidden.dtype)
+    dhidden = xp.zeros_like(hidden) if dloss is not None else None
+    for start in range(0, len(rows), chunk):
+        some = rows[start : start + chunk]
+        logits, c_head = site.forward(hidden[some], seed)
+        chunk_loss, c_loss = cross_entropy(logits, labels[some])
+        loss = loss + chunk_loss
+        if dhidden is not None and dloss is not None:
+            dhidden[some], site_grads = site.backward(cross_entropy_backward(dloss, c_loss), c_head)
+            add_gradients(grads, site_grads, prefix)
+    return loss, dhidden, grads

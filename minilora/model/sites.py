@@ -1,0 +1,107 @@
+"""A site: a named place in the model where a parameter is used. A method enters the model by replacing sites.
+
+    y, cache  = site.forward(x, seed)
+    dx, grads = site.backward(dy, cache)
+
+`seed` is an integer while training and None otherwise; a site with randomness of its own (dropout) draws from it, so
+that calling forward again with the same seed gives the same y. `grads` holds one gradient for each parameter of the
+site that trains, under its name within the module ("weight", "lora_A.weight"). A site holds parameters only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+from minilora.backend import Array
+from minilora.frozen import FrozenWeight
+from minilora.model.names import LAYER, layer_module
+from minilora.ops.rmsnorm import rmsnorm, rmsnorm_backward
+
+Gradients = dict[str, Array]
+
+
+class Site(Protocol):
+    trains: bool  # whether backward returns any gradient
+
+    def forward(self, x: Array, seed: int | None = None) -> tuple[Array, Any]: ...
+
+    def backward(self, dy: Array, cache: Any) -> tuple[Array, Gradients]: ...
+
+
+Sites = Mapping[str, Site]  # module name → site
+
+
+class FrozenLinear:
+    """y = x Wᵀ + b, both frozen: nothing is saved."""
+
+    trains = False
+
+    def __init__(self, weight: FrozenWeight, bias: Array | None = None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def forward(self, x: Array, seed: int | None = None) -> tuple[Array, None]:
+        y = self.weight.forward(x)
+        if self.bias is not None:
+            y += self.bias
+        return y, None
+
+    def backward(self, dy: Array, cache: None) -> tuple[Array, Gradients]:
+        return self.weight.backward(dy), {}
+
+
+class FrozenNorm:
+    """RMSNorm with a frozen gain."""
+
+    trains = False
+
+    def __init__(self, gain: Array, eps: float) -> None:
+        self.gain = gain
+        self.eps = eps
+
+    def forward(self, x: Array, seed: int | None = None) -> tuple[Array, Any]:
+        return rmsnorm(x, self.gain, self.eps)
+
+    def backward(self, dy: Array, cache: Any) -> tuple[Array, Gradients]:
+        return rmsnorm_backward(dy, cache)[0], {}
+
+
+class FrozenEmbedding:
+    """x = E[tokens]. Tokens have no gradient."""
+
+    trains = False
+
+    def __init__(self, weight: FrozenWeight) -> None:
+        self.weight = weight
+
+    def forward(self, x: Array, seed: int | None = None) -> tuple[Array, None]:
+        return self.weight.rows(x), None
+
+    def backward(self, dy: Array, cache: None) -> tuple[Array, Gradients]:
+        raise AssertionError("the backward stops above a frozen embedding")
+
+
+class LayerSites(NamedTuple):
+    """The sites of one layer, by role."""
+
+    attention_norm: Site
+    q: Site
+    k: Site
+    v: Site
+    o: Site
+    mlp_norm: Site
+    gate: Site
+    up: Site
+    down: Site
+
+
+def layer_sites(sites: Sites, layer: int) -> LayerSites:
+    return LayerSites(**{role: sites[layer_module(layer, role)] for role in LAYER})
+
+
+def add_gradients(total: Gradients, new: Gradients, prefix: str = "") -> None:
+    """total[prefix + name] += new[name]. A parameter used in two places (a tied embedding) gets the sum."""
+    for name, gradient in new.items():
+        name = prefix + name
+        total[name] = total[name] + gradient if name in total else gradient

@@ -1,0 +1,52 @@
+"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864, eq. 34), in Hugging Face's half-rotation layout.
+
+Feature i of a head is paired with feature i + d/2 (not with its neighbour). Each pair is a point in the plane, turned
+by the angle position · frequency_i. A query at m and a key at n then meet at the angle of m − n only.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from minilora.backend import Array, to_device, xp
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: dict[str, float] | None = None) -> np.ndarray:
+    """θ^(−2i/d) for i = 0 … d/2 − 1, in radians per position, float64 (d/2,).
+
+    `scaling` is Llama 3's `rope_scaling` (Grattafiori et al., 2024, and the code released with it): wavelengths
+    longer than the original context are stretched by `factor`, short ones are kept, those between are interpolated.
+    A `scaling` with `factor` alone is linear scaling: every position is divided by it.
+    """
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    if scaling is None:
+        return frequencies
+    stretched = frequencies / scaling["factor"]
+    if scaling.keys() == {"factor"}:
+        return stretched
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the original context
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return kept * frequencies + (1 - kept) * stretched
+
+
+def rope_angles(positions: Array, frequencies: np.ndarray, dtype: object) -> tuple[Array, Array]:
+    """cos and sin of position · frequency: positions (B, T) → two arrays (B, T, 1, d/2), ready for every head.
+
+    The angles are formed in float64: at position 8,000 a float32 angle is already off by 5e-4.
+    """
+    angles = positions[:, :, None, None] * to_device(frequencies)
+    return xp.cos(angles).astype(dtype), xp.sin(angles).astype(dtype)
+
+
+def rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Turn the pairs (x₁, x₂) by their angles: y₁ = x₁ cos − x₂ sin, y₂ = x₂ cos + x₁ sin. x (B, T, heads, d)."""
+    x1, x2 = xp.split(x, 2, axis=-1)
+    return xp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+
+
+def rope_backward(dy: Array, cos: Array, sin: Array) -> Array:
+    """dx (B, T, heads, d). Forward was a rotation y = R x, so dx = Rᵀ dy: the rotation by the opposite angle."""
+    return rope(dy, cos, -sin)

@@ -1,0 +1,46 @@
+"""SwiGLU, the gated activation (Shazeer, 2020, arXiv:2002.05202, eq. 6)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from minilora.backend import Array, xp
+
+
+class SwiGLUCache(NamedTuple):
+    gate: Array  # (N, F)
+    up: Array  # (N, F)
+
+
+def sigmoid(x: Array) -> Array:
+    """σ(x) = 1/(1 + e^−x) = ½(1 + tanh(x/2)): the second form cannot overflow."""
+    s = xp.tanh(x * 0.5)
+    s += 1
+    s *= 0.5
+    return s
+
+
+def swiglu(gate: Array, up: Array) -> tuple[Array, SwiGLUCache]:
+    """y = silu(gate) ⊙ up with silu(z) = z σ(z). All (N, F)."""
+    y = sigmoid(gate)
+    y *= gate
+    y *= up
+    return y, SwiGLUCache(gate, up)
+
+
+def swiglu_backward(dy: Array, cache: SwiGLUCache) -> tuple[Array, Array]:
+    """dgate, dup (N, F).
+
+    Forward was y = z σ ⊙ u with z the gate, u the up-projection and σ' = σ(1 − σ), so
+        du = dy ⊙ z σ,    dz = dy ⊙ u ⊙ (σ + z σ(1 − σ)) = dy ⊙ u ⊙ σ(1 + z(1 − σ)).
+    """
+    gate, up = cache
+    s = sigmoid(gate)
+    silu = gate * s
+    dgate = gate - silu  # z(1 − σ)
+    dgate += 1
+    dgate *= s
+    dgate *= up
+    dgate *= dy
+    silu *= dy
+    return dgate, silu

@@ -1,0 +1,1 @@
+"""Optimisers, schedules, the training loop, its resumable state, metrics and plots."""

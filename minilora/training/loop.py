@@ -1,0 +1,157 @@
+"""The training loop. It knows a model, what trains in it, and rows of examples; not which method made the model."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minilora.backend import to_device, to_host
+from minilora.model.model import Model
+from minilora.text.batches import Batch, collate, count_labels
+from minilora.text.examples import Example
+from minilora.training.metrics import MetricsFile
+from minilora.training.optimizers import clip_gradients, global_norm
+from minilora.training.schedules import learning_rate
+from minilora.training.state import State
+from minilora.training.step import batch_loss, loss_and_gradients
+
+Rows = Sequence[Sequence[Example]]  # each row is one example, or several packed end to end
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the loop does, in numbers. 0 means never for the fields ending in `_every`, and no limit for patience."""
+
+    steps: int
+    batch_size: int = 8
+    grad_accumulation: int = 1
+    learning_rate: float = 2e-4
+    schedule: str = "cosine"
+    warmup: int = 0
+    max_grad_norm: float = 1.0
+    activation_checkpointing: bool = False
+    eval_every: int = 0
+    patience: int = 0
+    save_every: int = 0
+
+
+class Diverged(ArithmeticError):
+    """The loss or its gradient is no longer a finite number."""
+
+
+def train(
+    model: Model,
+    state: State,
+    rows: Rows,
+    valid: Sequence[Batch],
+    plan: Plan,
+    folder: Path,
+    pad_id: int = 0,
+    on_save: Callable[[State], None] = lambda state: None,
+) -> None:
+    """Train until `plan.steps` steps are done or validation stops improving; then `state` holds the outcome.
+
+    With validation, the parameters end as they were at the lowest validation loss. Progress goes to the terminal and to
+    `folder/metrics.jsonl`, the resumable state to `folder/state.safetensors`; `on_save` may write more beside it.
+    Raises Diverged, leaving the last saved state in place.
+    """
+    metrics = MetricsFile(folder, state.step)
+    bar = tqdm(total=plan.steps, initial=state.step, desc="training", unit="step", dynamic_ncols=True)
+    started = time.perf_counter() - state.seconds
+
+    def save() -> None:
+        state.seconds = time.perf_counter() - started
+        state.save(folder)
+        on_save(state)
+
+    try:
+        if state.step == 0:
+            save()
+        while state.step < plan.steps and not _out_of_patience(state, plan):
+            step_started = time.perf_counter()
+            batches = next_batches(state, rows, plan, pad_id)
+            seeds = [int(state.rng.integers(2**63)) for _ in batches]
+            loss, gradients = loss_and_gradients(model, batches, seeds, plan.activation_checkpointing)
+            norm = global_norm(gradients)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise Diverged(_advice(state, plan, loss, norm))
+            clip_gradients(gradients, norm, plan.max_grad_norm)
+            rate = learning_rate(state.step, plan.steps, plan.learning_rate, plan.schedule, plan.warmup)
+            state.optimizer.update(state.trainable, gradients, rate)
+            state.step += 1
+            tokens = sum(int((batch.segments > 0).sum()) for batch in batches)
+            state.tokens += tokens
+            speed = tokens / (time.perf_counter() - step_started)
+            metrics.write(
+                step=state.step,
+                epoch=state.order.epoch,
+                loss=loss,
+                learning_rate=rate,
+                grad_norm=norm,
+                tokens=tokens,
+                labelled_tokens=sum(count_labels(batch) for batch in batches),
+                tokens_per_second=round(speed, 1),
+            )
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.1e}, {speed:,.0f} tokens/s", refresh=False)
+            if valid and plan.eval_every and (state.step % plan.eval_every == 0 or state.step == plan.steps):
+                valid_loss = mean_loss(model, valid)
+                metrics.write(step=state.step, valid_loss=valid_loss)
+                bar.write(f"step {state.step}: validation loss {valid_loss:.4f}")
+                _remember_best(state, valid_loss)
+            if plan.save_every and state.step % plan.save_every == 0:
+                save()
+        save()
+    finally:
+        bar.close()
+        metrics.close()
+    for name, array in state.best.items():
+        state.trainable[name][...] = to_device(array)
+
+
+def next_batches(state: State, rows: Rows, plan: Plan, pad_id: int) -> list[Batch]:
+    """The micro-batches of one step. Rows of like length go together, so that little of a batch is padding."""
+    chosen = [rows[i] for i in state.order.take(plan.batch_size * plan.grad_accumulation, state.rng)]
+    return batches_of(chosen, plan.batch_size, pad_id)
+
+
+def batches_of(rows: Rows, batch_size: int, pad_id: int) -> list[Batch]:
+    """All rows in batches of `batch_size`, sorted by length. The loss is a sum over tokens: order changes nothing."""
+    ordered = sorted(rows, key=lambda row: sum(len(example.tokens) for example in row))
+    return [collate(ordered[i : i + batch_size], pad_id) for i in range(0, len(ordered), batch_size)]
+
+
+def mean_loss(model: Model, batches: Sequence[Batch]) -> float:
+    """Σ loss / Σ labelled tokens over all batches, in nats per token."""
+    return sum(batch_loss(model, batch) for batch in batches) / sum(count_labels(batch) for batch in batches)
+
+
+def steps_per_epoch(rows: Rows, plan_batch_size: int, grad_accumulation: int) -> int:
+    """The last step of an epoch may be a smaller one; it counts."""
+    return math.ceil(len(rows) / (plan_batch_size * grad_accumulation))
+
+
+def _remember_best(state: State, valid_loss: float) -> None:
+    if valid_loss < state.best_loss:
+        state.best_loss, state.best_step, state.evaluations_without_gain = valid_loss, state.step, 0
+        state.best = {name: to_host(p).copy() for name, p in state.trainable.items()}
+    else:
+        state.evaluations_without_gain += 1
+
+
+def _out_of_patience(state: State, plan: Plan) -> bool:
+    return plan.patience > 0 and state.evaluations_without_gain >= plan.patience
+
+
+def _advice(state: State, plan: Plan, loss: float, norm: float) -> str:
+    return (
+        f"step {state.step + 1}: the loss is {loss} and the gradient's norm {norm}. Training stopped; the run folder "
+        "keeps the last good state. What usually helps, in this order: a lower --learning-rate (now "
+        f"{plan.learning_rate:g}), a longer --warmup (now {plan.warmup} steps), a --max-grad-norm of 1 or less (now "
+        f"{plan.max_grad_norm:g}), a lower --alpha."
+    )

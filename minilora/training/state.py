@@ -1,0 +1,75 @@
+"""Everything that the next training step depends on, in one file: what makes a resumed run equal an uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from minilora.backend import Array, to_device, to_host
+from minilora.formats.files import write_safetensors
+from minilora.training.optimizers import Optimizer
+from minilora.training.order import Order
+
+STATE_FILE = "state.safetensors"
+
+
+@dataclass
+class State:
+    """The parameters that train, the optimiser's moments, the random generator, the place in the data, and the best so far."""
+
+    trainable: dict[str, Array]
+    optimizer: Optimizer
+    order: Order
+    rng: np.random.Generator
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_loss: float = float("inf")
+    best_step: int = 0
+    best: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    evaluations_without_gain: int = 0
+
+    def save(self, folder: Path) -> None:
+        """Write the state beside the old one, then put it in its place: a kill leaves one or the other, whole."""
+        tensors = {f"trainable.{name}": to_host(p) for name, p in self.trainable.items()}
+        tensors |= {f"optimizer.{name}": to_host(a) for name, a in self.optimizer.state().items()}
+        tensors |= {f"best.{name}": a for name, a in self.best.items()}
+        tensors["order"] = self.order.permutation
+        numbers = {name: getattr(self, name) for name in NUMBERS}
+        metadata = {
+            "numbers": json.dumps(numbers),
+            "order": json.dumps([self.order.epoch, self.order.cursor]),
+            "rng": json.dumps(self.rng.bit_generator.state),
+        }
+        write_safetensors(folder / STATE_FILE, tensors, metadata)
+
+    def load(self, folder: Path) -> None:
+        """Go back to the saved state, in place: the model's sites share these arrays. ValueError if it is another run's."""
+        path = folder / STATE_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: this folder holds no run that can be resumed")
+        with safe_open(path, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = file.metadata()
+        targets = {f"trainable.{name}": p for name, p in self.trainable.items()}
+        targets |= {f"optimizer.{name}": a for name, a in self.optimizer.state().items()}
+        for name, target in targets.items():
+            if name not in tensors or tensors[name].shape != target.shape:
+                raise ValueError(f"{path} does not fit this run: {name} is missing or has another shape")
+            target[...] = to_device(tensors[name])
+        if len(tensors["order"]) != len(self.order.permutation):
+            raise ValueError(f"{path} does not fit this run: the data had {len(tensors['order'])} rows then")
+        self.order.permutation = tensors["order"]
+        self.order.epoch, self.order.cursor = json.loads(metadata["order"])
+        self.rng.bit_generator.state = json.loads(metadata["rng"])
+        self.best = {name.removeprefix("best."): a for name, a in tensors.items() if name.startswith("best.")}
+        for name, value in json.loads(metadata["numbers"]).items():
+            setattr(self, name, value)
+
+
+NUMBERS = ("step", "tokens", "seconds", "best_loss", "best_step", "evaluations_without_gain")

@@ -1,0 +1,47 @@
+"""The loss of a batch, and its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from minilora.backend import Array, to_device
+from minilora.model.model import Model, backward, forward, head_loss
+from minilora.model.sites import Gradients, add_gradients
+from minilora.text.batches import Batch, count_labels
+
+
+def loss_and_gradients(
+    model: Model, batches: Sequence[Batch], seeds: Sequence[int] | None = None, checkpointing: bool = False
+) -> tuple[float, Gradients]:
+    """The mean loss over all labelled tokens of all micro-batches, and its gradients.
+
+    Each micro-batch contributes Σ loss / M with M the labelled tokens of *all* of them, so that k micro-batches are one
+    large batch. (Averaging their means would weigh a short answer's tokens more than a long one's.)
+    """
+    labelled = sum(count_labels(batch) for batch in batches)
+    total = 0.0
+    gradients: Gradients = {}
+    for i, batch in enumerate(batches):
+        seed = seeds[i] if seeds is not None else None
+        tokens, labels, positions, segments = (to_device(array) for array in batch)
+        hidden, _, cache = forward(model, tokens, positions, segments, seed=seed, checkpointing=checkpointing)
+        loss, dhidden, head_gradients = head_loss(model, hidden, labels.reshape(-1), 1 / labelled, seed=seed)
+        assert dhidden is not None
+        add_gradients(gradients, head_gradients)
+        add_gradients(gradients, backward(model, dhidden, cache))
+        total += float(loss)
+    return total / labelled, gradients
+
+
+def batch_loss(model: Model, batch: Batch) -> float:
+    """Σ loss over the labelled tokens of a batch, without dropout and without saving anything."""
+    hidden, labels = hidden_states(model, batch)
+    loss, _, _ = head_loss(model, hidden, labels, dloss=None)
+    return float(loss)
+
+
+def hidden_states(model: Model, batch: Batch) -> tuple[Array, Array]:
+    """The hidden states after the last norm (N, D), and the labels (N,)."""
+    tokens, labels, positions, segments = (to_device(array) for array in batch)
+    hidden, _, _ = forward(model, tokens, positions, segments, keep=False)
+    return hidden, labels.reshape(-1)

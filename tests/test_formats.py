@@ -1,0 +1,644 @@
+"""What the files of minilora must satisfy: nothing is lost, nothing is guessed, and the ecosystem reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from minilora.formats import files
+from minilora.formats.checkpoint import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    random_weights,
+    read_config,
+    read_weights,
+    write_checkpoint,
+)
+from minilora.formats.files import read_json, write_json, write_safetensors, write_text
+from minilora.formats.known_configs import KNOWN_CONFIGS
+from minilora.formats.peft import PREFIX, read_adapter, write_adapter
+from minilora.methods.lora import LoRASettings, target_module_names
+from minilora.model.config import Config
+from minilora.model.names import parameter_count, parameter_shapes
+from minilora.random_checkpoint import main as random_checkpoint
+
+RAW: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 24,
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": True,
+}
+SMOLLM3 = {**RAW, "model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 4} | {
+    "no_rope_layers": [1, 1, 1, 0],
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+UNTIED = {**RAW, "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}
+CONFIG = Config.from_dict(RAW)
+Q0 = "model.layers.0.self_attn.q_proj"
+
+quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    """Equal names, dtypes and bytes."""
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and a[name].shape == b[name].shape and a[name].tobytes() == b[name].tobytes()
+        for name in a
+    )
+
+
+def checkpoint(folder: Path, raw: dict[str, Any] = RAW, **options: Any) -> dict[str, np.ndarray]:
+    weights = random_weights(Config.from_dict(raw), seed=0)
+    write_checkpoint(folder, raw, weights, **options)
+    return weights
+
+
+# --- single files ---
+
+
+@quick
+@given(
+    st.dictionaries(
+        st.text("abc.", min_size=1, max_size=5),
+        st.tuples(st.lists(st.integers(0, 3), max_size=3), st.sampled_from(sorted(DTYPES)), st.booleans()),
+        max_size=4,
+    )
+)
+def test_safetensors_give_back_every_array_whatever_its_shape_dtype_and_layout(tmp_path: Path, spec: Any) -> None:
+    tensors = {}
+    for name, (shape, dtype, transposed) in spec.items():
+        array = np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(DTYPES[dtype])
+        tensors[name] = array.T if transposed else array
+    write_safetensors(tmp_path / "t.safetensors", tensors, {"format": "pt"})
+    with files.open_safetensors(tmp_path / "t.safetensors") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert same({name: file.get_tensor(name) for name in file.keys()}, tensors)
+
+
+@pytest.mark.parametrize("write", [write_text, write_json])
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any
+) -> None:
+    path = tmp_path / "deep" / "file"
+    write(path, "old")
+    before = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write(path, "new")
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[]", "JSON list"), (None, "no such file")])
+def test_a_bad_json_file_is_named(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "x.json").write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"x\.json: .*{message}"):
+        read_json(tmp_path / "x.json")
+
+
+# --- checkpoints ---
+
+
+@pytest.mark.parametrize("raw", [RAW, SMOLLM3, UNTIED], ids=["tied", "smollm3", "untied"])
+@pytest.mark.parametrize("shard_bytes", [10**9, 3000, 1])
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_a_checkpoint_is_read_back_exactly(tmp_path: Path, dtype: str, shard_bytes: int, raw: dict[str, Any]) -> None:
+    weights = random_weights(Config.from_dict(raw), seed=1, dtype=dtype)
+    write_checkpoint(tmp_path, raw, weights, dtype, shard_bytes)
+    config, written = read_config(tmp_path)
+    assert config == Config.from_dict(raw)
+    assert written == {**raw, "dtype": dtype, "torch_dtype": dtype}
+    assert same(read_weights(tmp_path, config), weights)
+    assert (tmp_path / INDEX).exists() == (shard_bytes < 10**9) != (tmp_path / SINGLE).exists()
+
+
+@quick
+@given(first=st.sampled_from([10**9, 3000, 1]), second=st.sampled_from([10**9, 3000, 1]))
+def test_writing_over_a_checkpoint_leaves_nothing_of_the_old_one(tmp_path: Path, first: int, second: int) -> None:
+    checkpoint(tmp_path, max_shard_bytes=first)
+    new = random_weights(CONFIG, seed=9)
+    write_checkpoint(tmp_path, RAW, new, max_shard_bytes=second)
+    assert same(read_weights(tmp_path, CONFIG), new)
+    index = read_json(tmp_path / INDEX) if (tmp_path / INDEX).exists() else {"weight_map": {"": SINGLE}}
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == set(index["weight_map"].values())
+
+
+def test_no_shard_exceeds_the_limit_unless_it_holds_one_tensor(tmp_path: Path) -> None:
+    weights = checkpoint(tmp_path, max_shard_bytes=1500)
+    index = read_json(tmp_path / INDEX)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in weights.values())
+    for shard in set(index["weight_map"].values()):
+        members = [name for name, place in index["weight_map"].items() if place == shard]
+        assert len(members) == 1 or sum(weights[name].nbytes for name in members) <= 1500
+
+
+@quick
+@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=12, max_size=12))
+def test_narrowing_to_bfloat16_rounds_to_nearest_even(tmp_path: Path, values: list[float]) -> None:
+    weights = random_weights(CONFIG, seed=0)
+    weights["model.norm.weight"] = np.array(values, np.float32)
+    write_checkpoint(tmp_path, RAW, weights, "bfloat16")
+    bits = weights["model.norm.weight"].view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)
+    read = read_weights(tmp_path, CONFIG)["model.norm.weight"]
+    assert np.array_equal(read.view(np.uint16), rounded.astype(np.uint16))
+
+
+def test_a_number_too_large_for_float16_is_refused(tmp_path: Path) -> None:
+    weights = random_weights(CONFIG, seed=0)
+    weights["model.norm.weight"][3] = 1e6
+    with pytest.raises(ValueError, match=r"model\.norm\.weight holds numbers too large for float16"):
+        write_checkpoint(tmp_path, RAW, weights, "float16")
+
+
+def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'int8' is unknown"):
+        checkpoint(tmp_path, dtype="int8")
+
+
+def rewrite(folder: Path, **changes: np.ndarray | None) -> None:
+    """Change, add or remove tensors of a single-file checkpoint."""
+    weights = {**random_weights(CONFIG, seed=0), **changes}
+    write_safetensors(folder / SINGLE, {name: tensor for name, tensor in weights.items() if tensor is not None})
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        (f"{Q0}.weight", None, rf"missing: {Q0}\.weight"),
+        (f"{Q0}.bias", np.zeros(12), rf"unexpected: {Q0}\.bias"),
+        (f"{Q0}.weight", np.zeros((12, 13)), rf"wrong shape: {Q0}\.weight \(12, 13\), expected \(12, 12\)"),
+        (f"{Q0}.weight", np.zeros((12, 12), np.int8), rf"{Q0}\.weight is stored as I8"),
+        ("lm_head.weight", np.zeros((24, 12), np.float32), r"lm_head\.weight differs from model\.embed_tokens"),
+        ("lm_head.weight", np.zeros((24, 11), np.float32), r"wrong shape: lm_head\.weight"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_configuration_are_named(
+    tmp_path: Path, name: str, tensor: np.ndarray | None, message: str
+) -> None:
+    rewrite(tmp_path, **{name: tensor})
+    with pytest.raises(ValueError, match=message):
+        read_weights(tmp_path, CONFIG)
+
+
+def test_of_many_wrong_tensors_five_are_named(tmp_path: Path) -> None:
+    rewrite(tmp_path)
+    with pytest.raises(ValueError, match=r"missing: (model\.layers\.2\.\S+ ?){5}and 4 more"):
+        read_weights(tmp_path, Config.from_dict({**RAW, "num_hidden_layers": 3}))
+
+
+def test_weights_that_do_not_fit_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="missing: lm_head"):
+        write_checkpoint(tmp_path, {**RAW, "tie_word_embeddings": False}, random_weights(CONFIG, seed=0))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_copied_head_and_old_rope_buffers_are_passed_over(tmp_path: Path) -> None:
+    weights = random_weights(CONFIG, seed=0)
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
+    rewrite(tmp_path, **{"lm_head.weight": weights["model.embed_tokens.weight"]}, **buffer)
+    assert same(read_weights(tmp_path, CONFIG), weights)
+
+
+@pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/passwd", "..", "a\\b", "sub/x.safetensors", ""])
+def test_a_shard_outside_the_folder_is_refused(tmp_path: Path, shard: str) -> None:
+    write_json(tmp_path / INDEX, {"weight_map": {"model.norm.weight": shard}})
+    with pytest.raises(ValueError, match="is not a plain file name"):
+        read_weights(tmp_path, CONFIG)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    checkpoint(tmp_path, max_shard_bytes=3000)
+    shard = sorted(tmp_path.glob("model-00002-*"))[0]
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        read_weights(tmp_path, CONFIG)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    checkpoint(tmp_path, max_shard_bytes=3000)
+    first, second = sorted(tmp_path.glob("model-*"))[:2]
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(ValueError, match=rf"is in {first.name} too"):
+        read_weights(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", None])
+def test_a_broken_safetensors_file_is_named(tmp_path: Path, content: bytes | None) -> None:
+    checkpoint(tmp_path)
+    path = tmp_path / SINGLE
+    path.write_bytes(path.read_bytes()[:-7] if content is None else content)
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
+        read_weights(tmp_path, CONFIG)
+
+
+def test_a_folder_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent: no such folder.*hf download"):
+        read_config(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
+        read_config(tmp_path)
+    with pytest.raises(FileNotFoundError, match="download the checkpoint whole"):
+        read_weights(tmp_path, CONFIG)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(FileNotFoundError, match=r"convert pytorch_model\.bin to safetensors"):
+        read_weights(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("change", [{"model_type": "gpt2"}, {"hidden_size": "many"}, {"num_attention_heads": 0}])
+def test_errors_in_a_configuration_name_its_file(tmp_path: Path, change: dict[str, Any]) -> None:
+    write_json(tmp_path / "config.json", {**RAW, **change})
+    with pytest.raises(ValueError, match=r"^/.*config\.json: (?!config\.json)"):
+        read_config(tmp_path)
+
+
+# --- known configurations and random checkpoints ---
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("135M", 134_515_008), ("360M", 361_821_120), ("1.7B", 1_711_376_384), ("3B", 3_075_098_624)],
+)
+def test_the_known_configurations_have_the_published_sizes(name: str, parameters: int) -> None:
+    matching = [raw for known, raw in KNOWN_CONFIGS.items() if known.endswith(name)]
+    assert [parameter_count(Config.from_dict(raw)) for raw in matching] == [parameters] * (1 if name == "3B" else 2)
+
+
+def test_random_weights_follow_seed_dtype_and_kind() -> None:
+    config = Config.from_dict(UNTIED)
+    weights = random_weights(config, seed=3, std=0.5)
+    assert {name: tensor.shape for name, tensor in weights.items()} == parameter_shapes(config)
+    assert same(weights, random_weights(config, seed=3, std=0.5))
+    assert not same(weights, random_weights(config, seed=4, std=0.5))
+    rounded = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in weights.items()}
+    assert same(random_weights(config, seed=3, dtype="bfloat16", std=0.5), rounded)
+    matrices = np.concatenate([tensor.ravel() for tensor in weights.values() if tensor.ndim == 2])
+    assert abs(matrices.std() - 0.5) < 0.02 and abs(matrices.mean()) < 0.02
+    assert all(np.all(weights[name] == 0) for name in weights if name.endswith("bias"))
+    assert all(np.all(weights[name] == 1) for name in weights if name.endswith("norm.weight"))
+
+
+def test_the_command_writes_a_checkpoint_with_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(tmp_path / "config.json", RAW)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    out = tmp_path / "out"
+    command = [str(tmp_path / "config.json"), "--out", str(out), "--tokenizer", str(tmp_path / "tokenizer")]
+    assert random_checkpoint([*command, "--seed", "5"]) == 0
+    count = parameter_count(CONFIG)
+    assert capsys.readouterr().out == f"{count:,} parameters, {2 * count:,} bytes, in {out}\n"
+    assert same(read_weights(out, read_config(out)[0]), random_weights(CONFIG, seed=5, dtype="bfloat16"))
+    assert (out / "tokenizer.json").read_text() == "{}"
+
+    assert random_checkpoint(command) == 2  # the folder is not empty now
+    assert capsys.readouterr().err.startswith(f"error: {out} exists")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["SmolLM-9T"], ["{tmp}/bad.json"], ["{tmp}/good.json", "--tokenizer", "{tmp}"], ["{tmp}/good.json", "--seed=-1"]],
+)
+def test_a_mistake_on_the_command_line_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    write_json(tmp_path / "good.json", RAW)
+    write_json(tmp_path / "bad.json", {**RAW, "hidden_act": "gelu"})
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    assert random_checkpoint([*arguments, "--out", str(tmp_path / "out")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+# --- transformers ---
+
+
+@pytest.mark.parametrize("raw", [RAW, SMOLLM3, UNTIED], ids=["tied", "smollm3", "untied"])
+@pytest.mark.parametrize("shard_bytes", [10**9, 3000])
+def test_transformers_loads_our_checkpoint_with_nothing_missing_or_left(
+    tmp_path: Path, raw: dict[str, Any], shard_bytes: int
+) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    weights = checkpoint(tmp_path, raw, max_shard_bytes=shard_bytes)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    state = model.state_dict()
+    assert model.dtype == torch.float32
+    assert all(np.array_equal(state[name].numpy(), tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("raw", [RAW, SMOLLM3, UNTIED], ids=["tied", "smollm3", "untied"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_checkpoint_of_transformers_is_read_exactly(tmp_path: Path, raw: dict[str, Any], dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**raw))
+    model.to(getattr(torch, dtype)).save_pretrained(tmp_path, max_shard_size="3KB")
+    config, _ = read_config(tmp_path)
+    assert config == Config.from_dict(raw)
+    state = model.state_dict()
+    for name, tensor in read_weights(tmp_path, config).items():
+        assert tensor.dtype == DTYPES[dtype]
+        assert np.array_equal(tensor.astype(np.float32), state[name].float().numpy())
+
+
+@quick
+@given(
+    smollm3=st.booleans(),
+    tied=st.booleans(),
+    bias=st.booleans(),
+    heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
+    layers=st.integers(1, 9),
+    theta=st.sampled_from([1e4, 1.3e5, 5e6]),
+    scaling=st.sampled_from(
+        [
+            None,
+            {"rope_type": "linear", "factor": 2.0},
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        ]
+    ),
+)
+def test_old_and_new_spellings_of_a_configuration_mean_the_same(
+    smollm3: bool, tied: bool, bias: bool, heads: tuple[int, int], layers: int, theta: float, scaling: Any
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    shape = {
+        "vocab_size": 100,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": tied,
+        "attention_bias": bias,
+        "mlp_bias": bias,
+    }
+    old = {**shape, "rope_theta": theta, "rope_scaling": scaling, "model_type": "smollm3" if smollm3 else "llama"}
+    rope = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
+    cls = transformers.SmolLM3Config if smollm3 else transformers.LlamaConfig
+    special = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    new = cls(**shape, rope_parameters=rope, **special)
+    expected = Config.from_dict(old)
+    assert Config.from_dict(new.to_dict()) == expected
+    assert Config.from_dict(json.loads(new.to_json_string(use_diff=True))) == expected
+    assert Config.from_dict(cls(**old, **special).to_dict()) == expected
+    assert (expected.num_key_value_heads, expected.rope_theta) == (heads[1], theta)
+    assert expected.rope_layers == tuple(map(bool, getattr(new, "no_rope_layers", None) or [1] * layers))
+
+
+# --- PEFT ---
+
+
+def adapter(config: Config, chosen: LoRASettings, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes, tensors = parameter_shapes(config), {}
+    for module in target_module_names(config, chosen.target_modules):
+        outputs, inputs = shapes[f"{module}.weight"]
+        tensors[f"{module}.lora_A.weight"] = rng.standard_normal((chosen.rank, inputs), np.float32)
+        tensors[f"{module}.lora_B.weight"] = rng.standard_normal((outputs, chosen.rank), np.float32)
+    return tensors
+
+
+lora_settings = st.builds(
+    LoRASettings,
+    rank=st.integers(1, 4),
+    alpha=st.sampled_from([1.0, 8.0, 12.5]),
+    dropout=st.sampled_from([0.0, 0.05]),
+    target_modules=st.sampled_from([("q_proj", "v_proj"), ("mlp.up_proj",), (Q0, "down_proj"), ("self_attn.o_proj",)]),
+    init=st.sampled_from(["kaiming", "gaussian"]),
+    rslora=st.booleans(),
+)
+
+
+@quick
+@given(chosen=lora_settings)
+def test_an_adapter_is_read_back_exactly(tmp_path: Path, chosen: LoRASettings) -> None:
+    tensors = adapter(CONFIG, chosen)
+    write_adapter(tmp_path, chosen, tensors, "some/base")
+    read, read_tensors, base = read_adapter(tmp_path, CONFIG)
+    assert (read, base) == (chosen, "some/base")
+    assert same(read_tensors, tensors)
+
+
+def test_all_linear_is_written_as_its_seven_names(tmp_path: Path) -> None:
+    chosen = LoRASettings(target_modules=("all-linear",))
+    tensors = adapter(CONFIG, chosen)
+    write_adapter(tmp_path, chosen, tensors, "")
+    read, read_tensors, _ = read_adapter(tmp_path, CONFIG)
+    assert same(read_tensors, tensors) and len(read.target_modules) == 7
+    modules = target_module_names(CONFIG, chosen.target_modules)
+    assert target_module_names(CONFIG, read.target_modules) == modules
+
+
+def change_adapter(folder: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray | None] | None = None) -> None:
+    """A q, v adapter of rank 2 with some fields and tensors changed."""
+    chosen = LoRASettings(rank=2)
+    changed = {**adapter(CONFIG, chosen), **(tensors or {})}
+    write_adapter(folder, chosen, {name: tensor for name, tensor in changed.items() if tensor is not None}, "base")
+    path = folder / "adapter_config.json"
+    write_json(path, {**read_json(path), **fields})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_an_adapter_in_any_dtype_is_read_as_float32(tmp_path: Path, dtype: str) -> None:
+    narrow = {name: tensor.astype(DTYPES[dtype]) for name, tensor in adapter(CONFIG, LoRASettings(rank=2)).items()}
+    change_adapter(tmp_path, {}, dict(narrow))
+    _, tensors, _ = read_adapter(tmp_path, CONFIG)
+    assert same(tensors, {name: tensor.astype(np.float32) for name, tensor in narrow.items()})
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        None,
+        ["v_proj", "q_proj"],
+        r".*\.(q|v)_proj",
+        r"model\.layers\.\d+\.self_attn\.[qv]_proj",
+        ["q_proj", "v_proj", "c"],
+    ],
+)
+def test_every_way_to_name_the_targets_chooses_the_same_modules(tmp_path: Path, target: Any) -> None:
+    change_adapter(tmp_path, {"target_modules": target})
+    read, tensors, _ = read_adapter(tmp_path, CONFIG)
+    modules = target_module_names(CONFIG, ("q_proj", "v_proj"))
+    assert set(tensors) == {f"{module}.lora_{half}.weight" for module in modules for half in "AB"}
+    assert target_module_names(CONFIG, read.target_modules) == modules
+    if isinstance(target, str):
+        assert read.target_modules == tuple(sorted(modules))
+
+
+def test_all_linear_in_a_file_means_the_seven_projections_and_not_the_head(tmp_path: Path) -> None:
+    chosen = LoRASettings(target_modules=("all-linear",))
+    write_adapter(tmp_path, chosen, adapter(CONFIG, chosen), "")
+    path = tmp_path / "adapter_config.json"
+    write_json(path, {**read_json(path), "target_modules": "all-linear"})
+    assert len(read_adapter(tmp_path, CONFIG)[1]) == 2 * 7 * 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("peft_type", "LOHA"),
+        ("peft_type", None),
+        ("bias", "lora_only"),
+        ("use_dora", True),
+        ("rank_pattern", {"q_proj": 4}),
+        ("alpha_pattern", {"q_proj": 4}),
+        ("modules_to_save", ["lm_head"]),
+        ("lora_bias", True),
+        ("layers_to_transform", [1]),
+        ("exclude_modules", ["k_proj"]),
+        ("fan_in_fan_out", True),
+        ("megatron_config", {"a": 1}),
+        ("layer_replication", [[0, 2]]),
+        ("trainable_token_indices", [1]),
+        ("target_parameters", ["x"]),
+        ("use_qalora", True),
+        ("a_field_of_the_future", 1),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "loftq"),
+        ("r", 0),
+        ("r", "8"),
+        ("r", 2.5),
+        ("lora_alpha", None),
+        ("target_modules", ["lm_head"]),
+        ("target_modules", ["embed_tokens", "q_proj"]),
+        ("target_modules", ".*"),
+        ("target_modules", "("),
+        ("target_modules", []),
+        ("target_modules", ["c_attn"]),
+        ("target_modules", {"q_proj": 1}),
+    ],
+)
+def test_what_is_not_plain_lora_is_refused_by_name(tmp_path: Path, field: str, value: Any) -> None:
+    change_adapter(tmp_path, {field: value})
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: {field}"):
+        read_adapter(tmp_path, CONFIG)
+
+
+def test_fields_without_effect_are_passed_over(tmp_path: Path) -> None:
+    fields = {"revision": "main", "peft_version": "9.9", "inference_mode": False, "auto_mapping": {"x": 1}}
+    change_adapter(tmp_path, {**fields, "init_lora_weights": "eva", "eva_config": {"rho": 2}, "future": None})
+    assert read_adapter(tmp_path, CONFIG)[0] == LoRASettings(rank=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({f"{Q0}.lora_A.weight": None}, rf"missing: {PREFIX}{Q0}\.lora_A"),
+        ({f"{Q0}.lora_B.bias": np.zeros(12)}, rf"unexpected: {PREFIX}{Q0}\.lora_B\.bias"),
+        ({f"{Q0}.lora_A.default.weight": np.zeros((2, 12))}, r"unexpected: .*lora_A\.default"),
+        ({f"{Q0}.lora_B.weight": np.zeros((2, 12))}, rf"wrong shape: {PREFIX}{Q0}\.lora_B\.weight \(2, 12\), expected"),
+    ],
+)
+def test_tensors_that_do_not_fit_an_adapter_are_named(tmp_path: Path, changes: Any, message: str) -> None:
+    change_adapter(tmp_path, {}, changes)
+    with pytest.raises(ValueError, match=message):
+        read_adapter(tmp_path, CONFIG)
+
+
+def test_an_adapter_that_is_not_there_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        read_adapter(tmp_path / "absent", CONFIG)
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json: no such file"):
+        read_adapter(tmp_path, CONFIG)
+    change_adapter(tmp_path, {})
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors: no such file"):
+        read_adapter(tmp_path, CONFIG)
+    (tmp_path / "adapter_model.bin").touch()
+    with pytest.raises(FileNotFoundError, match=r"convert adapter_model\.bin"):
+        read_adapter(tmp_path, CONFIG)
+
+
+def base_of_transformers(folder: Path, raw: dict[str, Any] = RAW) -> Any:
+    transformers = pytest.importorskip("transformers")
+    checkpoint(folder, raw)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("raw", [RAW, SMOLLM3], ids=["llama", "smollm3"])
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all-linear",), (Q0,)])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_loads_our_adapter_without_a_warning(
+    tmp_path: Path, raw: dict[str, Any], targets: tuple[str, ...], rslora: bool
+) -> None:
+    peft = pytest.importorskip("peft")
+    config = Config.from_dict(raw)
+    chosen = LoRASettings(rank=2, alpha=12.0, target_modules=targets, rslora=rslora)
+    tensors = adapter(config, chosen)
+    base = base_of_transformers(tmp_path / "base", raw)
+    write_adapter(tmp_path / "adapter", chosen, tensors, str(tmp_path / "base"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    state = peft.get_peft_model_state_dict(model)
+    assert same({name.removeprefix(PREFIX): tensor.numpy() for name, tensor in state.items()}, tensors)
+    layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    assert {layer.scaling["default"] for layer in layers} == {chosen.scale}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": None},
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*\.layers\.1\..*(up|down)_proj"},
+        {"target_modules": ["o_proj"], "use_rslora": True, "lora_alpha": 3},
+        {"target_modules": ["mlp.up_proj", Q0], "init_lora_weights": "gaussian"},
+        {"target_modules": ["k_proj"], "init_lora_weights": "orthogonal"},
+    ],
+)
+def test_an_adapter_of_peft_is_read_exactly(tmp_path: Path, options: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft")
+    theirs = peft.LoraConfig(r=2, lora_dropout=0.25, task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(base_of_transformers(tmp_path / "base"), theirs)
+    model.save_pretrained(tmp_path / "adapter")
+    read, tensors, base = read_adapter(tmp_path / "adapter", CONFIG)
+    state = peft.get_peft_model_state_dict(model)
+    assert same(tensors, {name.removeprefix(PREFIX): tensor.numpy() for name, tensor in state.items()})
+    assert (read.rank, read.alpha, read.dropout) == (2, theirs.lora_alpha, 0.25)
+    assert base == str(tmp_path / "base")
+    layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    assert {layer.scaling["default"] for layer in layers} == {read.scale}
+    # Written by us again, it still means the same.
+    write_adapter(tmp_path / "again", read, tensors, base)
+    settings_again, tensors_again, _ = read_adapter(tmp_path / "again", CONFIG)
+    assert same(tensors_again, tensors) and settings_again == read
