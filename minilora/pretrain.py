@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -21,16 +22,18 @@ from minilora.formats.files import write_json
 from minilora.methods.full import full_model
 from minilora.model.config import Config
 from minilora.model.names import parameter_count
+from minilora.text.batches import Rows, batches_of
 from minilora.text.corpus import english_documents, python_documents
 from minilora.text.examples import Example
 from minilora.text.train_tokenizer import train_tokenizer
-from minilora.training.loop import Plan, Rows, batches_of, mean_loss, train
+from minilora.training.loop import Plan, train
 from minilora.training.optimizers import AdamW
 from minilora.training.order import Order
 from minilora.training.state import STATE_FILE, State
+from minilora.training.step import mean_loss
 
 CONTEXT = 256
-TINYSMOL = {
+TINYSMOL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
     "bos_token_id": 0,
@@ -73,7 +76,7 @@ def packed_rows(documents: Iterable[str], tokenizer: Tokenizer, tokens: int) -> 
     for ids in _encoded(documents, tokenizer):
         while len(ids):
             part, ids = ids[:room], ids[room:]
-            rows[-1].append(Example(part, np.ones(len(part), bool)))
+            rows[-1].append(Example(part, [True] * len(part)))
             room -= len(part)
             if room == 0:
                 if len(rows) * CONTEXT >= tokens:
@@ -83,11 +86,11 @@ def packed_rows(documents: Iterable[str], tokenizer: Tokenizer, tokens: int) -> 
     return rows[:-1]
 
 
-def _encoded(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+def _encoded(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
     stream = iter(documents)
     while batch := list(itertools.islice(stream, 1000)):
         for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            yield np.array([*encoding.ids, 0], np.int32)
+            yield [*encoding.ids, 0]
 
 
 def main(argv: list[str] | None = None) -> int:

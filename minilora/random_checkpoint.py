@@ -14,17 +14,10 @@ from typing import Any
 from minilora.formats.checkpoint import DTYPES, named_dtype, random_weights, read_config_file, write_checkpoint
 from minilora.formats.files import replacing
 from minilora.formats.known_configs import KNOWN_CONFIGS
+from minilora.formats.load import SHIPPED_MODEL
 from minilora.model.config import Config
 from minilora.model.names import parameter_count
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-DEFAULT_TOKENIZER = Path(__file__).parent.parent / "weights" / "tinysmol"
+from minilora.text.tokenizer import TOKENIZER_FILES
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,7 +59,7 @@ def find_config(name: str) -> tuple[Config, dict[str, Any]]:
 
 def tokenizer_files(folder: Path | None) -> list[Path]:
     """The files to copy. A folder that was asked for must hold a tokenizer; the default one may be absent."""
-    chosen = folder or DEFAULT_TOKENIZER
+    chosen = folder or SHIPPED_MODEL
     if folder and not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder / 'tokenizer.json'}: no such file: --tokenizer names a folder that holds it")
     return [chosen / name for name in TOKENIZER_FILES if (chosen / name).is_file()]

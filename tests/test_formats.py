@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
@@ -94,6 +95,12 @@ def test_safetensors_give_back_every_array_whatever_its_shape_dtype_and_layout(t
     with files.open_safetensors(tmp_path / "t.safetensors") as file:
         assert file.metadata() == {"format": "pt"}
         assert same({name: file.get_tensor(name) for name in file.keys()}, tensors)
+
+
+def test_all_files_of_a_checkpoint_have_the_usual_permissions(tmp_path: Path) -> None:
+    checkpoint(tmp_path, max_shard_bytes=3000)
+    (tmp_path / "usual").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 @pytest.mark.parametrize("write", [write_text, write_json])
@@ -415,7 +422,7 @@ def test_old_and_new_spellings_of_a_configuration_mean_the_same(
     expected = Config.from_dict(old)
     assert Config.from_dict(new.to_dict()) == expected
     assert Config.from_dict(json.loads(new.to_json_string(use_diff=True))) == expected
-    assert Config.from_dict(cls(**old, **special).to_dict()) == expected
+    assert Config.from_dict(cls(**copy.deepcopy(old), **special).to_dict()) == expected
     assert (expected.num_key_value_heads, expected.rope_theta) == (heads[1], theta)
     assert expected.rope_layers == tuple(map(bool, getattr(new, "no_rope_layers", None) or [1] * layers))
 
@@ -607,6 +614,7 @@ def test_peft_loads_our_adapter_without_a_warning(
     write_adapter(tmp_path / "adapter", chosen, tensors, str(tmp_path / "base"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # between PEFT and transformers
         model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     state = peft.get_peft_model_state_dict(model)
     assert same({name.removeprefix(PREFIX): tensor.numpy() for name, tensor in state.items()}, tensors)

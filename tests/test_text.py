@@ -11,9 +11,9 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from minilora.ops.cross_entropy import IGNORE
 from minilora.text.batches import Batch, collate, count_labels, pack, pad
 from minilora.text.examples import (
-    IGNORE,
     Encoded,
     Example,
     Row,

@@ -1,7 +1,4 @@
-"""Hugging Face checkpoints in and out: a folder with `config.json` and `model.safetensors`, whole or in shards.
-
-Reading is strict: every tensor of the configuration is there, in its shape, and nothing is left over.
-"""
+"""Hugging Face checkpoints in and out: `config.json` and `model.safetensors`, whole or in shards, read strictly."""
 
 from __future__ import annotations
 
@@ -57,7 +54,7 @@ def read_config_file(path: Path) -> tuple[Config, dict[str, Any]]:
 
 
 def read_weights(folder: Path, config: Config) -> dict[str, HostArray]:
-    """Every tensor of the configuration in its stored dtype, each in its own memory.
+    """Every tensor of the configuration in its stored dtype, and not one more or less.
 
     Two things that old files hold are passed over: buffers of RoPE, and the head of a tied model if it is a copy.
     """
@@ -82,9 +79,9 @@ def read_weights(folder: Path, config: Config) -> dict[str, HostArray]:
     check_shapes(folder, expected | ({head: expected[embed]} if copied_head else {}), found, MISFIT)
 
     weights: dict[str, HostArray] = {}
-    for path in dict.fromkeys(places.values()):
-        with open_safetensors(path) as file:
-            weights.update((name, file.get_tensor(name)) for name in places if places[name] == path)
+    for name, path in places.items():
+        with open_safetensors(path) as file:  # anew each time: the pages of one long mapping would be a second copy
+            weights[name] = file.get_tensor(name)
     if copied_head and not _same_bytes(weights[head], weights[embed]):
         raise ValueError(
             f"{places[head]}: {head} differs from {embed}, but config.json ties them: "

@@ -32,7 +32,10 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_safetensors(path: Path, tensors: Mapping[str, HostArray], metadata: dict[str, str] | None = None) -> None:
     """Write arrays of any layout. The library copies raw memory, so a transposed view has to be laid out first."""
     with replacing(Path(path)) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}, partial, metadata)
+        partial.chmod(mode)  # the library makes files that only their owner can read
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,9 +6,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from minilora.text.examples import IGNORE, Example
+from minilora.ops.cross_entropy import IGNORE
+from minilora.text.examples import Example
 
 Ints = NDArray[np.int64]
+Rows = Sequence[Sequence[Example]]  # a row of a batch is one example, or several packed end to end
 
 
 class Batch(NamedTuple):
@@ -20,7 +22,7 @@ class Batch(NamedTuple):
     segments: Ints  # 0 is padding; 1, 2, … are the examples of the row, which must not see each other
 
 
-def collate(rows: Sequence[Sequence[Example]], pad_id: int, left: bool = False) -> Batch:
+def collate(rows: Rows, pad_id: int, left: bool = False) -> Batch:
     """One batch row for each of `rows`, its examples end to end, filled up with `pad_id`.
 
     The shift by one is done here and nowhere else: labels[t] = tokens[t + 1] where that token is trained.
@@ -72,6 +74,15 @@ def pack(examples: Sequence[Example], length: int) -> list[list[int]]:
         rows[row].append(index)
         room[row] -= size
     return rows
+
+
+def batches_of(rows: Rows, batch_size: int, pad_id: int) -> list[Batch]:
+    """All rows in batches of `batch_size`, rows of like length together, so that little of a batch is padding.
+
+    The loss is a sum over tokens: the order of the rows, and which of them share a batch, change nothing.
+    """
+    ordered = sorted(rows, key=lambda row: sum(len(example.tokens) for example in row))
+    return [collate(ordered[i : i + batch_size], pad_id) for i in range(0, len(ordered), batch_size)]
 
 
 def count_labels(batch: Batch) -> int:

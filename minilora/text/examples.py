@@ -13,8 +13,6 @@ import numpy as np
 
 from minilora.text.tokenizer import Tokenizer
 
-IGNORE = -100  # the label of a position that is not trained
-
 Row = dict[str, Any]
 Piece = tuple[str, bool]
 

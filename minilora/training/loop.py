@@ -12,15 +12,12 @@ from tqdm import tqdm
 
 from minilora.backend import to_device, to_host
 from minilora.model.model import Model
-from minilora.text.batches import Batch, collate, count_labels
-from minilora.text.examples import Example
+from minilora.text.batches import Batch, Rows, batches_of, count_labels
 from minilora.training.metrics import MetricsFile
 from minilora.training.optimizers import clip_gradients, global_norm
 from minilora.training.schedules import learning_rate
 from minilora.training.state import State
-from minilora.training.step import batch_loss, loss_and_gradients
-
-Rows = Sequence[Sequence[Example]]  # each row is one example, or several packed end to end
+from minilora.training.step import loss_and_gradients, mean_loss
 
 
 @dataclass(frozen=True)
@@ -120,20 +117,9 @@ def next_batches(state: State, rows: Rows, plan: Plan, pad_id: int) -> list[Batc
     return batches_of(chosen, plan.batch_size, pad_id)
 
 
-def batches_of(rows: Rows, batch_size: int, pad_id: int) -> list[Batch]:
-    """All rows in batches of `batch_size`, sorted by length. The loss is a sum over tokens: order changes nothing."""
-    ordered = sorted(rows, key=lambda row: sum(len(example.tokens) for example in row))
-    return [collate(ordered[i : i + batch_size], pad_id) for i in range(0, len(ordered), batch_size)]
-
-
-def mean_loss(model: Model, batches: Sequence[Batch]) -> float:
-    """Σ loss / Σ labelled tokens over all batches, in nats per token."""
-    return sum(batch_loss(model, batch) for batch in batches) / sum(count_labels(batch) for batch in batches)
-
-
-def steps_per_epoch(rows: Rows, plan_batch_size: int, grad_accumulation: int) -> int:
+def steps_per_epoch(rows: Rows, batch_size: int, grad_accumulation: int) -> int:
     """The last step of an epoch may be a smaller one; it counts."""
-    return math.ceil(len(rows) / (plan_batch_size * grad_accumulation))
+    return math.ceil(len(rows) / (batch_size * grad_accumulation))
 
 
 def _remember_best(state: State, valid_loss: float) -> None:

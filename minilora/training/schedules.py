@@ -15,8 +15,8 @@ def warmup_steps(warmup: float, steps: int) -> int:
 def learning_rate(step: int, steps: int, peak: float, schedule: str = "cosine", warmup: int = 0) -> float:
     """The rate of step 0 … steps − 1: a linear climb over `warmup` steps to `peak`, then down towards 0.
 
-    Step k of the warm-up has peak · (k + 1)/(warmup + 1), so no step is wasted on rate 0. After it, with progress u running
-    from 0 at the first step to 1 just after the last: cosine ½(1 + cos πu) (Loshchilov & Hutter, 2016,
+    Step k of the warm-up has peak · (k + 1)/(warmup + 1), so no step is wasted on rate 0. After it, with progress u
+    running from 0 at the first step to 1 just after the last: cosine ½(1 + cos πu) (Loshchilov & Hutter, 2016,
     arXiv:1608.03983), linear 1 − u, constant 1.
     """
     if step < warmup:

@@ -1,4 +1,4 @@
-"""Everything that the next training step depends on, in one file: what makes a resumed run equal an uninterrupted one."""
+"""Everything that the next training step depends on, in one file: a resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ STATE_FILE = "state.safetensors"
 
 @dataclass
 class State:
-    """The parameters that train, the optimiser's moments, the random generator, the place in the data, and the best so far."""
+    """What trains, the optimiser's moments, the random generator, the place in the data, and the best so far."""
 
     trainable: dict[str, Array]
     optimizer: Optimizer
     order: Order
     rng: np.random.Generator
+    data: str = ""  # a digest of what it trains on
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -45,16 +46,17 @@ class State:
             "numbers": json.dumps(numbers),
             "order": json.dumps([self.order.epoch, self.order.cursor]),
             "rng": json.dumps(self.rng.bit_generator.state),
+            "data": self.data,
         }
         write_safetensors(folder / STATE_FILE, tensors, metadata)
 
     def load(self, folder: Path) -> None:
-        """Go back to the saved state, in place: the model's sites share these arrays. ValueError if it is another run's."""
+        """Go back to the saved state, in place: the model shares these arrays. ValueError if it is another run's."""
         path = folder / STATE_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: this folder holds no run that can be resumed")
         with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata()
         targets = {f"trainable.{name}": p for name, p in self.trainable.items()}
         targets |= {f"optimizer.{name}": a for name, a in self.optimizer.state().items()}
@@ -62,8 +64,8 @@ class State:
             if name not in tensors or tensors[name].shape != target.shape:
                 raise ValueError(f"{path} does not fit this run: {name} is missing or has another shape")
             target[...] = to_device(tensors[name])
-        if len(tensors["order"]) != len(self.order.permutation):
-            raise ValueError(f"{path} does not fit this run: the data had {len(tensors['order'])} rows then")
+        if metadata["data"] != self.data or len(tensors["order"]) != len(self.order.permutation):
+            raise ValueError(f"{path} does not fit this run: the model or the data has changed since it was saved")
         self.order.permutation = tensors["order"]
         self.order.epoch, self.order.cursor = json.loads(metadata["order"])
         self.rng.bit_generator.state = json.loads(metadata["rng"])

@@ -13,10 +13,10 @@ from minilora.text.batches import Batch, count_labels
 def loss_and_gradients(
     model: Model, batches: Sequence[Batch], seeds: Sequence[int] | None = None, checkpointing: bool = False
 ) -> tuple[float, Gradients]:
-    """The mean loss over all labelled tokens of all micro-batches, and its gradients.
+    """The mean loss over all labelled tokens of all micro-batches, in nats per token, and its gradients.
 
     Each micro-batch contributes Σ loss / M with M the labelled tokens of *all* of them, so that k micro-batches are one
-    large batch. (Averaging their means would weigh a short answer's tokens more than a long one's.)
+    large batch. (Averaging their means would weigh the tokens of a batch with few labels more than the others.)
     """
     labelled = sum(count_labels(batch) for batch in batches)
     total = 0.0
@@ -33,11 +33,14 @@ def loss_and_gradients(
     return total / labelled, gradients
 
 
-def batch_loss(model: Model, batch: Batch) -> float:
-    """Σ loss over the labelled tokens of a batch, without dropout and without saving anything."""
-    hidden, labels = hidden_states(model, batch)
-    loss, _, _ = head_loss(model, hidden, labels, dloss=None)
-    return float(loss)
+def mean_loss(model: Model, batches: Sequence[Batch]) -> float:
+    """Σ loss / Σ labelled tokens over all batches, in nats per token, without dropout and without saving anything."""
+    total = 0.0
+    for batch in batches:
+        hidden, labels = hidden_states(model, batch)
+        loss, _, _ = head_loss(model, hidden, labels, dloss=None)
+        total += float(loss)
+    return total / sum(count_labels(batch) for batch in batches)
 
 
 def hidden_states(model: Model, batch: Batch) -> tuple[Array, Array]:

@@ -1,0 +1,32 @@
+"""What all commands share: how a user's mistake is told."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+OUT_OF_MEMORY = (
+    "out of memory. What usually helps, in this order: a smaller --batch-size with more --grad-accumulation (the same "
+    "training), --activation-checkpointing, a shorter --max-length, --frozen stored"
+)
+
+
+def run(main: Callable[[], None]) -> int:
+    """Run a command: 0 if it went well, 2 and one line if the user can mend it (MINILORA_DEBUG=1: the traceback)."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except MemoryError:
+        print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        if os.environ.get("MINILORA_DEBUG"):
+            raise
+        if type(error).__name__ == "OutOfMemoryError":  # CuPy's
+            error = RuntimeError(OUT_OF_MEMORY)
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,85 @@
+"""Measure a model, and perhaps an adapter, on held-out rows: loss, perplexity, exact match, drift from the base."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from minilora import cli
+from minilora.backend import use
+from minilora.formats.load import SHIPPED_MODEL, load_adapter, load_model
+from minilora.text.batches import batches_of
+from minilora.text.examples import Row, encode_rows, load_dataset, read_rows, report
+from minilora.text.nl2sql import nl2sql_rows
+from minilora.text.tokenizer import Tokenizer
+from minilora.training.evaluation import answers, can_be_matched, drift, exact_match, outside_text
+from minilora.training.run import default_max_length
+from minilora.training.step import mean_loss
+from minilora.training.task import BUILT_IN_ROWS
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m minilora.evaluate", description=__doc__)
+    parser.add_argument("--model", type=Path, default=SHIPPED_MODEL, help="folder of the model (default: tinysmol)")
+    parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter; drift is measured against the model")
+    parser.add_argument("--data", type=Path, help="a file, all of it; or a folder: its test part, else its valid part")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows at a time (%(default)s)")
+    parser.add_argument("--max-length", type=int, default=0, help="tokens in a row at most (0: as for training)")
+    parser.add_argument("--eval-rows", type=int, default=200, help="rows to answer for the exact match (%(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
+    return parser.parse_args(argv)
+
+
+def held_out_rows(data: Path | None) -> list[Row]:
+    """The rows to measure on; without --data, the built-in task's test part."""
+    if data is None:
+        return list(nl2sql_rows("test", BUILT_IN_ROWS["test"]))
+    if not data.is_dir():
+        return read_rows(data)
+    parts = load_dataset(data, seed=0)
+    if not (parts.test or parts.valid):
+        raise ValueError(f"--data {data} has neither a test nor a valid file: name the file to measure on")
+    return parts.test or parts.valid
+
+
+def evaluate_command(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if args.batch_size < 1 or args.eval_rows < 0 or args.max_length < 0:
+        raise ValueError("--batch-size must be at least 1, --eval-rows and --max-length at least 0")
+    use(args.device)
+    base, _ = load_model(args.model)
+    model = load_adapter(base, args.adapter)[0] if args.adapter else base
+    tokenizer = Tokenizer.load(args.model)
+    rows = held_out_rows(args.data)
+    max_length = args.max_length or default_max_length(base)
+    encoded = encode_rows(rows, tokenizer, max_length)
+    batches = batches_of([[example] for example in encoded.examples], args.batch_size, tokenizer.pad_id)
+
+    loss = mean_loss(model, batches)
+    figures: dict[str, Any] = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+    some = rows[: args.eval_rows]
+    if can_be_matched(some):
+        figures["exact_match"] = exact_match(answers(model, tokenizer, some), some)
+    if args.adapter:
+        figures["drift_kl"] = drift(base, model, outside_text(tokenizer))
+    figures["examples"] = len(encoded.examples)
+    figures["left_out"] = len(encoded.too_long) + len(encoded.unlabelled)
+    if args.json:
+        print(json.dumps(figures))
+        return
+    print(report(encoded, max_length, str(args.data or "built-in task")))
+    for name, value in figures.items():
+        print(f"{name:12} {value:,}" if isinstance(value, int) else f"{name:12} {value:.4f}")
+
+
+def main() -> int:
+    return cli.run(evaluate_command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Generation with a key/value cache: each step runs the model on one new token per row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from minilora.backend import Array, to_device, to_host
+from minilora.model.model import Model, Past, forward
+from minilora.model.names import HEAD
+
+HostArray = np.ndarray[Any, Any]
+Choose = Callable[[HostArray], HostArray]  # logits (B, V) → tokens (B,)
+
+
+def greedy(logits: HostArray) -> HostArray:
+    """The most probable token of each row."""
+    return np.asarray(logits.argmax(axis=-1))
+
+
+def sampler(temperature: float, top_k: int, top_p: float, rng: np.random.Generator) -> Choose:
+    """Draw from softmax(logits / temperature), cut to the `top_k` best tokens (0: all) and then to the fewest tokens
+    whose probabilities reach `top_p` (1: all; Holtzman et al., 2019, arXiv:1904.09751). Temperature 0 is greedy."""
+    if temperature == 0:
+        return greedy
+
+    def choose(logits: HostArray) -> HostArray:
+        order = np.argsort(-logits, axis=-1, kind="stable")
+        z = np.take_along_axis(logits.astype(np.float64), order, axis=-1) / temperature
+        p = np.exp(z - z[:, :1])
+        if top_k > 0:
+            p[:, top_k:] = 0
+        p /= p.sum(axis=-1, keepdims=True)
+        p[p.cumsum(axis=-1) - p >= top_p] = 0  # those before it already reach top_p
+        cumulative = p.cumsum(axis=-1)
+        drawn = rng.random((len(p), 1)) * cumulative[:, -1:]
+        rank = (cumulative <= drawn).sum(axis=-1, keepdims=True)
+        return np.asarray(np.take_along_axis(order, rank, axis=-1)[:, 0])
+
+    return choose
+
+
+def stream(model: Model, prompts: Sequence[Sequence[int]], choose: Choose = greedy) -> Iterator[HostArray]:
+    """Yield the next token of every prompt (B,), without end.
+
+    Prompts of different lengths are padded on the left, so that all go on in the same column. Padding is segment 0 and
+    is never seen; positions count from each prompt's own start.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    if min(len(prompt) for prompt in prompts) == 0:
+        raise ValueError("an empty prompt: generation needs at least one token to start from")
+    tokens = np.zeros((len(prompts), longest), np.int64)
+    segments = np.zeros_like(tokens)
+    for b, prompt in enumerate(prompts):
+        tokens[b, longest - len(prompt) :] = prompt
+        segments[b, longest - len(prompt) :] = 1
+    positions = np.maximum(segments.cumsum(axis=1) - 1, 0)
+    past: Past | None = None
+    while True:
+        hidden, past, _ = forward(model, to_device(tokens), to_device(positions), to_device(segments), past, keep=False)
+        tokens = choose(to_host(last_logits(model, hidden, len(prompts))))[:, None]
+        positions, segments = positions[:, -1:] + 1, np.ones_like(tokens)
+        yield tokens[:, 0]
+
+
+def last_logits(model: Model, hidden: Array, rows: int) -> Array:
+    """Logits (B, V) after the last column of each row, from hidden states (B·T, D)."""
+    last = hidden.reshape(rows, -1, hidden.shape[-1])[:, -1]
+    logits, _ = model.sites[HEAD].forward(last)
+    return logits
+
+
+def complete(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    stop_ids: frozenset[int],
+    choose: Choose = greedy,
+) -> list[list[int]]:
+    """The continuation of every prompt, up to `max_tokens` tokens, each ended before its first stop token."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    running = set(range(len(prompts)))
+    for _, tokens in zip(range(max_tokens), stream(model, prompts, choose), strict=False):
+        for b in sorted(running):
+            if int(tokens[b]) in stop_ids:
+                running.remove(b)
+            else:
+                answers[b].append(int(tokens[b]))
+        if not running:
+            break
+    return answers

@@ -1,0 +1,161 @@
+"""One run from settings to summary: load, attach the method, train, and judge before and after."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.backend import Array, peak_memory_bytes, to_device, to_host
+from minilora.formats.checkpoint import read_weights, write_checkpoint
+from minilora.formats.load import load_model
+from minilora.formats.peft import read_adapter, write_adapter
+from minilora.methods.full import full_model
+from minilora.methods.lora import LoRASettings, attach, init_adapter
+from minilora.model.model import Model
+from minilora.model.names import parameter_count
+from minilora.text.tokenizer import Tokenizer, save_tokenizer_files
+from minilora.training.evaluation import answers, can_be_matched, drift, exact_match, outside_text
+from minilora.training.loop import Plan, steps_per_epoch, train
+from minilora.training.optimizers import OPTIMIZERS
+from minilora.training.order import Order
+from minilora.training.schedules import warmup_steps
+from minilora.training.settings import Settings
+from minilora.training.state import State
+from minilora.training.step import mean_loss
+from minilora.training.task import Task, load_task
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run works with. `adapted` shares the arrays of `state.trainable`: training changes it, never `base`."""
+
+    settings: Settings
+    folder: Path
+    plan: Plan
+    task: Task
+    tokenizer: Tokenizer
+    raw_config: dict[str, Any]
+    lora: LoRASettings
+    base: Model
+    adapted: Model
+    state: State
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How a model does on the held-out part. The exact match is None where the task has no single right answer."""
+
+    loss: float
+    exact_match: float | None
+    answers: list[str]
+
+
+def prepare(settings: Settings, folder: Path) -> Run:
+    """Everything up to the first step. ValueError or OSError for what the user can mend."""
+    model_folder = Path(settings.model)
+    base, raw_config = load_model(model_folder, settings.dtype, stored=settings.frozen == "stored")
+    tokenizer = Tokenizer.load(model_folder)
+    if tokenizer.vocab_size > base.config.vocab_size:
+        raise ValueError(
+            f"{model_folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {base.config.vocab_size}"
+        )
+    task = load_task(settings, tokenizer, settings.max_length or default_max_length(base))
+
+    rng = np.random.default_rng(settings.seed)
+    lora = LoRASettings(settings.rank, settings.alpha, settings.dropout, settings.target_modules, settings.init)
+    trainable: dict[str, Array]
+    if settings.method == "full":
+        weights = read_weights(model_folder, base.config)
+        trainable = {name: to_device(array.astype(settings.dtype)) for name, array in weights.items()}
+        adapted = full_model(base.config, trainable)
+    elif settings.adapter:
+        lora, tensors, _ = read_adapter(Path(settings.adapter), base.config)
+        trainable = {name: to_device(tensor.astype(settings.dtype)) for name, tensor in tensors.items()}
+        adapted = attach(base, lora, trainable)
+    else:
+        trainable = init_adapter(base, lora, rng, settings.dtype)
+        adapted = attach(base, lora, trainable)
+
+    optimizer = OPTIMIZERS[settings.optimizer](trainable, settings.weight_decay)
+    state = State(trainable, optimizer, Order(len(task.rows)), rng, data=task.digest)
+    return Run(settings, folder, make_plan(settings, task), task, tokenizer, raw_config, lora, base, adapted, state)
+
+
+def default_max_length(model: Model) -> int:
+    """`--max-length` where it is not given: what the model was made for, but no more than 1024."""
+    return min(model.config.max_position_embeddings, 1024)
+
+
+def make_plan(settings: Settings, task: Task) -> Plan:
+    """The settings in numbers of steps."""
+    an_epoch = steps_per_epoch(task.rows, settings.batch_size, settings.grad_accumulation)
+    steps = settings.steps or math.ceil(settings.epochs * an_epoch)
+    return Plan(
+        steps=steps,
+        batch_size=settings.batch_size,
+        grad_accumulation=settings.grad_accumulation,
+        learning_rate=settings.learning_rate,
+        schedule=settings.schedule,
+        warmup=warmup_steps(settings.warmup, steps),
+        max_grad_norm=settings.max_grad_norm,
+        activation_checkpointing=settings.activation_checkpointing,
+        eval_every=settings.eval_every or max(1, math.ceil(steps / 10)),
+        patience=settings.patience,
+        save_every=settings.save_every,
+    )
+
+
+def train_run(run: Run) -> None:
+    """Train, and leave the outcome in the run folder."""
+
+    def on_save(state: State) -> None:
+        if run.settings.method == "lora":  # small: the folder always holds an adapter that can be used
+            write_outcome(run, state.best or {name: to_host(p) for name, p in state.trainable.items()})
+
+    train(run.adapted, run.state, run.task.rows, run.task.valid, run.plan, run.folder, run.tokenizer.pad_id, on_save)
+    write_outcome(run, {name: to_host(p) for name, p in run.state.trainable.items()})
+
+
+def write_outcome(run: Run, tensors: dict[str, np.ndarray[Any, Any]]) -> None:
+    """The adapter in PEFT's format; after full fine-tuning, a whole checkpoint."""
+    if run.settings.method == "full":
+        write_checkpoint(run.folder, run.raw_config, tensors)
+        save_tokenizer_files(Path(run.settings.model), run.folder)
+    else:
+        write_adapter(run.folder, run.lora, tensors, run.settings.model)
+
+
+def judge(run: Run, model: Model) -> Judgement:
+    """Held-out loss; and, where rows have one right answer, the share of them that greedy generation finds."""
+    rows = run.task.held_out_rows[: run.settings.eval_rows]
+    loss = mean_loss(model, run.task.held_out) if run.task.held_out else math.nan
+    if not can_be_matched(rows):
+        return Judgement(loss, None, [])
+    found = answers(model, run.tokenizer, rows)
+    return Judgement(loss, exact_match(found, rows), found)
+
+
+def summarize(run: Run, before: Judgement, after: Judgement, started: float) -> dict[str, Any]:
+    """The figures of `summary.json`. Losses are in nats per labelled token, the drift in nats per token."""
+    return {
+        "base_loss": before.loss,
+        "adapted_loss": after.loss,
+        "base_exact_match": before.exact_match,
+        "adapted_exact_match": after.exact_match,
+        "drift_kl": drift(run.base, run.adapted, outside_text(run.tokenizer)),
+        "trainable_parameters": sum(p.size for p in run.state.trainable.values()),
+        "total_parameters": parameter_count(run.base.config),
+        "steps": run.state.step,
+        "best_step": run.state.best_step,
+        "best_valid_loss": run.state.best_loss if run.state.best else None,
+        "tokens": run.state.tokens,
+        "tokens_per_second": round(run.state.tokens / run.state.seconds, 1),
+        "training_seconds": round(run.state.seconds, 2),
+        "seconds": round(time.perf_counter() - started, 2),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
