@@ -82,7 +82,7 @@ def merge_command(argv: list[str] | None = None) -> None:
     write_json(args.out / REPORT_FILE, report)
     print(
         f"{args.out}: {report['adapted_weights']:,} weights adapted, written as {args.dtype}; rounding left "
-        f"{report['unchanged_share']:.1%} of them as they were and lost {report['lost_share_of_update']:.2%} of the update"
+        f"{report['unchanged_share']:.1%} of them unchanged and lost {report['lost_share_of_update']:.2%} of the update"
     )
     if report["lost_share_of_update"] > 0.1:
         print(

@@ -11,7 +11,7 @@ out is the derivative as exactly as float64 can hold it. A wrong formula has now
 
 The price is that f must be written holomorphically, with operations whose complex version is the analytic continuation
 of the real one: + − × ÷ exp log tanh sqrt and matrix products, but no `abs`, no `norm`, no conjugate. A `max` that only
-guards against overflow is taken of the real part. minilora's operations are written so, and run unchanged on complex128.
+guards against overflow is taken of the real part. minilora's operations are written so, and run on complex128 as is.
 """
 
 from __future__ import annotations

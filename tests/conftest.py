@@ -6,7 +6,7 @@ settings.register_profile(
     "minilora",
     derandomize=True,
     deadline=None,  # times on a shared machine say nothing
-    max_examples=40,
+    max_examples=100,
     database=None,
     print_blob=False,
     phases=(Phase.explicit, Phase.generate, Phase.shrink),

@@ -18,6 +18,23 @@ from minilora.text.examples import Example
 
 VOCAB = 11
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TINY = Config(
+    vocab_size=VOCAB,
+    hidden_size=8,
+    intermediate_size=7,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    rope_scaling=None,
+    rope_layers=(True, True),
+    tie_word_embeddings=True,
+    attention_bias=False,
+    mlp_bias=False,
+    max_position_embeddings=64,
+)
 LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,

@@ -19,6 +19,7 @@ class Config:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: dict[str, float] | None
@@ -26,92 +27,104 @@ class Config:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
-    max_position_embeddings: int
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Config:
         """Read a parsed `config.json` of transformers 4 or 5. What minilora cannot compute is refused by name."""
-        model_type = raw.get("model_type", "llama")
-        if model_type not in ARCHITECTURES:
+        raw = {key: value for key, value in raw.items() if value is not None}
+        kind = raw.get("model_type", "llama")
+        _refuse_unsupported(raw, kind)
+        hidden, heads = _count(raw, "hidden_size"), _count(raw, "num_attention_heads")
+        layers = _count(raw, "num_hidden_layers")
+        if "head_dim" not in raw and hidden % heads:
+            raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+        positions = _count(raw, "max_position_embeddings", 2048)
+        theta, scaling = _rope(raw, kind, positions)
+        config = cls(
+            vocab_size=_count(raw, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=_count(raw, "intermediate_size"),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=_count(raw, "num_key_value_heads", heads if kind == "llama" else None),
+            head_dim=_count(raw, "head_dim", hidden // heads),
+            max_position_embeddings=positions,
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            rope_layers=_rope_layers(raw, kind, layers),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", kind == "smollm3")),
+            attention_bias=bool(raw.get("attention_bias", False)) and kind != "mistral",
+            mlp_bias=bool(raw.get("mlp_bias", False)) and kind != "mistral",
+        )
+        if heads % config.num_key_value_heads:
             raise ValueError(
-                f"config.json: model_type {model_type!r} is not supported, only {', '.join(ARCHITECTURES)}"
+                f"config.json: num_attention_heads {heads} is not a multiple of "
+                f"num_key_value_heads {config.num_key_value_heads}"
             )
-        _require(raw, "hidden_act", "silu")
-        _require(raw, "pretraining_tp", 1)
-        _require(raw, "use_sliding_window", False)
-        if raw.get("sliding_window") and raw.get("use_sliding_window", True):
-            raise ValueError(
-                "config.json: sliding_window is not supported; minilora's attention sees the whole context"
-            )
-        try:
-            hidden, layers, heads = raw["hidden_size"], raw["num_hidden_layers"], raw["num_attention_heads"]
-            theta, scaling = _rope(raw)
-            config = cls(
-                vocab_size=raw["vocab_size"],
-                hidden_size=hidden,
-                intermediate_size=raw["intermediate_size"],
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or hidden // heads,
-                rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-                rope_theta=theta,
-                rope_scaling=scaling,
-                rope_layers=_rope_layers(raw, model_type, layers),
-                tie_word_embeddings=raw.get("tie_word_embeddings", model_type == "smollm3"),
-                attention_bias=raw.get("attention_bias", False),
-                mlp_bias=raw.get("mlp_bias", False),
-                max_position_embeddings=raw.get("max_position_embeddings", 2048),
-            )
-        except KeyError as error:
-            raise ValueError(f"config.json: {error.args[0]!r} is missing") from error
-        config.check()
+        if config.head_dim % 2:
+            raise ValueError(f"config.json: head_dim {config.head_dim} is odd, and RoPE turns pairs of features")
+        if len(config.rope_layers) != layers:
+            raise ValueError(f"config.json: no_rope_layers has {len(config.rope_layers)} entries for {layers} layers")
         return config
 
-    def check(self) -> None:
-        """Raise ValueError where numbers cannot go together."""
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"config.json: num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"config.json: head_dim {self.head_dim} is odd, and RoPE turns pairs of features")
-        if len(self.rope_layers) != self.num_hidden_layers:
-            raise ValueError(
-                f"config.json: no_rope_layers has {len(self.rope_layers)} entries for {self.num_hidden_layers} layers"
-            )
+
+def _refuse_unsupported(raw: dict[str, Any], kind: str) -> None:
+    """Raise ValueError for what would change the computation and is not implemented here."""
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"config.json: model_type {kind!r} is not one of {', '.join(ARCHITECTURES)}")
+    if "quantization_config" in raw:
+        raise ValueError("config.json: quantization_config: quantised checkpoints are not supported")
+    rope = raw.get("rope_parameters", {})
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError("config.json: rope_parameters that differ from layer to layer are not supported")
+    supported = {"hidden_act": "silu", "pretraining_tp": 1, "partial_rotary_factor": 1, "use_sliding_window": False}
+    for key, value in supported.items():
+        found = raw.get(key, rope.get(key, value))
+        if found != value:
+            raise ValueError(f"config.json: {key} {found!r} is not supported, only {value!r}")
+    if kind == "mistral" and "sliding_window" in raw:
+        raise ValueError("config.json: sliding_window is not supported: attention here sees the whole context")
 
 
-def _require(raw: dict[str, Any], key: str, value: object) -> None:
-    if raw.get(key, value) != value:
-        raise ValueError(f"config.json: {key} {raw[key]!r} is not supported, only {value!r}")
+def _count(raw: dict[str, Any], key: str, default: int | None = None) -> int:
+    """A positive whole number."""
+    value = raw.get(key, default)
+    if value is None:
+        raise ValueError(f"config.json: {key!r} is missing")
+    if type(value) is not int or value < 1:
+        raise ValueError(f"config.json: {key} must be a positive whole number, not {value!r}")
+    return value
 
 
-def _rope(raw: dict[str, Any]) -> tuple[float, dict[str, float] | None]:
+def _rope(raw: dict[str, Any], kind: str, positions: int) -> tuple[float, dict[str, float] | None]:
     """θ and the scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
-    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    rope = raw.get("rope_parameters", raw.get("rope_scaling", {}))
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0 if kind == "llama" else None))
+    if theta is None:
+        raise ValueError("config.json: 'rope_theta' is missing")
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return theta, None
+        return float(theta), None
     keys = {
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
     if kind not in keys:
         raise ValueError(f"config.json: rope_type {kind!r} is not supported, only default, {', '.join(keys)}")
-    missing = [key for key in keys[kind] if key not in rope]
+    original = raw.get("original_max_position_embeddings", positions)
+    rope = {"original_max_position_embeddings": original} | rope
+    missing = [key for key in keys[kind] if rope.get(key) is None]
     if missing:
         raise ValueError(f"config.json: rope_type {kind!r} needs {', '.join(missing)}")
-    return theta, {key: float(rope[key]) for key in keys[kind]}
+    return float(theta), {key: float(rope[key]) for key in keys[kind]}
 
 
-def _rope_layers(raw: dict[str, Any], model_type: str, layers: int) -> tuple[bool, ...]:
+def _rope_layers(raw: dict[str, Any], kind: str, layers: int) -> tuple[bool, ...]:
     """SmolLM3 leaves RoPE out of every fourth layer; its `no_rope_layers` is 1 where RoPE is *used*."""
+    if kind != "smollm3":
+        return (True,) * layers
     if raw.get("no_rope_layers"):
         return tuple(bool(used) for used in raw["no_rope_layers"])
-    if model_type == "smollm3":
-        interval = raw.get("no_rope_layer_interval", 4)
-        return tuple((i + 1) % interval != 0 for i in range(layers))
-    return (True,) * layers
+    interval = _count(raw, "no_rope_layer_interval", 4)
+    return tuple((layer + 1) % interval != 0 for layer in range(layers))

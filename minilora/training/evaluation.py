@@ -42,8 +42,8 @@ def answers(
 
 def exact_match(found: Sequence[str], rows: Sequence[Row]) -> float:
     """The share of answers that equal the row's completion, apart from white space at the ends."""
-    right = [answer.strip() == row["completion"].strip() for answer, row in zip(found, rows, strict=True)]
-    return sum(right) / len(rows)
+    right = sum(answer.strip() == str(row["completion"]).strip() for answer, row in zip(found, rows, strict=True))
+    return right / len(rows)
 
 
 def can_be_matched(rows: Sequence[Row]) -> bool:

@@ -1,0 +1,83 @@
+"""A frozen weight: never written to, and the same numbers however it is stored."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import configs, normal, random_weights, seeds, sizes
+
+from minilora.backend import narrow, widen
+from minilora.frozen import DenseWeight, FrozenWeight, StoredWeight
+from minilora.methods.base import base_model
+from minilora.model.config import Config
+
+HALVES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+in_halves = pytest.mark.parametrize("half", HALVES)
+
+
+def stored(half: str, W: np.ndarray, dtype: type) -> StoredWeight:
+    array = W.astype(HALVES[half])
+    return StoredWeight(narrow(array) if half == "bfloat16" else array, dtype)
+
+
+@in_halves
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@given(seed=seeds, n=sizes, inner=sizes, outer=sizes)
+def test_a_weight_stored_in_16_bits_gives_the_very_bytes_of_the_widened_one(
+    half: str, dtype: type, seed: int, n: int, inner: int, outer: int
+) -> None:
+    W = normal(seed, outer, inner)
+    narrow_weight = stored(half, W, dtype)
+    wide_weight = DenseWeight(W.astype(HALVES[half]).astype(dtype))
+    x, dy = normal(seed, n, inner, stream=1).astype(dtype), normal(seed, n, outer, stream=2).astype(dtype)
+    index = np.random.default_rng(seed).integers(0, outer, n)
+
+    def everything(weight: FrozenWeight) -> list[np.ndarray]:
+        return [weight.forward(x), weight.backward(dy), weight.rows(index), weight.dense()]
+
+    for one, other in zip(everything(narrow_weight), everything(wide_weight), strict=True):
+        assert one.dtype == other.dtype == dtype
+        assert one.tobytes() == other.tobytes()
+    assert narrow_weight.shape == wide_weight.shape == (outer, inner)
+
+
+@given(seeds, sizes, sizes, sizes)
+def test_a_frozen_weight_multiplies_by_its_transpose_forwards_and_by_itself_backwards(
+    seed: int, n: int, inner: int, outer: int
+) -> None:
+    W, x, dy = normal(seed, outer, inner), normal(seed, n, inner), normal(seed, n, outer)
+    weight = DenseWeight(W)
+    np.testing.assert_allclose(weight.forward(x), np.einsum("ni,oi->no", x, W), atol=1e-12)
+    np.testing.assert_allclose(weight.backward(dy), np.einsum("no,oi->ni", dy, W), atol=1e-12)
+
+
+def test_writing_to_a_frozen_weight_raises() -> None:
+    for weight in (DenseWeight(np.ones((2, 3))), stored("bfloat16", np.ones((2, 3)), np.float32)):
+        with pytest.raises(ValueError, match="read-only"):
+            weight.W[0, 0] = 0
+    with pytest.raises(ValueError, match="read-only"):
+        DenseWeight(np.ones((2, 3))).dense()[...] = 0
+
+
+@given(configs(), st.booleans(), seeds)
+def test_every_array_of_a_base_model_refuses_to_be_written_to(config: Config, keep_stored: bool, seed: int) -> None:
+    weights = {name: w.astype(np.float16) for name, w in random_weights(config, seed).items()}
+    model = base_model(config, weights, np.float32, keep_stored)
+    writable = []
+    for name, site in model.sites.items():
+        held = {**vars(site), **(vars(site.weight) if hasattr(site, "weight") else {})}
+        writable += [f"{name}: {key}" for key, a in held.items() if isinstance(a, np.ndarray) and a.flags.writeable]
+    assert writable == []
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_widening_is_exact_for_every_bfloat16_there_is(dtype: type) -> None:
+    every = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16)
+    with np.errstate(invalid="ignore"):  # some of them are signalling NaNs
+        wide, expected = widen(narrow(every), dtype), every.astype(dtype)
+    assert wide.dtype == dtype
+    np.testing.assert_array_equal(wide, expected)
+    np.testing.assert_array_equal(np.signbit(wide), np.signbit(every))

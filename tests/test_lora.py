@@ -1,0 +1,391 @@
+"""LoRA: y = x Wᵀ + s (x Aᵀ) Bᵀ with s = α/r. What Hu et al. (2021) claim of it, and what follows from the formula."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+from complex_step import check_backward
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import (
+    ROLES,
+    TINY,
+    adapters,
+    batches,
+    configs,
+    normal,
+    random_adapter,
+    random_weights,
+    seeds,
+    sizes,
+)
+
+from minilora.backend import random_generator
+from minilora.frozen import DenseWeight
+from minilora.lora import (
+    delta,
+    dropout_mask,
+    init_gaussian,
+    init_kaiming,
+    lora,
+    lora_backward,
+    merge,
+    unmerge,
+)
+from minilora.methods.base import base_model
+from minilora.methods.lora import LoRALinear, LoRASettings, attach, frozen_linear, init_adapter, target_module_names
+from minilora.model.config import Config
+from minilora.model.model import Model, forward
+from minilora.model.names import LINEAR, layer_module
+from minilora.model.sites import FrozenLinear
+from minilora.ops.linear import linear, linear_backward
+from minilora.text.batches import Batch
+from minilora.training.optimizers import SGD
+from minilora.training.step import loss_and_gradients
+
+ROUNDING = {"rtol": 1e-11, "atol": 1e-11}
+
+
+class Site:
+    """One adapted linear map with tokens x and an incoming gradient dy, of drawn sizes."""
+
+    def __init__(self, n: int, inner: int, outer: int, rank: int, s: float, seed: int) -> None:
+        self.x, self.dy, self.W = normal(seed, n, inner), normal(seed, n, outer, stream=1), normal(seed, outer, inner)
+        self.A, self.B = normal(seed, rank, inner, stream=2), normal(seed, outer, rank, stream=3)
+        self.s = s
+        self.weight = DenseWeight(self.W)
+
+    def __repr__(self) -> str:
+        return f"Site(x {self.x.shape}, W {self.W.shape}, A {self.A.shape}, s {self.s})"
+
+    def forward(self, A: Any = None, B: Any = None, mask: Any = None) -> np.ndarray:
+        return lora(self.x, self.weight, self.A if A is None else A, self.B if B is None else B, self.s, mask)[0]
+
+    def gradients(self, A: Any = None, B: Any = None, mask: Any = None) -> tuple[np.ndarray, ...]:
+        A, B = self.A if A is None else A, self.B if B is None else B
+        cache = lora(self.x, self.weight, A, B, self.s, mask)[1]
+        return lora_backward(self.dy, self.weight, A, B, self.s, cache)
+
+
+drawn_sites = st.builds(Site, sizes, sizes, sizes, sizes, st.sampled_from([0.25, 1.0, 2.0]), seeds)
+masks = st.one_of(st.none(), st.sampled_from([0.1, 0.5, 0.9]))
+
+
+# --- The formula and its derivative ---
+
+
+@given(drawn_sites, masks, seeds)
+def test_the_backward_of_lora_is_exact_with_and_without_dropout(site: Site, dropout: float | None, seed: int) -> None:
+    mask = None if dropout is None else dropout_mask(site.x.shape, dropout, random_generator(seed), float)
+    check_backward(
+        lambda x, A, B: lora(x, site.weight, A, B, site.s, mask),
+        lambda dy, cache: lora_backward(dy, site.weight, site.A, site.B, site.s, cache),
+        {"x": site.x, "A": site.A, "B": site.B},
+        seed,
+    )
+
+
+@given(drawn_sites)
+def test_the_thin_path_equals_the_materialised_weight_forwards_and_in_all_gradients(site: Site) -> None:
+    """W + sBA, formed once: dA = s Bᵀ dW and dB = s dW Aᵀ, from the chain rule through ΔW = s B A."""
+    materialised = site.W + site.s * site.B @ site.A
+    y, cache = linear(site.x, materialised)
+    dx, dW, _ = linear_backward(site.dy, cache)
+    np.testing.assert_allclose(site.forward(), y, **ROUNDING)
+    for thin, thick in zip(site.gradients(), (dx, site.s * site.B.T @ dW, site.s * dW @ site.A.T), strict=True):
+        np.testing.assert_allclose(thin, thick, **ROUNDING)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex128])
+@given(site=drawn_sites, masked=st.booleans())
+def test_the_dtype_that_goes_in_comes_out_of_lora(dtype: type, site: Site, masked: bool) -> None:
+    x, W, A, B, dy = (array.astype(dtype) for array in (site.x, site.W, site.A, site.B, site.dy))
+    mask = dropout_mask(x.shape, 0.5, random_generator(0), x.real.dtype) if masked else None
+    y, cache = lora(x, DenseWeight(W), A, B, site.s, mask)
+    assert {a.dtype for a in (y, *lora_backward(dy, DenseWeight(W), A, B, site.s, cache), delta(A, B, site.s))} == {
+        np.dtype(dtype)
+    }
+
+
+# --- The start: B = 0 ---
+
+
+@given(drawn_sites, masks)
+def test_a_zero_B_changes_no_bit_of_a_linear_map(site: Site, dropout: float | None) -> None:
+    mask = None if dropout is None else dropout_mask(site.x.shape, dropout, random_generator(0), float)
+    assert site.forward(B=np.zeros_like(site.B), mask=mask).tobytes() == (site.x @ site.W.T).tobytes()
+
+
+@given(configs(), adapters, batches(), seeds)
+def test_a_fresh_adapter_changes_no_bit_of_a_model_whatever_its_rank_targets_and_seed(
+    config: Config, settings: LoRASettings, batch: Batch, seed: int
+) -> None:
+    base = base_model(config, random_weights(config, seed), np.float64)
+    adapted = attach(base, settings, init_adapter(base, settings, np.random.default_rng(seed), np.float64))
+    inputs = batch.tokens, batch.positions, batch.segments
+    assert forward(adapted, *inputs, seed=seed)[0].tobytes() == forward(base, *inputs)[0].tobytes()
+
+
+@given(configs(), adapters, batches(), seeds)
+def test_the_first_gradient_of_A_is_exactly_zero_and_a_first_step_moves_B_only(
+    config: Config, settings: LoRASettings, batch: Batch, seed: int
+) -> None:
+    base = base_model(config, random_weights(config, seed), np.float64)
+    trainable = init_adapter(base, settings, np.random.default_rng(seed), np.float64)
+    start = {name: array.copy() for name, array in trainable.items()}
+    _, gradients = loss_and_gradients(attach(base, settings, trainable), [batch])
+    assert not any(gradients[name].any() for name in trainable if "lora_A" in name)
+    for site in {name.partition(".self_attn")[0] for name in trainable if "v_proj" in name}:
+        assert gradients[f"{site}.self_attn.v_proj.lora_B.weight"].any()
+    SGD(trainable).update(trainable, gradients, learning_rate=1.0)
+    assert {name: array.tobytes() for name, array in trainable.items() if "lora_A" in name} == {
+        name: array.tobytes() for name, array in start.items() if "lora_A" in name
+    }
+
+
+@given(drawn_sites)
+def test_the_first_gradient_of_B_is_not_zero(site: Site) -> None:
+    _, dA, dB = site.gradients(B=np.zeros_like(site.B))
+    assert not dA.any()
+    assert dB.any()
+
+
+@given(st.integers(1, 16), st.integers(1, 40), st.integers(1, 40), seeds)
+def test_kaiming_initialises_A_uniformly_within_one_over_the_root_of_its_inputs_and_B_with_zero(
+    rank: int, outer: int, inner: int, seed: int
+) -> None:
+    A, B = init_kaiming(rank, (outer, inner), np.random.default_rng(seed))
+    assert A.shape == (rank, inner)
+    assert B.shape == (outer, rank)
+    assert A.dtype == B.dtype == np.float32
+    assert np.abs(A).max() <= np.float32(1 / math.sqrt(inner))
+    assert not B.any()
+
+
+def test_the_spread_of_a_fresh_A_is_that_of_its_distribution() -> None:
+    """A uniform in ±b has the standard deviation b/√3; the gaussian has 1/r. Both within four standard errors."""
+    rng, rank, inner = np.random.default_rng(0), 64, 900
+    error = 4 / math.sqrt(rank * inner)
+    uniform, _ = init_kaiming(rank, (5, inner), rng, np.float64)
+    assert uniform.std() == pytest.approx(1 / math.sqrt(3 * inner), rel=error)
+    assert np.abs(uniform).max() == pytest.approx(1 / math.sqrt(inner), rel=1e-3)
+    gaussian, B = init_gaussian(rank, (5, inner), rng, np.float64)
+    assert gaussian.std() == pytest.approx(1 / rank, rel=error)
+    assert abs(gaussian.mean()) < error / rank
+    assert not B.any()
+
+
+@pytest.mark.parametrize("inner", [1, 7, 576])
+def test_the_bound_of_kaiming_is_the_one_of_peft(inner: int) -> None:
+    nn = pytest.importorskip("torch.nn")
+    peft_A = nn.init.kaiming_uniform_(nn.Linear(inner, 20_000, bias=False).weight, a=math.sqrt(5))  # as PEFT calls it
+    A, _ = init_kaiming(20_000, (1, inner), np.random.default_rng(0))
+    assert np.abs(A).max() == pytest.approx(peft_A.abs().max().item(), rel=1e-3)
+
+
+# --- The change of the weight: ΔW = s B A ---
+
+
+@given(drawn_sites)
+def test_merged_equals_adapted(site: Site) -> None:
+    merged = merge(site.W, site.A, site.B, site.s)
+    np.testing.assert_allclose(site.x @ merged.W.T, site.forward(), **ROUNDING)
+
+
+@given(configs(), adapters, batches(), seeds)
+def test_a_model_with_merged_weights_equals_the_adapted_model(
+    config: Config, settings: LoRASettings, batch: Batch, seed: int
+) -> None:
+    base = base_model(config, random_weights(config, seed), np.float64)
+    adapter = random_adapter(init_adapter(base, settings, np.random.default_rng(seed)), seed)
+    merged = dict(base.sites)
+    for name in target_module_names(config, settings.target_modules):
+        A, B = adapter[f"{name}.lora_A.weight"], adapter[f"{name}.lora_B.weight"]
+        site = frozen_linear(base, name)
+        merged[name] = FrozenLinear(DenseWeight(merge(site.weight.dense(), A, B, settings.scale).W), site.bias)
+    inputs = batch.tokens, batch.positions, batch.segments
+    adapted = forward(attach(base, settings, adapter), *inputs)[0]
+    np.testing.assert_allclose(forward(Model(config, merged), *inputs)[0], adapted, rtol=1e-9, atol=1e-9)
+
+
+@given(drawn_sites)
+def test_unmerging_returns_the_very_bytes_of_W(site: Site) -> None:
+    W = site.W.copy()
+    assert unmerge(merge(site.W, 1e10 * site.A, site.B, site.s)).tobytes() == W.tobytes()
+
+
+@given(drawn_sites)
+def test_the_rank_of_the_change_is_at_most_r(site: Site) -> None:
+    singular = np.linalg.svd(delta(site.A, site.B, site.s), compute_uv=False)
+    assert (singular[len(site.A) :] <= 1e-13 * singular[0]).all()
+
+
+@given(drawn_sites)
+def test_every_change_of_rank_at_most_r_is_reached(site: Site) -> None:
+    """By the singular value decomposition: ΔW = U Σ Vᵀ, so A = √Σ Vᵀ and s B = U √Σ."""
+    rank = len(site.A)
+    wanted = normal(7, len(site.W), rank) @ normal(8, rank, site.W.shape[1])
+    U, sigma, Vt = np.linalg.svd(wanted, full_matrices=False)
+    root = np.sqrt(sigma[:rank])
+    A, B = root[:, None] * Vt[:rank], U[:, :rank] * root / site.s
+    assert len(A) <= rank
+    np.testing.assert_allclose(delta(A, B, site.s), wanted, **ROUNDING)
+
+
+@given(drawn_sites, st.sampled_from([-4.0, 0.5, 3.0]))
+def test_cA_and_B_over_c_give_the_same_output_and_their_gradients_scale_the_other_way(site: Site, c: float) -> None:
+    """L(cA, B/c) = L(A, B), so ∂/∂(cA) = (1/c) ∂/∂A and ∂/∂(B/c) = c ∂/∂B; what comes out for x is the same."""
+    np.testing.assert_allclose(site.forward(c * site.A, site.B / c), site.forward(), **ROUNDING)
+    dx, dA, dB = site.gradients()
+    for scaled, expected in zip(site.gradients(c * site.A, site.B / c), (dx, dA / c, c * dB), strict=True):
+        np.testing.assert_allclose(scaled, expected, **ROUNDING)
+
+
+@given(drawn_sites, sizes, seeds)
+def test_the_sum_of_two_adapters_is_their_concatenation_of_rank_r1_plus_r2(site: Site, r2: int, seed: int) -> None:
+    A2, B2 = normal(seed, r2, site.W.shape[1]), normal(seed, len(site.W), r2)
+    A12, B12 = np.concatenate([site.A, A2]), np.concatenate([site.B, B2], axis=1)
+    both = delta(site.A, site.B, site.s) + delta(A2, B2, site.s)
+    np.testing.assert_allclose(delta(A12, B12, site.s), both, **ROUNDING)
+    frozen = site.x @ site.W.T
+    np.testing.assert_allclose(site.forward(A12, B12), site.forward() + site.forward(A2, B2) - frozen, **ROUNDING)
+
+
+@given(drawn_sites)
+def test_the_change_of_the_output_is_proportional_to_the_scale(site: Site) -> None:
+    change = site.forward() - site.x @ site.W.T
+    doubled = lora(site.x, site.weight, site.A, site.B, 2 * site.s)[0] - site.x @ site.W.T
+    np.testing.assert_allclose(doubled, 2 * change, **ROUNDING)
+
+
+@given(st.integers(1, 256), st.floats(0.5, 64))
+def test_the_scale_is_alpha_over_r_and_with_rslora_alpha_over_root_r(rank: int, alpha: float) -> None:
+    assert LoRASettings(rank=rank, alpha=alpha).scale == alpha / rank
+    assert LoRASettings(rank=rank, alpha=alpha, rslora=True).scale == pytest.approx(alpha / rank**0.5)
+
+
+# --- Dropout, on the branch's input ---
+
+
+@given(st.sampled_from([0.1, 0.5, 0.9]), seeds)
+def test_dropout_changes_no_expectation(p: float, seed: int) -> None:
+    """Entries are 0 or 1/(1 − p), with mean 1 (within five standard errors)."""
+    mask = dropout_mask((200, 100), p, random_generator(seed), np.float64)
+    assert set(np.unique(mask)) <= {0.0, 1 / (1 - p)}
+    assert abs(mask.mean() - 1) < 5 * math.sqrt(p / (1 - p) / mask.size)
+
+
+def test_dropout_leaves_the_frozen_path_alone() -> None:
+    site = Site(3, 4, 5, 2, 1.0, 0)
+    nothing = np.zeros_like(site.x)
+    assert site.forward(mask=nothing).tobytes() == (site.x @ site.W.T).tobytes()
+    dx, dA, dB = site.gradients(mask=nothing)
+    np.testing.assert_allclose(dx, site.dy @ site.W, **ROUNDING)
+    assert not dA.any()
+    assert not dB.any()
+
+
+@pytest.fixture
+def adapted() -> Any:
+    """A model of two layers with an adapter after some training, and the inputs of a forward: seed → hidden states."""
+    base = base_model(TINY, random_weights(TINY, 0), np.float64)
+    settings = LoRASettings(4, dropout=0.5, target_modules=("all-linear",))
+    model = attach(base, settings, random_adapter(init_adapter(base, settings, np.random.default_rng(0)), 1))
+    tokens = np.arange(11).reshape(1, -1)
+
+    def run(seed: int | None) -> bytes:
+        return bytes(forward(model, tokens, tokens, np.ones_like(tokens), seed=seed)[0].tobytes())
+
+    run.model = model  # type: ignore[attr-defined]
+    return run
+
+
+def test_there_is_no_dropout_without_a_seed_and_the_same_seed_drops_the_same(adapted: Any) -> None:
+    assert adapted(None) == adapted(None)
+    assert adapted(5) == adapted(5)
+    assert len({adapted(None), adapted(5), adapted(6)}) == 3
+
+
+def test_different_sites_drop_different_features(adapted: Any) -> None:
+    x = np.ones((20, 8))
+    linears = [adapted.model.sites[layer_module(layer, role)] for layer in range(2) for role in ("q", "k", "v", "gate")]
+    masks = {site.forward(x, seed=3)[1].mask.tobytes() for site in linears}
+    assert len(masks) == len(linears)
+
+
+# --- The update ---
+
+
+@given(drawn_sites)
+def test_A_and_B_are_updated_together_which_is_not_the_sequential_update(site: Site) -> None:
+    """Both gradients belong to the point (A, B). Updating B first and then taking A's gradient at the new B, as some
+    sketches of the algorithm do, is another method: already the first step from B = 0 would move A."""
+    A, B = site.A.copy(), np.zeros_like(site.B)
+    parameters = {"A": A, "B": B}
+    _, dA, dB = site.gradients(A, B)
+    SGD(parameters).update(parameters, {"A": dA, "B": dB}, 0.1)
+    np.testing.assert_array_equal(A, site.A)
+    np.testing.assert_array_equal(B, -0.1 * dB)
+    _, dA_sequential, _ = site.gradients(site.A, B)
+    assert dA_sequential.any()
+
+
+# --- The frozen weight ---
+
+
+@given(configs(), adapters, batches(), seeds)
+def test_the_base_weights_keep_their_bytes_over_any_number_of_steps(
+    config: Config, settings: LoRASettings, batch: Batch, seed: int
+) -> None:
+    weights = random_weights(config, seed)
+    bytes_before = {name: array.tobytes() for name, array in weights.items()}
+    base = base_model(config, weights, np.float64)
+    trainable = init_adapter(base, settings, np.random.default_rng(seed), np.float64)
+    model, optimizer = attach(base, settings, trainable), SGD(trainable, weight_decay=0.1)
+    for step in range(3):
+        _, gradients = loss_and_gradients(model, [batch], [step])
+        assert gradients.keys() == trainable.keys()
+        optimizer.update(trainable, gradients, learning_rate=0.1)
+    assert {name: array.tobytes() for name, array in weights.items()} == bytes_before
+
+
+def test_no_array_of_the_size_of_W_is_allocated_forwards_or_backwards() -> None:
+    n, inner, outer, rank = 2, 600, 700, 4
+    site = Site(n, inner, outer, rank, 1.0, 0)
+    tracemalloc.start()
+    try:
+        for mask in (None, np.ones_like(site.x)):
+            site.gradients(mask=mask)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < site.W.nbytes / 10, "ΔW, dW or a copy of W was formed"
+
+
+# --- Targets ---
+
+
+def test_targets_choose_by_module_name_or_its_ending_in_the_order_of_the_model() -> None:
+    every = [layer_module(layer, role) for layer in range(2) for role in LINEAR]
+    assert target_module_names(TINY, ["all-linear"]) == every
+    assert target_module_names(TINY, reversed(ROLES)) == every
+    assert target_module_names(TINY, ["mlp.up_proj", "v_proj", "v_proj"]) == [
+        name for name in every if name.endswith(("v_proj", "up_proj"))
+    ]
+    assert target_module_names(TINY, ["model.layers.1.mlp.down_proj"]) == [layer_module(1, "down")]
+
+
+@pytest.mark.parametrize("target", ["q_prj", "proj", "", "embed_tokens", "lm_head", "model.layers.2.self_attn.q_proj"])
+def test_a_target_that_is_no_projection_of_the_model_is_refused(target: str) -> None:
+    with pytest.raises(ValueError, match=target or "''"):
+        target_module_names(TINY, ["v_proj", target])
+
+
+def test_an_adapter_on_an_adapter_is_refused(adapted: Any) -> None:
+    assert isinstance(adapted.model.sites[layer_module(0, "q")], LoRALinear)
+    with pytest.raises(ValueError, match="already adapted"):
+        init_adapter(adapted.model, LoRASettings(), np.random.default_rng(0))
