@@ -57,8 +57,13 @@ TINYSMOL: dict[str, Any] = {
     "tie_word_embeddings": True,
     "vocab_size": 4096,
 }
-PYTHON_SHARE, COPYING_SHARE = 0.25, 0.05  # of the tokens; the rest is generated English
-COPYING_FIRST = 600_000  # tokens of copying before any text
+PYTHON_SHARE = 0.25  # of the text's tokens; the rest is generated English
+STAGES = (  # name, share of the tokens, share of the learning rate, schedule
+    ("text", 0.2, 1.0, "constant"),
+    ("copying", 0.08, 0.5, "constant"),
+    ("more-text", 0.72, 1.0, "cosine"),
+)
+SAID_AGAIN = 64  # tokens of one exercise in copying
 HELD_OUT_EVERY = 50  # every 50th document of Python's text is never trained on
 ENGLISH_TRAIN, ENGLISH_HELD_OUT = 0, 1  # seeds of the generated English
 
@@ -90,19 +95,38 @@ def packed_rows(documents: Iterable[str], tokenizer: Tokenizer, tokens: int) -> 
     return rows[:-1]
 
 
+def stage_rows(
+    name: str,
+    tokens: int,
+    texts: tuple[Iterator[str], Iterator[str]],
+    tokenizer: Tokenizer,
+    rng: np.random.Generator,
+) -> Rows:
+    """The rows of one stage. A second stage of text goes on in both streams where the first one stopped."""
+    if name == "copying":
+        return copying_rows(tokens, rng)
+    python, english = texts
+    python_tokens = int(PYTHON_SHARE * tokens)
+    return [
+        *packed_rows(python, tokenizer, python_tokens),
+        *packed_rows(english, tokenizer, tokens - python_tokens),
+    ]
+
+
 def copying_rows(tokens: int, rng: np.random.Generator) -> Rows:
-    """Rows of random tokens, said once and then again and again; only the repetitions are trained.
+    """Exercises in copying: random tokens, said once and then again and again. Only the repetitions are trained.
 
     From text alone a model this small takes millions of tokens to discover that it can look up what followed the last
-    time (an "induction head", Olsson et al., 2022, arXiv:2209.11895). Here nothing else helps, and it takes minutes.
+    time (an "induction head": Olsson et al., 2022, arXiv:2209.11895). Here nothing else helps, and once text has given
+    its tokens distinct embeddings it takes minutes.
     """
-    rows = []
-    for _ in range(tokens // CONTEXT):
-        period = int(rng.integers(8, CONTEXT // 2))
+
+    def exercise() -> Example:
+        period = int(rng.integers(4, SAID_AGAIN // 2))
         said = rng.integers(0, TINYSMOL["vocab_size"], period)
-        repeated = np.resize(said, CONTEXT).tolist()
-        rows.append([Example(repeated, [i >= period for i in range(CONTEXT)])])
-    return rows
+        return Example(np.resize(said, SAID_AGAIN).tolist(), [i >= period for i in range(SAID_AGAIN)])
+
+    return [[exercise() for _ in range(CONTEXT // SAID_AGAIN)] for _ in range(tokens // CONTEXT)]
 
 
 def _encoded(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
@@ -116,7 +140,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m minilora.pretrain", description=__doc__)
     parser.add_argument("--out", type=Path, default=SHIPPED_MODEL, help="folder of the model (%(default)s)")
     parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="folder of the training run")
-    parser.add_argument("--tokens", type=float, default=8e6, help="how many tokens of text to train on (%(default)g)")
+    parser.add_argument("--tokens", type=float, default=8e6, help="how many tokens to train on (%(default)g)")
     parser.add_argument("--batch-size", type=int, default=8, help=f"rows of {CONTEXT} tokens a step (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak, cosine to 0 (%(default)s)")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="(%(default)s)")
@@ -127,7 +151,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def pretrain_command(argv: list[str] | None = None) -> None:
-    """Tokenizer, rows, weights; first copying, then text; and the checkpoint with its held-out perplexity."""
+    """Tokenizer, rows, weights; text, copying, more text; and the checkpoint with its held-out perplexity."""
     args = parse(argv)
     print(f"device: {use(args.device)}")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -140,47 +164,43 @@ def pretrain_command(argv: list[str] | None = None) -> None:
         tokenizer = train_tokenizer(itertools.chain(python_train, english), config.vocab_size, args.out)
 
     rng = np.random.default_rng(args.seed)
-    python_tokens, copying_tokens = int(PYTHON_SHARE * args.tokens), int(COPYING_SHARE * args.tokens)
-    text_rows = [
-        *packed_rows(itertools.cycle(python_train), tokenizer, python_tokens),
-        *packed_rows(english_documents(ENGLISH_TRAIN), tokenizer, int(args.tokens) - python_tokens - copying_tokens),
-        *copying_rows(copying_tokens, rng),
-    ]
+    texts = itertools.cycle(python_train), english_documents(ENGLISH_TRAIN)
+    rows = {name: stage_rows(name, int(share * args.tokens), texts, tokenizer, rng) for name, share, _, _ in STAGES}
     held_out = {
         "python": batches_of(packed_rows(python_held_out, tokenizer, 30_000), args.batch_size, 0),
         "english": batches_of(packed_rows(english_documents(ENGLISH_HELD_OUT), tokenizer, 30_000), args.batch_size, 0),
         "copying": batches_of(copying_rows(10_000, rng), args.batch_size, 0),
     }
-    print(f"{parameter_count(config):,} parameters, {len(text_rows) * CONTEXT:,} tokens of text")
+    print(f"{parameter_count(config):,} parameters, {args.tokens:,.0f} tokens")
 
     weights = random_weights(config, args.seed, std=TINYSMOL["initializer_range"])
     trainable = {name: to_device(array.copy()) for name, array in weights.items()}
     model = full_model(config, trainable)
     seconds = 0.0
-    for name, rows in ("copying", copying_rows(COPYING_FIRST, rng)), ("text", text_rows):
+    for name, _, rate, schedule in STAGES:
         folder = args.run / name
         folder.mkdir(parents=True, exist_ok=True)
         optimizer = AdamW(trainable, args.weight_decay, beta2=0.95)
-        state = State(trainable, optimizer, Order(len(rows)), np.random.default_rng(args.seed))
+        state = State(trainable, optimizer, Order(len(rows[name])), np.random.default_rng(args.seed))
         if args.resume and (folder / STATE_FILE).is_file():
             state.load(folder)
-        steps = math.ceil(len(rows) / args.batch_size)
+        steps = math.ceil(len(rows[name]) / args.batch_size)
         plan = Plan(
             steps,
             args.batch_size,
-            learning_rate=args.learning_rate,
-            schedule="cosine" if name == "text" else "constant",
+            learning_rate=rate * args.learning_rate,
+            schedule=schedule,
             warmup=min(100, steps // 10),
             eval_every=max(1, steps // 20),
             save_every=max(1, steps // 20),
         )
         valid = held_out["copying"] if name == "copying" else held_out["python"][:3] + held_out["english"][:6]
-        train(model, state, rows, valid, plan, folder)
+        train(model, state, rows[name], valid, plan, folder)
         seconds += state.seconds
 
     write_checkpoint(args.out, TINYSMOL, {name: to_host(p) for name, p in trainable.items()}, dtype="bfloat16")
     figures = {f"{name}_perplexity": math.exp(mean_loss(model, batches)) for name, batches in held_out.items()}
-    figures |= {"parameters": parameter_count(config), "tokens": args.tokens + COPYING_FIRST, "seconds": seconds}
+    figures |= {"parameters": parameter_count(config), "tokens": args.tokens, "seconds": seconds}
     write_json(args.run / "summary.json", figures)
     for name, value in figures.items():
         print(f"{name:20} {value:,.2f}")

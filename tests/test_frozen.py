@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ HALVES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 in_halves = pytest.mark.parametrize("half", HALVES)
 
 
-def stored(half: str, W: np.ndarray, dtype: type) -> StoredWeight:
+def stored(half: str, W: np.ndarray, dtype: Any) -> StoredWeight:
     array = W.astype(HALVES[half])
     return StoredWeight(narrow(array) if half == "bfloat16" else array, dtype)
 
@@ -27,7 +29,7 @@ def stored(half: str, W: np.ndarray, dtype: type) -> StoredWeight:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @given(seed=seeds, n=sizes, inner=sizes, outer=sizes)
 def test_a_weight_stored_in_16_bits_gives_the_very_bytes_of_the_widened_one(
-    half: str, dtype: type, seed: int, n: int, inner: int, outer: int
+    half: str, dtype: Any, seed: int, n: int, inner: int, outer: int
 ) -> None:
     W = normal(seed, outer, inner)
     narrow_weight = stored(half, W, dtype)
@@ -74,7 +76,7 @@ def test_every_array_of_a_base_model_refuses_to_be_written_to(config: Config, ke
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_widening_is_exact_for_every_bfloat16_there_is(dtype: type) -> None:
+def test_widening_is_exact_for_every_bfloat16_there_is(dtype: Any) -> None:
     every = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16)
     with np.errstate(invalid="ignore"):  # some of them are signalling NaNs
         wide, expected = widen(narrow(every), dtype), every.astype(dtype)

@@ -47,7 +47,7 @@ from minilora.text.batches import Batch
 from minilora.training.optimizers import SGD
 from minilora.training.step import loss_and_gradients
 
-ROUNDING = {"rtol": 1e-11, "atol": 1e-11}
+ROUNDING: Any = {"rtol": 1e-11, "atol": 1e-11}
 
 
 class Site:
@@ -102,7 +102,7 @@ def test_the_thin_path_equals_the_materialised_weight_forwards_and_in_all_gradie
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex128])
 @given(site=drawn_sites, masked=st.booleans())
-def test_the_dtype_that_goes_in_comes_out_of_lora(dtype: type, site: Site, masked: bool) -> None:
+def test_the_dtype_that_goes_in_comes_out_of_lora(dtype: Any, site: Site, masked: bool) -> None:
     x, W, A, B, dy = (array.astype(dtype) for array in (site.x, site.W, site.A, site.B, site.dy))
     mask = dropout_mask(x.shape, 0.5, random_generator(0), x.real.dtype) if masked else None
     y, cache = lora(x, DenseWeight(W), A, B, site.s, mask)
@@ -139,8 +139,7 @@ def test_the_first_gradient_of_A_is_exactly_zero_and_a_first_step_moves_B_only(
     start = {name: array.copy() for name, array in trainable.items()}
     _, gradients = loss_and_gradients(attach(base, settings, trainable), [batch])
     assert not any(gradients[name].any() for name in trainable if "lora_A" in name)
-    for site in {name.partition(".self_attn")[0] for name in trainable if "v_proj" in name}:
-        assert gradients[f"{site}.self_attn.v_proj.lora_B.weight"].any()
+    assert all(gradients[name].any() for name in trainable if "v_proj.lora_B" in name)
     SGD(trainable).update(trainable, gradients, learning_rate=1.0)
     assert {name: array.tobytes() for name, array in trainable.items() if "lora_A" in name} == {
         name: array.tobytes() for name, array in start.items() if "lora_A" in name

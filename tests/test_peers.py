@@ -192,7 +192,7 @@ def test_peft_has_the_same_logits_loss_and_gradients_of_A_and_B(
         compare(attach(base, adapter, trainable), theirs, batch, relative=1e-10)
 
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": {"num_hidden_layers": 3},
     "SmolLM3-3B": {"num_hidden_layers": 2, "no_rope_layers": [1, 0], "vocab_size": 512, "pad_token_id": None}
     | {"bos_token_id": 0, "eos_token_id": 0},
