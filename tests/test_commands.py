@@ -22,6 +22,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from minilora import generate
+from minilora.formats.checkpoint import random_weights, write_checkpoint
+from minilora.model.config import Config
 from minilora.text.tokenizer import Tokenizer
 from minilora.text.train_tokenizer import train_tokenizer
 
@@ -108,12 +110,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint of two layers, with a tokenizer of its own."""
+    """A random checkpoint of two layers in bfloat16, with a tokenizer of its own."""
     folder = tmp_path_factory.mktemp("tiny")
-    train_tokenizer(TEXTS * 3, CONFIG["vocab_size"], folder / "tokenizer")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    good("random_checkpoint", folder / "config.json", "--out", folder / "model", "--tokenizer", folder / "tokenizer")
-    return folder / "model"
+    weights = random_weights(Config.from_dict(CONFIG), seed=0, dtype="bfloat16", std=0.3)
+    write_checkpoint(folder, CONFIG, weights, "bfloat16")
+    train_tokenizer(TEXTS * 3, CONFIG["vocab_size"], folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -133,7 +135,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter(tmp_path_factory: pytest.TempPathFactory, model: Path, data: Path) -> Path:
     """The run of an adapter that has learnt the pairs."""
     folder = tmp_path_factory.mktemp("runs") / "learnt"
-    flags = "--steps 60 --learning-rate 0.02 --rank 4 --eval-every 20".split()
+    flags = "--steps 80 --learning-rate 0.01 --rank 4".split()
     good("train", "--model", model, "--data", data / "train-only", "--out", folder, *flags)
     return folder
 
@@ -227,10 +229,19 @@ def test_a_config_file_gives_flags_and_those_on_the_command_line_win(train: Any,
     assert found == [2, 2, 1, ["v_proj"]]
 
 
+def test_without_out_each_run_gets_a_new_folder_named_after_its_data(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        good("train", "--model", model, "--data", data / "pairs.jsonl", "--steps", 1)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["pairs-1", "pairs-2"]
+
+
 def test_training_reports_the_exact_match_that_evaluate_finds(model: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", PAIRS)
     write_rows(tmp_path / "data" / "test.jsonl", [*PAIRS, {"prompt": "up ->", "completion": " DOWN"}])
-    flags = "--steps 80 --learning-rate 0.02 --rank 8 --warmup 5".split()
+    flags = "--steps 80 --learning-rate 0.01".split()
     out = good("train", "--model", model, "--data", tmp_path / "data", "--out", tmp_path / "run", *flags)
     summary = read(tmp_path / "run" / "summary.json")
     assert (summary["base_exact_match"], summary["adapted_exact_match"]) == (0, pytest.approx(5 / 6))
@@ -266,7 +277,8 @@ def test_a_step_of_plain_descent_from_pefts_adapter_is_minus_pytorchs_gradient(
     (total / count).backward()
 
     before, after = load_file(tmp_path / "peft" / ADAPTER), load_file(tmp_path / "run" / ADAPTER)
-    gradients = {name.replace(".default", ""): p.grad.numpy() for name, p in reference.named_parameters() if p.grad is not None}
+    trained = {name.replace(".default", ""): p for name, p in reference.named_parameters() if p.requires_grad}
+    gradients = {name: p.grad.numpy() for name, p in trained.items()}
     assert before.keys() == after.keys() == gradients.keys()
     for name, gradient in gradients.items():
         assert np.abs(gradient).max() > 1e-4
@@ -403,9 +415,9 @@ def test_the_prompt_may_come_from_standard_input_and_be_a_chat(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("down ->"))
     assert good("generate", "--model", model, "--adapter", adapter) == " DOWN\n"
-    chat = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     flags = ("--model", model, "--max-tokens", 5, "--prompt")
-    assert good("generate", *flags, "hello", "--chat") == good("generate", *flags, chat) != good("generate", *flags, "hello")
+    written_out = good("generate", *flags, "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n")
+    assert good("generate", *flags, "hello", "--chat") == written_out != good("generate", *flags, "hello")
 
 
 def test_words_appear_while_later_ones_are_still_to_come(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,12 +464,18 @@ def test_evaluate_prints_one_line_of_json_or_a_table(model: Path, data: Path) ->
     assert all(name in table for name in figures) and f"{figures['loss']:.4f}" in table
 
 
-def test_a_random_model_is_as_perplexed_as_by_uniform_chance_and_batches_do_not_matter(model: Path, data: Path) -> None:
-    losses = []
-    for size in (1, 2, 8):
-        flags = ("--data", data / "text.jsonl", "--batch-size", size, "--json")
-        losses.append(json.loads(good("evaluate", "--model", model, *flags))["loss"])
-    assert max(losses) - min(losses) < 1e-5 and abs(losses[0] - math.log(CONFIG["vocab_size"])) < 0.1
+def test_the_batch_size_of_an_evaluation_does_not_matter(model: Path, data: Path) -> None:
+    flags = ("--model", model, "--data", data / "text.jsonl", "--json", "--batch-size")
+    losses = [json.loads(good("evaluate", *flags, size))["loss"] for size in (1, 2, 8)]
+    assert max(losses) - min(losses) < 1e-5
+
+
+def test_a_random_checkpoint_of_a_configuration_is_as_perplexed_as_chance(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    good("random_checkpoint", model / "config.json", "--out", tmp_path / "new", "--tokenizer", model)
+    loss = json.loads(good("evaluate", "--model", tmp_path / "new", "--data", data / "parts", "--json"))["loss"]
+    assert abs(loss - math.log(CONFIG["vocab_size"])) < 0.1
 
 
 # --- as processes ---
@@ -530,7 +548,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "an unknown setting": (["--config", "unknown.json"], ["unknown.json", "'ranks'"]),
     "a setting of another type": (["--config", "type.json"], ["type.json", "rank must be int"]),
     "targets of another type": (["--config", "targets.json"], ["targets.json", "target_modules"]),
-    "resuming nothing": (["--resume", "nowhere"], ["--resume"]),
+    "resuming nothing": (["--resume", "nowhere"], ["nowhere holds no run to resume"]),
 }
 
 
