@@ -75,7 +75,7 @@ def configs(draw: st.DrawFn, max_layers: int = 2) -> Config:
 
 def random_weights(config: Config, seed: int) -> dict[str, np.ndarray]:
     """A checkpoint in float64 in which nothing is special: gains are not 1, biases not 0."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, 20])
     weights = {}
     for name, shape in parameter_shapes(config).items():
         if len(shape) == 2:
@@ -87,7 +87,7 @@ def random_weights(config: Config, seed: int) -> dict[str, np.ndarray]:
 
 def random_adapter(trainable: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
     """An adapter of the same shapes as after some training: B is not zero."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, 21])
     return {name: rng.normal(size=array.shape) / np.sqrt(array.shape[1]) for name, array in trainable.items()}
 
 

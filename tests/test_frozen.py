@@ -50,7 +50,7 @@ def test_a_weight_stored_in_16_bits_gives_the_very_bytes_of_the_widened_one(
 def test_a_frozen_weight_multiplies_by_its_transpose_forwards_and_by_itself_backwards(
     seed: int, n: int, inner: int, outer: int
 ) -> None:
-    W, x, dy = normal(seed, outer, inner), normal(seed, n, inner), normal(seed, n, outer)
+    W, x, dy = normal(seed, outer, inner), normal(seed, n, inner, stream=1), normal(seed, n, outer, stream=2)
     weight = DenseWeight(W)
     np.testing.assert_allclose(weight.forward(x), np.einsum("ni,oi->no", x, W), atol=1e-12)
     np.testing.assert_allclose(weight.backward(dy), np.einsum("no,oi->ni", dy, W), atol=1e-12)

@@ -54,8 +54,9 @@ class Site:
     """One adapted linear map with tokens x and an incoming gradient dy, of drawn sizes."""
 
     def __init__(self, n: int, inner: int, outer: int, rank: int, s: float, seed: int) -> None:
-        self.x, self.dy, self.W = normal(seed, n, inner), normal(seed, n, outer, stream=1), normal(seed, outer, inner)
+        self.x, self.dy = normal(seed, n, inner, stream=0), normal(seed, n, outer, stream=1)
         self.A, self.B = normal(seed, rank, inner, stream=2), normal(seed, outer, rank, stream=3)
+        self.W = normal(seed, outer, inner, stream=4)
         self.s = s
         self.weight = DenseWeight(self.W)
 
@@ -246,7 +247,7 @@ def test_cA_and_B_over_c_give_the_same_output_and_their_gradients_scale_the_othe
 
 @given(drawn_sites, sizes, seeds)
 def test_the_sum_of_two_adapters_is_their_concatenation_of_rank_r1_plus_r2(site: Site, r2: int, seed: int) -> None:
-    A2, B2 = normal(seed, r2, site.W.shape[1]), normal(seed, len(site.W), r2)
+    A2, B2 = normal(seed, r2, site.W.shape[1], stream=5), normal(seed, len(site.W), r2, stream=6)
     A12, B12 = np.concatenate([site.A, A2]), np.concatenate([site.B, B2], axis=1)
     both = delta(site.A, site.B, site.s) + delta(A2, B2, site.s)
     np.testing.assert_allclose(delta(A12, B12, site.s), both, **ROUNDING)

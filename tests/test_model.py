@@ -279,6 +279,26 @@ def test_k_micro_batches_are_one_batch(case: Trained, drawn: list[list[Example]]
 # --- Time ---
 
 
+@given(trained, st.integers(1, 60))
+def test_a_layer_turns_its_keys_by_their_position_where_the_configuration_says_so(case: Trained, position: int) -> None:
+    """A lone token attends to itself wherever it stands, so its position is seen in the keys and nowhere else."""
+    token, here, segment = np.array([[1]]), np.array([[position]]), np.array([[1]])
+    x, past, _ = forward(case.model(), token, np.zeros_like(here), segment)
+    x_moved, past_moved, _ = forward(case.model(), token, here, segment)
+    assert x.tobytes() == x_moved.tobytes()
+    for uses_rope, (k, v), (k_moved, v_moved) in zip(
+        case.config.rope_layers, past.layers, past_moved.layers, strict=True
+    ):
+        assert v.tobytes() == v_moved.tobytes()
+        assert (k.tobytes() != k_moved.tobytes()) == uses_rope
+
+
+@given(trained, batches(), st.integers(1, 50))
+def test_a_model_sees_only_the_differences_of_positions(case: Trained, batch: Batch, shift: int) -> None:
+    shifted = batch._replace(positions=batch.positions + shift)
+    assert_same(loss_and_gradients(case.model(), [shifted]), loss_and_gradients(case.model(), [batch]))
+
+
 @given(trained, st.lists(st.integers(0, VOCAB - 1), min_size=2, max_size=6), st.data())
 def test_changing_future_tokens_changes_no_byte_of_what_came_before(
     case: Trained, tokens: list[int], data: st.DataObject

@@ -32,7 +32,7 @@ def rounding(scale: float = 1.0) -> Any:
 
 
 def test_the_complex_step_accepts_a_right_gradient_and_names_one_that_is_off_by_a_millionth() -> None:
-    inputs = {"x": normal(0, 3), "y": normal(1, 3)}
+    inputs = {"x": normal(0, 3), "y": normal(0, 3, stream=1)}
 
     def loss(arrays: Any) -> Any:
         return (arrays["x"] * arrays["x"] * np.exp(arrays["y"])).sum()
@@ -64,7 +64,11 @@ class Case:
 @st.composite
 def linear_case(draw: st.DrawFn) -> Case:
     n, inner, outer, seed = draw(sizes), draw(sizes), draw(sizes), draw(seeds)
-    inputs = {"x": normal(seed, n, inner), "W": normal(seed, outer, inner, stream=1), "b": normal(seed, outer)}
+    inputs = {
+        "x": normal(seed, n, inner),
+        "W": normal(seed, outer, inner, stream=1),
+        "b": normal(seed, outer, stream=2),
+    }
     return Case(linear, linear_backward, inputs)
 
 
@@ -167,7 +171,7 @@ def test_nothing_that_an_operation_is_given_is_written_to(operation: str, data: 
     case = data.draw(OPERATIONS[operation])
     given_bytes = {name: x.tobytes() for name, x in case.inputs.items()}
     y, cache = case.forward(**case.inputs)
-    dy = normal(0, *y.shape)
+    dy = normal(0, *y.shape, stream=5)
     dy_bytes = dy.tobytes()
     first, second = case.backward(dy, cache), case.backward(dy, cache)
     assert {name: x.tobytes() for name, x in case.inputs.items()} == given_bytes
@@ -210,7 +214,7 @@ def test_rmsnorm_does_not_see_the_scale_of_its_input_when_eps_is_zero(case: Case
 def test_rmsnorm_passes_no_gradient_along_its_input_when_eps_is_zero(case: Case, seed: int) -> None:
     x, gain = case.inputs.values()
     y, cache = rmsnorm(x, gain, 0.0)
-    dx, _ = rmsnorm_backward(normal(seed, *y.shape), cache)
+    dx, _ = rmsnorm_backward(normal(seed, *y.shape, stream=5), cache)
     np.testing.assert_allclose((x * dx).sum(axis=-1), 0, atol=1e-11)
 
 
@@ -359,7 +363,7 @@ def test_segments_do_not_see_each_other(seed: int, first: int, second: int) -> N
 def test_adding_the_same_to_all_scores_of_a_query_changes_nothing(case: Case, seed: int) -> None:
     """Softmax does not see a shift. Moving every key by the same vector shifts each query's scores by one number."""
     q, k, v = case.inputs.values()
-    shift = normal(seed, k.shape[0], 1, *k.shape[2:])
+    shift = normal(seed, k.shape[0], 1, *k.shape[2:], stream=5)
     np.testing.assert_allclose(case.forward(q, k + shift, v)[0], case.forward(q, k, v)[0], rtol=1e-10, atol=1e-10)
 
 
@@ -372,7 +376,7 @@ def test_grouped_queries_are_multi_head_attention_with_repeated_keys(case: Case,
     grouped, grouped_cache = case.forward(q, k, v)
     repeated, repeated_cache = case.forward(q, k.repeat(G, axis=2), v.repeat(G, axis=2))
     np.testing.assert_allclose(grouped, repeated, **rounding())
-    dy = normal(seed, *grouped.shape)
+    dy = normal(seed, *grouped.shape, stream=5)
     (dq, dk, dv), (dq1, dk1, dv1) = attention_backward(dy, grouped_cache), attention_backward(dy, repeated_cache)
     np.testing.assert_allclose(dq, dq1, **rounding(100))
     np.testing.assert_allclose(dk, dk1.reshape(B, S, K, G, d).sum(axis=3), **rounding(100))

@@ -368,11 +368,40 @@ def test_activation_checkpointing_trains_to_the_same_bytes(tmp_path: Path, metho
         assert array.tobytes() == load_file(tmp_path / "b" / STATE_FILE)[name].tobytes()
 
 
-def test_accumulated_micro_batches_train_as_one_batch(tmp_path: Path) -> None:
-    micro = trained(tmp_path / "micro", replace(PLAN, batch_size=1, grad_accumulation=6))
-    whole = trained(tmp_path / "whole", replace(PLAN, batch_size=6, grad_accumulation=1))
+DESCENT = replace(PLAN, learning_rate=0.5, eval_every=0)  # by SGD: Adam would make ±rate of a rounding error
+
+
+@pytest.mark.parametrize(("batch_size", "grad_accumulation"), [(1, 6), (2, 3), (3, 2)])
+def test_accumulated_micro_batches_train_as_one_batch_in_every_epoch(
+    tmp_path: Path, batch_size: int, grad_accumulation: int
+) -> None:
+    whole = trained(tmp_path / "whole", replace(DESCENT, batch_size=6, grad_accumulation=1), optimizer="sgd")
+    plan = replace(DESCENT, batch_size=batch_size, grad_accumulation=grad_accumulation)
+    micro = trained(tmp_path / "micro", plan, optimizer="sgd")
+    assert whole.order.epoch == 4
     for name, p in whole.trainable.items():
         np.testing.assert_allclose(micro.trainable[name], p, rtol=1e-7, atol=1e-9)
+
+
+@settings(max_examples=10)
+@given(seed=seeds)
+def test_every_micro_batch_has_a_dropout_of_its_own_which_the_seed_decides(seed: int) -> None:
+    def drawn(seed: int) -> list[int]:
+        found: list[int] = []
+
+        def recording(model: Model, batches: Any, micro_seeds: list[int], checkpointing: bool) -> Any:
+            found.extend(micro_seeds)
+            return 1.0, {name: np.zeros_like(p) for name, p in state.trainable.items()}
+
+        model, state = new_run(seed=seed)
+        with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "loss_and_gradients", recording)
+            train(model, state, ROWS, [], PLAN, Path(folder))
+        return found
+
+    first = drawn(seed)
+    assert len(first) == len(set(first)) == 14  # 9 rows make 2 + 2 + 1 micro-batches an epoch
+    assert not set(first) & set(drawn(seed + 1))
 
 
 def test_accumulation_weighs_each_token_alike_which_an_average_of_averages_does_not() -> None:
@@ -389,8 +418,9 @@ def test_packed_rows_train_as_padded_rows_do(tmp_path: Path) -> None:
     examples = [row[0] for row in ROWS]
     packed = [[examples[i] for i in row] for row in pack(examples, 12)]
     assert len(packed) < len(ROWS)
-    plan = replace(PLAN, batch_size=len(ROWS), grad_accumulation=1)  # each step is an epoch: the same rows in both
-    on_packed, on_padded = trained(tmp_path / "packed", plan, packed), trained(tmp_path / "padded", plan)
+    plan = replace(DESCENT, batch_size=len(ROWS), grad_accumulation=1)  # each step is an epoch: the same rows in both
+    on_packed = trained(tmp_path / "packed", plan, packed, optimizer="sgd")
+    on_padded = trained(tmp_path / "padded", plan, optimizer="sgd")
     assert on_packed.tokens == on_padded.tokens == plan.steps * sum(len(example.tokens) for example in examples)
     for name, p in on_padded.trainable.items():
         np.testing.assert_allclose(on_packed.trainable[name], p, rtol=1e-7, atol=1e-9)
@@ -530,3 +560,14 @@ def test_a_rate_that_is_far_too_high_is_noticed(tmp_path: Path) -> None:
     model, state = new_run(optimizer="sgd")
     with pytest.raises(Diverged, match=r"a lower --learning-rate \(now 1e\+200\)"):
         train(model, state, ROWS, VALID, replace(PLAN, learning_rate=1e200, max_grad_norm=0), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_state_that_a_divergence_leaves_is_one_with_a_finite_loss(tmp_path: Path) -> None:
+    model, state = new_run(optimizer="sgd")
+    plan = replace(PLAN, learning_rate=1e200, warmup=0, max_grad_norm=0, save_every=1)
+    with pytest.raises(Diverged):
+        train(model, state, ROWS, VALID, plan, tmp_path)
+    saved_model, saved_state = new_run(optimizer="sgd")
+    saved_state.load(tmp_path)
+    assert math.isfinite(mean_loss(saved_model, batches_of(ROWS, 4, pad_id=0)))
