@@ -139,7 +139,7 @@ def _keep_large_temporaries() -> None:
         m_trim_threshold, m_mmap_threshold = -1, -3
         libc = ctypes.CDLL(None)
         libc.mallopt(m_mmap_threshold, 1 << 30)
-        libc.mallopt(m_trim_threshold, 1 << 31 - 1)
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 _keep_large_temporaries()

@@ -59,9 +59,9 @@ TINYSMOL: dict[str, Any] = {
 }
 PYTHON_SHARE = 0.25  # of the text's tokens; the rest is generated English
 STAGES = (  # name, share of the tokens, share of the learning rate, schedule
-    ("text", 0.24, 1.0, "constant"),
-    ("copying", 0.07, 0.5, "constant"),
-    ("more-text", 0.69, 1.0, "cosine"),
+    ("text", 0.285, 1.0, "constant"),
+    ("copying", 0.065, 0.5, "constant"),
+    ("more-text", 0.65, 1.0, "cosine"),
 )
 SAID_AGAIN = 64  # tokens of one exercise in copying
 HELD_OUT_EVERY = 50  # every 50th document of Python's text is never trained on
@@ -140,7 +140,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m minilora.pretrain", description=__doc__)
     parser.add_argument("--out", type=Path, default=SHIPPED_MODEL, help="folder of the model (%(default)s)")
     parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="folder of the training run")
-    parser.add_argument("--tokens", type=float, default=7.4e6, help="how many tokens to train on (%(default)g)")
+    parser.add_argument("--tokens", type=float, default=7.9e6, help="how many tokens to train on (%(default)g)")
     parser.add_argument("--batch-size", type=int, default=8, help=f"rows of {CONTEXT} tokens a step (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak, cosine to 0 (%(default)s)")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="(%(default)s)")

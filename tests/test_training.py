@@ -6,9 +6,10 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,6 +38,16 @@ from minilora.training.state import STATE_FILE, State
 from minilora.training.step import loss_and_gradients, mean_loss
 
 few = settings(max_examples=25)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_progress_bars() -> Iterator[None]:
+    """Hundreds of them would bury what a failing test has to say."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "tqdm", partial(loop.tqdm, disable=True))
+        yield
+
+
 SHAPES = {"matrix": (3, 2), "gain": (4,)}  # decay acts on the first only
 rates = st.floats(1e-4, 0.1)
 
@@ -481,7 +492,7 @@ def test_training_stops_after_patience_without_gain_and_ends_as_at_the_best_vali
     model, state = new_run()
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "mean_loss", scripted)
-        plan = replace(PLAN, steps=len(losses), eval_every=1, patience=patience)
+        plan = replace(PLAN, steps=len(losses), eval_every=1, patience=patience, save_every=0)
         train(model, state, ROWS, VALID, plan, Path(folder))
     assert state.step == len(at_validation) == expected
     assert (state.best_loss, state.best_step) == (best_loss, best + 1)

@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from minilora.backend import Array, narrow, to_device, widen
+from minilora.backend import Array, narrow, read_only, to_device, widen
 from minilora.frozen import DenseWeight, FrozenWeight, StoredWeight
 from minilora.model.config import Config
 from minilora.model.model import Model
@@ -22,11 +22,12 @@ def base_model(
     """A model computing in `dtype` from the host arrays of a checkpoint.
 
     `stored` keeps bfloat16 and float16 matrices as they are and widens them at each use: half the memory, the same
-    results. Otherwise they are widened once.
+    results. Otherwise they are widened once. Arrays of the right dtype are taken over as they are, and are read-only
+    from then on.
     """
 
     def vector(name: str) -> Array:
-        return widen(_bits_to_device(weights[name]), dtype)
+        return read_only(widen(_bits_to_device(weights[name]), dtype))
 
     def matrix(name: str) -> FrozenWeight:
         array = _bits_to_device(weights[name])

@@ -35,6 +35,13 @@ class LoRASettings:
     init: str = "kaiming"
     rslora: bool = False
 
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0 <= self.dropout < 1 or self.init not in INITIALISATIONS:
+            raise ValueError(
+                f"rank {self.rank} must be at least 1, dropout {self.dropout} in [0, 1), "
+                f"init {self.init!r} one of {', '.join(INITIALISATIONS)}"
+            )
+
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)

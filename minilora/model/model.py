@@ -43,6 +43,7 @@ class Past(NamedTuple):
 
 class ForwardCache(NamedTuple):
     context: Context
+    past: Past | None
     embed: Any
     inputs: dict[int, Array]  # layer → its input x, where the layer is to be run again (activation checkpointing)
     blocks: dict[int, BlockCache]  # layer → its cache
@@ -84,7 +85,7 @@ def forward(
     for layer in range(config.num_hidden_layers):
         if layer >= lowest and checkpointing:
             inputs[layer] = x
-        layer_past = past.layers[layer] if past is not None else None
+        layer_past = past.layers[layer] if past else None
         x, kv, cache = block(x, layer_sites(sites, layer), config, config.rope_layers[layer], context, layer_past, seed)
         keys_values.append(kv)
         if layer >= lowest and not checkpointing:
@@ -93,7 +94,7 @@ def forward(
     return (
         x,
         Past(keys_values, past_positions, past_segments),
-        ForwardCache(context, c_embed, inputs, blocks, c_norm, seed),
+        ForwardCache(context, past, c_embed, inputs, blocks, c_norm, seed),
     )
 
 
@@ -112,8 +113,8 @@ def backward(model: Model, dx: Array, cache: ForwardCache) -> Gradients:
     for layer in reversed(range(lowest, config.num_hidden_layers)):
         site, use_rope = layer_sites(sites, layer), config.rope_layers[layer]
         if layer in cache.inputs:
-            x = cache.inputs[layer]
-            _, _, block_cache = block(x, site, config, use_rope, cache.context, None, cache.seed)
+            x, past = cache.inputs[layer], cache.past.layers[layer] if cache.past else None
+            _, _, block_cache = block(x, site, config, use_rope, cache.context, past, cache.seed)
         else:
             block_cache = cache.blocks[layer]
         dx, block_grads = block_backward(dx, site, use_rope, cache.context, block_cache)

@@ -65,9 +65,7 @@ def pack(examples: Sequence[Example], length: int) -> list[list[int]]:
     for index, example in enumerate(examples):
         size = len(example.tokens)
         if size > length:
-            raise ValueError(
-                f"example {index} has {size} tokens; pack rows longer than {length}, or leave it out"
-            )
+            raise ValueError(f"example {index} has {size} tokens; pack rows longer than {length}, or leave it out")
         row = int(np.argmax(room[: len(rows) + 1] >= size))  # the last of these is still empty: it fits
         if row == len(rows):
             rows.append([])

@@ -18,7 +18,7 @@ def loss_and_gradients(
     Each micro-batch contributes Σ loss / M with M the labelled tokens of *all* of them, so that k micro-batches are one
     large batch. (Averaging their means would weigh the tokens of a batch with few labels more than the others.)
     """
-    labelled = sum(count_labels(batch) for batch in batches)
+    labelled = labelled_tokens(batches)
     total = 0.0
     gradients: Gradients = {}
     for i, batch in enumerate(batches):
@@ -40,7 +40,15 @@ def mean_loss(model: Model, batches: Sequence[Batch]) -> float:
         hidden, labels = hidden_states(model, batch)
         loss, _, _ = head_loss(model, hidden, labels, dloss=None)
         total += float(loss)
-    return total / sum(count_labels(batch) for batch in batches)
+    return total / labelled_tokens(batches)
+
+
+def labelled_tokens(batches: Sequence[Batch]) -> int:
+    """What a mean loss divides by. ValueError where it would be 0."""
+    labelled = sum(count_labels(batch) for batch in batches)
+    if labelled == 0:
+        raise ValueError("no token of these batches has a label: there is no loss to speak of")
+    return labelled
 
 
 def hidden_states(model: Model, batch: Batch) -> tuple[Array, Array]:
