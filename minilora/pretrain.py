@@ -21,7 +21,6 @@ from minilora import cli
 from minilora.backend import to_device, to_host, use
 from minilora.formats.checkpoint import random_weights, write_checkpoint
 from minilora.formats.files import write_json
-from minilora.formats.load import SHIPPED_MODEL
 from minilora.methods.full import full_model
 from minilora.model.config import Config
 from minilora.model.names import parameter_count
@@ -138,7 +137,9 @@ def _encoded(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[in
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m minilora.pretrain", description=__doc__)
-    parser.add_argument("--out", type=Path, default=SHIPPED_MODEL, help="folder of the model (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/pretrain/tinysmol"), help="folder of the model (%(default)s)"
+    )
     parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="folder of the training run")
     parser.add_argument("--tokens", type=float, default=7.9e6, help="how many tokens to train on (%(default)g)")
     parser.add_argument("--batch-size", type=int, default=8, help=f"rows of {CONTEXT} tokens a step (%(default)s)")

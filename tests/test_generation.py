@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -83,9 +83,13 @@ def test_a_row_ends_before_its_first_stop_token_and_the_others_go_on(
 
 
 def test_generation_ends_as_soon_as_every_row_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    scripted = iter([np.array(column) for column in ([3, 4], [9, 5], [7, 9])])  # and then no more
-    monkeypatch.setattr(generation, "stream", lambda *_: scripted)
-    assert complete(adapted_model(TINY, 0), [[1], [2]], 3, frozenset([9])) == [[3], [4, 5]]
+    def scripted(*_: Any) -> Iterator[np.ndarray]:
+        yield from (np.array(column) for column in ([3, 4], [9, 5], [7, 9]))
+        raise AssertionError("nobody is waiting for another token")
+
+    monkeypatch.setattr(generation, "stream", scripted)
+    assert complete(adapted_model(TINY, 0), [[1], [2]], 10, frozenset([9])) == [[3], [4, 5]]
+    assert complete(adapted_model(TINY, 0), [[1], [2]], 2, frozenset([9])) == [[3], [4, 5]]
     assert complete(adapted_model(TINY, 0), [[1], [2]], 0, NEVER) == [[], []]
 
 
@@ -98,10 +102,13 @@ def test_an_empty_prompt_is_refused() -> None:
 
 
 class Grid:
-    """A generator whose draws are spread evenly over [0, 1): what is drawn n times has probability n / rows exactly."""
+    """A generator whose draws are spread evenly over [0, 1): what is drawn n times has probability n / rows."""
+
+    def __init__(self, first: float = 0.5) -> None:
+        self.first = first
 
     def random(self, shape: tuple[int, int]) -> np.ndarray:
-        return ((np.arange(shape[0]) + 0.5) / shape[0]).reshape(shape)
+        return ((np.arange(shape[0]) + self.first) / shape[0]).reshape(shape)
 
 
 def shares(logits: np.ndarray, temperature: float, top_k: int, top_p: float, rng: Any, draws: int) -> np.ndarray:
@@ -158,6 +165,11 @@ def test_the_cut_falls_exactly_where_the_probabilities_reach_p(top_k: int, top_p
     logits = np.log(2) * np.array([-2.0, -1.0, -3.0, -3.0])
     order = [1, 0, 2, 3]
     np.testing.assert_allclose(shares(logits, 1.0, top_k, top_p, Grid(), 168)[order], expected, atol=1e-12)
+
+
+def test_eight_even_draws_from_zero_on_divide_into_halves_quarters_and_eighths() -> None:
+    logits = np.log(2) * np.array([-1.0, -2.0, -3.0, -3.0])
+    assert shares(logits, 1.0, 0, 1.0, Grid(first=0.0), 8).tolist() == [1 / 2, 1 / 4, 1 / 8, 1 / 8]
 
 
 @given(

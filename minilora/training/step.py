@@ -18,7 +18,7 @@ def loss_and_gradients(
     Each micro-batch contributes Σ loss / M with M the labelled tokens of *all* of them, so that k micro-batches are one
     large batch. (Averaging their means would weigh the tokens of a batch with few labels more than the others.)
     """
-    labelled = labelled_tokens(batches)
+    labelled = _labelled_tokens(batches)
     total = 0.0
     gradients: Gradients = {}
     for i, batch in enumerate(batches):
@@ -40,10 +40,10 @@ def mean_loss(model: Model, batches: Sequence[Batch]) -> float:
         hidden, labels = hidden_states(model, batch)
         loss, _, _ = head_loss(model, hidden, labels, dloss=None)
         total += float(loss)
-    return total / labelled_tokens(batches)
+    return total / _labelled_tokens(batches)
 
 
-def labelled_tokens(batches: Sequence[Batch]) -> int:
+def _labelled_tokens(batches: Sequence[Batch]) -> int:
     """What a mean loss divides by. ValueError where it would be 0."""
     labelled = sum(count_labels(batch) for batch in batches)
     if labelled == 0:
