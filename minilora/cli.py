@@ -12,10 +12,10 @@ OUT_OF_MEMORY = (
 )
 
 
-def run(main: Callable[[], None]) -> int:
+def run(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
     """Run a command: 0 if it went well, 2 and one line if the user can mend it (MINILORA_DEBUG=1: the traceback)."""
     try:
-        main()
+        command(argv)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

@@ -62,7 +62,7 @@ def evaluate_command(argv: list[str] | None = None) -> None:
 
     loss = mean_loss(model, batches)
     figures: dict[str, Any] = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
-    some = rows[: args.eval_rows]
+    some = encoded.kept(rows)[: args.eval_rows]
     if can_be_matched(some):
         figures["exact_match"] = exact_match(answers(model, tokenizer, some), some)
     if args.adapter:
@@ -77,8 +77,8 @@ def evaluate_command(argv: list[str] | None = None) -> None:
         print(f"{name:12} {value:,}" if isinstance(value, int) else f"{name:12} {value:.4f}")
 
 
-def main() -> int:
-    return cli.run(evaluate_command)
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(evaluate_command, argv)
 
 
 if __name__ == "__main__":

@@ -85,8 +85,8 @@ def generate_command(argv: list[str] | None = None) -> None:
     print()
 
 
-def main() -> int:
-    return cli.run(generate_command)
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(generate_command, argv)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from minilora.frozen import FrozenWeight
 def init_kaiming(
     rank: int, shape: tuple[int, int], rng: np.random.Generator, dtype: Any = np.float32
 ) -> tuple[Array, Array]:
-    """A (r, in) uniform in ±1/√in, and B (out, r) zero, for a W of `shape` (out, in).
+    """A (r, in) uniform in ±1/√in, and B (out, r) zero, for a W of `shape` (out, in). (docs: L6)
 
     This is PEFT's default: Kaiming-uniform with negative slope a = √5 has the bound √(6/((1 + a²)·in)) = 1/√in.
     """
@@ -43,14 +43,14 @@ def init_kaiming(
 def init_gaussian(
     rank: int, shape: tuple[int, int], rng: np.random.Generator, dtype: Any = np.float32
 ) -> tuple[Array, Array]:
-    """A (r, in) normal with standard deviation 1/r, and B (out, r) zero: the paper's choice, as PEFT scales it."""
+    """A (r, in) normal with standard deviation 1/r, B (out, r) zero: the paper's choice, in PEFT's scale. (docs: L7)"""
     out_features, in_features = shape
     A = rng.normal(0, 1 / rank, (rank, in_features)).astype(dtype)
     return to_device(A), xp.zeros((out_features, rank), dtype)
 
 
 def dropout_mask(shape: tuple[int, ...], p: float, rng: Any, dtype: Any = np.float32) -> Array:
-    """Zero with probability p, 1/(1 − p) elsewhere: multiplying by it changes no expectation."""
+    """Zero with probability p, 1/(1 − p) elsewhere: multiplying by it changes no expectation. (docs: L10)"""
     keep: Array = rng.random(shape, dtype=np.float32) >= p
     return keep.astype(dtype) / (1 - p)
 
@@ -62,7 +62,7 @@ class LoRACache(NamedTuple):
 
 
 def lora(x: Array, W: FrozenWeight, A: Array, B: Array, s: float, mask: Array | None = None) -> tuple[Array, LoRACache]:
-    """y = x Wᵀ + s (x̃ Aᵀ) Bᵀ with x̃ = mask ⊙ x: (N, in) → (N, out).
+    """y = x Wᵀ + s (x̃ Aᵀ) Bᵀ with x̃ = mask ⊙ x: (N, in) → (N, out). (docs: L3, L13, L14)
 
     The mask is dropout's, on the branch only; without one x̃ = x. Nothing is saved for W, and h has only r columns.
     """
@@ -78,11 +78,11 @@ def lora(x: Array, W: FrozenWeight, A: Array, B: Array, s: float, mask: Array | 
 def lora_backward(
     dy: Array, W: FrozenWeight, A: Array, B: Array, s: float, cache: LoRACache
 ) -> tuple[Array, Array, Array]:
-    """dx (N, in), dA (r, in), dB (out, r). There is no dW: W is frozen, and its gradient is never formed.
+    """dx (N, in), dA (r, in), dB (out, r). There is no dW: W is frozen, its gradient never formed. (docs: L4, L13)
 
     Forward was y = x Wᵀ + s h Bᵀ and h = x̃ Aᵀ. Going back through it, from y to h and from h to A and x:
         dB = s dyᵀ h        dh = s dy B        dA = dhᵀ x̃        dx = dy W + mask ⊙ (dh A).
-    At the start B = 0, so dh = 0 and dA = 0: the first step moves B alone.
+    At the start B = 0, so dh = 0 and dA = 0: the first step moves B alone. (docs: L8)
     """
     x, h, mask = cache
     dB = s * (dy.T @ h)
@@ -96,7 +96,7 @@ def lora_backward(
 
 
 def delta(A: Array, B: Array, s: float) -> Array:
-    """ΔW = s B A, (out, in): what the adapter adds to W. Its rank is at most r."""
+    """ΔW = s B A, (out, in): what the adapter adds to W. Its rank is at most r. (docs: L1, L14)"""
     return s * (B @ A)
 
 
@@ -106,7 +106,7 @@ class Merged(NamedTuple):
 
 
 def merge(W: Array, A: Array, B: Array, s: float) -> Merged:
-    """W' = W + s B A, after which a forward costs what it did before LoRA.
+    """W' = W + s B A, after which a forward costs what it did before LoRA. (docs: L11)
 
     The original is kept: floating-point addition rounds, so W' − ΔW would give back nearly W, not W.
     """
@@ -114,5 +114,5 @@ def merge(W: Array, A: Array, B: Array, s: float) -> Merged:
 
 
 def unmerge(merged: Merged) -> Array:
-    """The very bytes of W."""
+    """The very bytes of W. (docs: L12)"""
     return merged.original

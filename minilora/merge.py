@@ -91,8 +91,8 @@ def merge_command(argv: list[str] | None = None) -> None:
         )
 
 
-def main() -> int:
-    return cli.run(merge_command)
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(merge_command, argv)
 
 
 if __name__ == "__main__":

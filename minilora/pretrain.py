@@ -207,8 +207,8 @@ def pretrain_command(argv: list[str] | None = None) -> None:
         print(f"{name:20} {value:,.2f}")
 
 
-def main() -> int:
-    return cli.run(pretrain_command)
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(pretrain_command, argv)
 
 
 if __name__ == "__main__":

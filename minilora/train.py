@@ -124,15 +124,24 @@ def choose_settings(args: argparse.Namespace) -> tuple[Settings, Path, bool]:
             raise ValueError("--resume takes its settings from the run: give no other flag")
         return read_settings(resume), resume, True
     values = read_config_file(config) if config else {}
-    out = out or (Path(values.pop("out")) if "out" in values else None)
+    configured = values.pop("out", None)
+    out = out or (Path(str(configured)) if configured is not None else None)
     values |= given
     if not values.get("data"):
         values = DEFAULT_JOB | values
+    fixed = [name for name in ("rank", "alpha", "dropout", "target_modules", "init") if name in given]
+    if values.get("adapter") and fixed:
+        raise ValueError(f"{flag(fixed[0])} is decided by the adapter that --adapter starts from: leave it out")
+    for name in ("model", "data", "adapter"):  # so that --resume finds them from any folder
+        if isinstance(values.get(name), str) and values[name]:
+            values[name] = str(Path(values[name]).resolve())
     settings = make_settings(values, f"--config {config}" if config else "flags")
     if out is None:
         out = _free_folder(Path("runs"), Path(settings.data).stem if settings.data else "nl2sql")
     elif (out / SETTINGS_FILE).exists():
         raise ValueError(f"{out} already holds a run: choose another --out, or go on with it by --resume {out}")
+    if (out / "config.json").exists():
+        raise ValueError(f"--out {out} holds a model: choose another folder for the run")
     return settings, out, False
 
 
@@ -153,6 +162,7 @@ def train_command(argv: list[str] | None = None) -> None:
         run.state.load(folder)
     else:
         folder.mkdir(parents=True, exist_ok=True)
+        run.state.save(folder)  # first: a folder with settings can be resumed
         settings.save(folder)
     describe(run, device)
 
@@ -217,8 +227,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     )
 
 
-def main() -> int:
-    return cli.run(train_command)
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(train_command, argv)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ CASES: dict[str, tuple[dict[str, Any], LoRASettings]] = {
     ),
     "smollm3": (
         {"model_type": "smollm3", "num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "num_attention_heads": 4},
-        LoRASettings(2, 16.0, target_modules=("all-linear",)),
+        LoRASettings(2, 3.0, target_modules=("all-linear",)),
     ),
 }
 

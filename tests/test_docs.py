@@ -22,6 +22,9 @@ MATHEMATICS = [
         "training/optimizers.py", "training/schedules.py", "training/step.py",
     )
 ] + sorted((ROOT / "minilora" / "ops").glob("*.py"))  # fmt: skip
+NAMING = MATHEMATICS + [
+    ROOT / "minilora" / name for name in ("model/sites.py", "model/generation.py", "training/evaluation.py")
+]  # whose docstrings name their equations
 
 LINK = re.compile(r"\[([^\]]+)\]\(([^()\s]+)\)")
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -91,6 +94,18 @@ def public_mathematics(path: Path) -> set[str]:
     return functions | (classes - protocols)
 
 
+def equations_named(path: Path) -> dict[str, set[str]]:
+    """The equations that the docstrings of a function, or of a class and its methods, say they compute."""
+    named: dict[str, set[str]] = {}
+    for definition in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(definition, ast.FunctionDef | ast.ClassDef):
+            for node in ast.walk(definition):
+                if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                    for numbers in re.findall(r"\(docs: (.*?)\)", ast.get_docstring(node) or ""):
+                        named.setdefault(definition.name, set()).update(numbers.split(", "))
+    return named
+
+
 # --- Links ---
 
 
@@ -156,6 +171,17 @@ def test_every_property_in_the_table_is_a_test() -> None:
 def test_every_public_function_of_the_mathematics_has_a_row(path: Path) -> None:
     rows = {(name.partition(".")[0], file) for row in table() for name, file in row.functions}
     assert {name for name in public_mathematics(path) if (name, path) not in rows} == set()
+
+
+@pytest.mark.parametrize("path", NAMING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_name_the_equations_that_the_table_gives_their_function(path: Path) -> None:
+    """As "(docs: L3)". Those of a method may stand in the docstring of its class."""
+    in_table: dict[str, set[str]] = {}
+    for row in table():
+        for name, file in row.functions:
+            if file == path:
+                in_table.setdefault(name.partition(".")[0], set()).add(row.equation)
+    assert equations_named(path) == in_table
 
 
 # --- What GitHub renders ---

@@ -218,6 +218,18 @@ def test_unmerging_returns_the_very_bytes_of_W(site: Site) -> None:
     assert unmerge(merge(site.W, 1e10 * site.A, site.B, site.s)).tobytes() == W.tobytes()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@given(seed=seeds)
+def test_subtracting_the_change_gives_back_nearly_W_and_not_its_bytes(dtype: Any, seed: int) -> None:
+    """W' = W + ΔW has been rounded, and no formula brings the lost digits back. unmerge does not subtract."""
+    W, A, B = (normal(seed, *shape, stream=i).astype(dtype) for i, shape in enumerate([(20, 30), (4, 30), (20, 4)]))
+    merged = merge(W, A, B, 2.0)
+    subtracted = merged.W - delta(A, B, 2.0)
+    np.testing.assert_allclose(subtracted, W, atol=100 * np.finfo(dtype).eps)
+    assert subtracted.tobytes() != W.tobytes()
+    assert unmerge(merged).tobytes() == W.tobytes()
+
+
 @given(drawn_sites)
 def test_the_rank_of_the_change_is_at_most_r(site: Site) -> None:
     singular = np.linalg.svd(delta(site.A, site.B, site.s), compute_uv=False)
@@ -332,6 +344,42 @@ def test_A_and_B_are_updated_together_which_is_not_the_sequential_update(site: S
     np.testing.assert_array_equal(B, -0.1 * dB)
     _, dA_sequential, _ = site.gradients(site.A, B)
     assert dA_sequential.any()
+
+
+@given(drawn_sites, st.floats(0.01, 0.1))
+def test_A_first_and_then_B_with_the_new_A_pushes_B_up_along_itself(site: Site, rate: float) -> None:
+    """The sketch that is often copied computes G = dyᵀx once, updates A, and then B with the A that has just moved.
+    Its B is off by η² s² G Gᵀ B: nothing at the start, where B = 0, so that one step does not show it."""
+    A, B, s, G = site.A.copy(), site.B.copy(), site.s, site.dy.T @ site.x
+    A -= rate * s * B.T @ G
+    B -= rate * s * G @ A.T
+    together = {"A": site.A.copy(), "B": site.B.copy()}
+    _, dA, dB = site.gradients()
+    SGD(together).update(together, {"A": dA, "B": dB}, rate)
+    np.testing.assert_allclose(A, together["A"], **ROUNDING)
+    excess = rate**2 * s**2 * G @ G.T @ site.B
+    assert excess.any()
+    np.testing.assert_allclose(B - together["B"], excess, rtol=1e-9, atol=1e-11)
+    assert (site.B * excess).sum() >= 0
+
+
+def test_two_steps_with_a_pencil() -> None:
+    """The example of docs/lora.md: W the identity, x = (1, 2), A = (1, 1), B = 0, s = 2, η = 0.01, and the loss half
+    the squared distance of y from (1, 0)."""
+    x, W, target = np.array([[1.0, 2.0]]), DenseWeight(np.eye(2)), np.array([[1.0, 0.0]])
+    p = {"A": np.ones((1, 2)), "B": np.zeros((2, 1))}
+    steps = []
+    for _ in range(2):
+        y, cache = lora(x, W, p["A"], p["B"], 2.0)
+        _, dA, dB = lora_backward(y - target, W, p["A"], p["B"], 2.0, cache)
+        SGD(p).update(p, {"A": dA, "B": dB}, 0.01)
+        steps.append([a.ravel().tolist() for a in (cache.h, y, dA, dB)])
+    first, second = steps
+    assert first == [[3], [1, 2], [0, 0], [0, 12]]
+    for found, expected in zip(second, [[3], [1, 1.28], [-0.3072, -0.6144], [0, 7.68]], strict=True):
+        assert found == pytest.approx(expected, rel=1e-12)
+    sketched = 2.0 * (y - target).T @ x @ p["A"].T  # dB with the A that has just moved
+    assert sketched.ravel().tolist() == pytest.approx([0, 7.7193216], rel=1e-12)
 
 
 # --- The frozen weight ---

@@ -361,9 +361,9 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     trained(tmp_path)
     _, other = new_run()
     other.data = "other rows"
-    with pytest.raises(ValueError, match="the model or the data has changed"):
+    with pytest.raises(ValueError, match="the data has changed"):
         other.load(tmp_path)
-    with pytest.raises(ValueError, match="the model or the data has changed"):
+    with pytest.raises(ValueError, match="the data has changed"):
         new_run(ROWS[1:])[1].load(tmp_path)
     with pytest.raises(ValueError, match=r"trainable\.model\.embed_tokens\.weight is missing or has another shape"):
         new_run(method="full")[1].load(tmp_path)
@@ -479,6 +479,8 @@ def test_training_stops_after_patience_without_gain_and_ends_as_at_the_best_vali
     at_validation: list[dict[str, bytes]] = []
 
     def scripted(model: Model, batches: Any) -> float:
+        if batches is not VALID:
+            return 1.0  # asked before a saving: is the loss still finite?
         at_validation.append(parameter_bytes(state))
         return losses[len(at_validation) - 1]
 

@@ -38,7 +38,7 @@ def block(
     past: KeysValues | None,
     seed: int | None,
 ) -> tuple[Array, KeysValues, BlockCache]:
-    """x (N, D) → x (N, D), the keys and values seen (those of the past first), and the cache."""
+    """x (N, D) → x (N, D), the keys and values seen (those of the past first), and the cache. (docs: M1, M12)"""
     B, T = context.visible.shape[:2]
     d = config.head_dim
 
@@ -69,7 +69,7 @@ def block(
 def block_backward(
     dx: Array, site: LayerSites, use_rope: bool, context: Context, cache: BlockCache
 ) -> tuple[Array, Gradients]:
-    """dx with respect to the layer's input (N, D), and the gradients by role: "q.lora_A.weight" and so on.
+    """dx with respect to the layer's input (N, D), and the gradients by role: "q.lora_A.weight" and so on. (docs: M2)
 
     Where forward ran x → branch → x + branch, the gradient of the sum goes unchanged into both: dx + dbranch.
     """

@@ -28,8 +28,8 @@ def sampler(temperature: float, top_k: int, top_p: float, rng: np.random.Generat
 
     def choose(logits: HostArray) -> HostArray:
         order = np.argsort(-logits, axis=-1, kind="stable")
-        z = np.take_along_axis(logits.astype(np.float64), order, axis=-1) / temperature
-        p = np.exp(z - z[:, :1])
+        z = np.take_along_axis(logits.astype(np.float64), order, axis=-1)
+        p = np.exp((z - z[:, :1]) / temperature)
         if top_k > 0:
             p[:, top_k:] = 0
         p /= p.sum(axis=-1, keepdims=True)
@@ -43,7 +43,7 @@ def sampler(temperature: float, top_k: int, top_p: float, rng: np.random.Generat
 
 
 def stream(model: Model, prompts: Sequence[Sequence[int]], choose: Choose = greedy) -> Iterator[HostArray]:
-    """Yield the next token of every prompt (B,), without end.
+    """Yield the next token of every prompt (B,), without end. (docs: M12)
 
     Prompts of different lengths are padded on the left, so that all go on in the same column. Padding is segment 0 and
     is never seen; positions count from each prompt's own start.

@@ -24,7 +24,7 @@ class Model:
 
     @property
     def lowest_trained_layer(self) -> int:
-        """The first layer with a site that trains; everything below it needs no backward and saves nothing."""
+        """The first layer with a site that trains; what lies below needs no backward and saves nothing. (docs: M5)"""
         if self.sites[EMBED].trains:
             return 0
         for layer in range(self.config.num_hidden_layers):
@@ -62,7 +62,7 @@ def forward(
     keep: bool = True,
 ) -> tuple[Array, Past, ForwardCache]:
     """tokens, positions, segments (B, T) → the hidden states after the last norm (N, D), the past including these
-    tokens, and the cache.
+    tokens, and the cache. (docs: M3)
 
     `checkpointing` saves only each layer's input, and the backward runs the layer again; `keep=False` saves nothing,
     for when no backward will follow.
@@ -101,7 +101,7 @@ def forward(
 def backward(model: Model, dx: Array, cache: ForwardCache) -> Gradients:
     """The gradient of every parameter that trains below the head, from dx, that of the hidden states (N, D).
 
-    It stops at the lowest layer that trains.
+    It stops at the lowest layer that trains, and runs a layer again whose input alone was kept. (docs: M4, M7)
     """
     config, sites = model.config, model.sites
     grads: Gradients = {}
@@ -128,7 +128,7 @@ def backward(model: Model, dx: Array, cache: ForwardCache) -> Gradients:
 def head_loss(
     model: Model, hidden: Array, labels: Array, dloss: float | None, chunk: int = 1024, seed: int | None = None
 ) -> tuple[Array, Array | None, Gradients]:
-    """Σ cross-entropy over the labelled rows; and, unless dloss is None, dhidden (N, D) and the head's gradients.
+    """Σ cross-entropy over the labelled rows; unless dloss is None, dhidden (N, D) and the head's gradients. (docs: M8)
 
     hidden (N, D), labels (N,). Only labelled rows reach the head, `chunk` of them at a time, and each chunk goes
     forward and straight back: the loss is the end of the graph, so its gradient is known at once, and the matrix of all

@@ -101,7 +101,7 @@ def layer_sites(sites: Sites, layer: int) -> LayerSites:
 
 
 def add_gradients(total: Gradients, new: Gradients, prefix: str = "") -> None:
-    """total[prefix + name] += new[name]. A parameter used in two places (a tied embedding) gets the sum."""
+    """total[prefix + name] += new[name]. A parameter used in two places (a tied embedding) gets the sum. (docs: M6)"""
     for name, gradient in new.items():
         name = prefix + name
         total[name] = total[name] + gradient if name in total else gradient

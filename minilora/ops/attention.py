@@ -20,6 +20,7 @@ def visible_keys(query_positions: Array, query_segments: Array, key_positions: A
 
     Positions and segments are integers (B, T) for the queries and (B, S) for the keys. Packed examples are different
     segments of one row; padding is segment 0, which only padding sees. Every token sees itself: no row is empty.
+    (docs: O10)
     """
     same_segment = query_segments[:, :, None] == key_segments[:, None, :]
     visible: Array = same_segment & (key_positions[:, None, :] <= query_positions[:, :, None])
@@ -27,7 +28,7 @@ def visible_keys(query_positions: Array, query_segments: Array, key_positions: A
 
 
 def attention(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, AttentionCache]:
-    """y = P v with P = softmax(q kᵀ/√d) over the visible keys.
+    """y = P v with P = softmax(q kᵀ/√d) over the visible keys. (docs: O11)
 
     q (B, T, H, d), k and v (B, S, K, d), visible (B, T, S), y (B, T, H, d). S > T where keys of the past come first.
     Query head h reads key head h // G. The G queries of a key are stacked into the rows of one matrix, so that
@@ -49,7 +50,7 @@ def attention(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, Atte
 
 
 def attention_backward(dy: Array, cache: AttentionCache) -> tuple[Array, Array, Array]:
-    """dq (B, T, H, d), dk and dv (B, S, K, d).
+    """dq (B, T, H, d), dk and dv (B, S, K, d). (docs: O12)
 
     Forward was y = P v, so dv = Pᵀ dy and dP = dy vᵀ. The softmax of a row has ∂P_i/∂s_j = P_i (δ_ij − P_j), so
         ds = P ⊙ (dP − Σ_j dP_j P_j);

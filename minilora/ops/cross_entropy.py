@@ -15,7 +15,7 @@ class CrossEntropyCache(NamedTuple):
 
 
 def cross_entropy(logits: Array, labels: Array) -> tuple[Array, CrossEntropyCache]:
-    """The *sum* Σ_n −log softmax(z_n)[label_n] over the rows whose label is not IGNORE: a scalar array.
+    """The *sum* Σ_n −log softmax(z_n)[label_n] over the rows whose label is not IGNORE: a scalar array. (docs: O18)
 
     logits (N, V), labels (N,) integers. A sum, not a mean: sums over micro-batches add up to the sum over the
     batch, and the caller divides once by the number of labelled tokens.
@@ -31,7 +31,7 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[Array, CrossEntropyCach
 
 
 def cross_entropy_backward(dloss: Array | float, cache: CrossEntropyCache) -> Array:
-    """dlogits (N, V).
+    """dlogits (N, V). (docs: O19)
 
     Forward was Σ_n [log Σ_v e^{z_nv} − z_n,label], so dz_n = dloss · (softmax(z_n) − onehot(label_n)), and 0 in rows
     without a label.

@@ -13,7 +13,7 @@ class LinearCache(NamedTuple):
 
 
 def linear(x: Array, W: Array, b: Array | None = None) -> tuple[Array, LinearCache]:
-    """y = x Wᵀ + b, with x (N, in), W (out, in) as PyTorch stores it, b (out,), y (N, out)."""
+    """y = x Wᵀ + b, with x (N, in), W (out, in) as PyTorch stores it, b (out,), y (N, out). (docs: O1)"""
     y = x @ W.T
     if b is not None:
         y += b
@@ -21,7 +21,7 @@ def linear(x: Array, W: Array, b: Array | None = None) -> tuple[Array, LinearCac
 
 
 def linear_backward(dy: Array, cache: LinearCache) -> tuple[Array, Array, Array]:
-    """dx (N, in), dW (out, in), db (out,).
+    """dx (N, in), dW (out, in), db (out,). (docs: O2)
 
     Forward was y_no = Σ_i x_ni W_oi + b_o, so
         dx_ni = Σ_o dy_no W_oi,    dW_oi = Σ_n dy_no x_ni,    db_o = Σ_n dy_no.

@@ -14,7 +14,7 @@ class RMSNormCache(NamedTuple):
 
 
 def rmsnorm(x: Array, gain: Array, eps: float) -> tuple[Array, RMSNormCache]:
-    """y = g ⊙ x / rms(x), rms(x) = √(mean(x²) + ε), row by row. x and y (N, D), gain (D,)."""
+    """y = g ⊙ x / rms(x), rms(x) = √(mean(x²) + ε), row by row. x and y (N, D), gain (D,). (docs: O3)"""
     rms_inverse = 1 / xp.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
     y = x * rms_inverse
     y *= gain
@@ -22,7 +22,7 @@ def rmsnorm(x: Array, gain: Array, eps: float) -> tuple[Array, RMSNormCache]:
 
 
 def rmsnorm_backward(dy: Array, cache: RMSNormCache) -> tuple[Array, Array]:
-    """dx (N, D), dgain (D,).
+    """dx (N, D), dgain (D,). (docs: O4)
 
     Forward was y = g ⊙ x̂ with x̂ = x/ρ and ρ = √(mean(x²) + ε), so dg = Σ_n dy ⊙ x̂ and dx̂ = g ⊙ dy.
     Since ∂ρ/∂x_j = x_j/(D ρ), we have ∂x̂_i/∂x_j = (δ_ij − x̂_i x̂_j / D)/ρ, and therefore

@@ -14,11 +14,11 @@ from minilora.backend import Array, to_device, xp
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: dict[str, float] | None = None) -> np.ndarray:
-    """θ^(−2i/d) for i = 0 … d/2 − 1, in radians per position, float64 (d/2,).
+    """θ^(−2i/d) for i = 0 … d/2 − 1, in radians per position, float64 (d/2,). (docs: O5)
 
     `scaling` is Llama 3's `rope_scaling` (Grattafiori et al., 2024, and the code released with it): wavelengths
     longer than the original context are stretched by `factor`, short ones are kept, those between are interpolated.
-    A `scaling` with `factor` alone is linear scaling: every position is divided by it.
+    A `scaling` with `factor` alone is linear scaling: every position is divided by it. (docs: O6)
     """
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     if scaling is None:
@@ -33,7 +33,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: dict[str, float] | No
 
 
 def rope_angles(positions: Array, frequencies: np.ndarray, dtype: object) -> tuple[Array, Array]:
-    """cos and sin of position · frequency: positions (B, T) → two arrays (B, T, 1, d/2), ready for every head.
+    """cos and sin of position · frequency: positions (B, T) → two (B, T, 1, d/2), ready for every head. (docs: O7)
 
     The angles are formed in float64: at position 8,000 a float32 angle is already off by 5e-4.
     """
@@ -42,11 +42,11 @@ def rope_angles(positions: Array, frequencies: np.ndarray, dtype: object) -> tup
 
 
 def rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn the pairs (x₁, x₂) by their angles: y₁ = x₁ cos − x₂ sin, y₂ = x₂ cos + x₁ sin. x (B, T, heads, d)."""
+    """Turn pairs (x₁, x₂) by their angle: y₁ = x₁ cos − x₂ sin, y₂ = x₂ cos + x₁ sin. x (B, T, heads, d). (docs: O8)"""
     x1, x2 = xp.split(x, 2, axis=-1)
     return xp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 
 
 def rope_backward(dy: Array, cos: Array, sin: Array) -> Array:
-    """dx (B, T, heads, d). Forward was a rotation y = R x, so dx = Rᵀ dy: the rotation by the opposite angle."""
+    """dx (B, T, heads, d). Forward was a rotation y = R x, so dx = Rᵀ dy: by the opposite angle. (docs: O9)"""
     return rope(dy, cos, -sin)

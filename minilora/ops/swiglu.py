@@ -13,7 +13,7 @@ class SwiGLUCache(NamedTuple):
 
 
 def sigmoid(x: Array) -> Array:
-    """σ(x) = 1/(1 + e^−x) = ½(1 + tanh(x/2)): the second form cannot overflow."""
+    """σ(x) = 1/(1 + e^−x) = ½(1 + tanh(x/2)): the second form cannot overflow. (docs: O13)"""
     s = xp.tanh(x * 0.5)
     s += 1
     s *= 0.5
@@ -21,7 +21,7 @@ def sigmoid(x: Array) -> Array:
 
 
 def swiglu(gate: Array, up: Array) -> tuple[Array, SwiGLUCache]:
-    """y = silu(gate) ⊙ up with silu(z) = z σ(z). All (N, F)."""
+    """y = silu(gate) ⊙ up with silu(z) = z σ(z). All (N, F). (docs: O14)"""
     y = sigmoid(gate)
     y *= gate
     y *= up
@@ -29,7 +29,7 @@ def swiglu(gate: Array, up: Array) -> tuple[Array, SwiGLUCache]:
 
 
 def swiglu_backward(dy: Array, cache: SwiGLUCache) -> tuple[Array, Array]:
-    """dgate, dup (N, F).
+    """dgate, dup (N, F). (docs: O15)
 
     Forward was y = z σ ⊙ u with z the gate, u the up-projection and σ' = σ(1 − σ), so
         du = dy ⊙ z σ,    dz = dy ⊙ u ⊙ (σ + z σ(1 − σ)) = dy ⊙ u ⊙ σ(1 + z(1 − σ)).

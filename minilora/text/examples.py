@@ -46,6 +46,11 @@ class Encoded(NamedTuple):
     too_long: list[int]
     unlabelled: list[int]
 
+    def kept(self, rows: Sequence[Row]) -> list[Row]:
+        """Those of the rows that became examples."""
+        left_out = {*self.too_long, *self.unlabelled}
+        return [row for number, row in enumerate(rows, start=1) if number not in left_out]
+
 
 # Rows to examples.
 

@@ -29,7 +29,8 @@ def answers(
     prompts = [tokenizer.with_bos(tokenizer.encode(row["prompt"])) for row in rows]
     longest = max(len(tokenizer.encode(row["completion"])) for row in rows)  # no right answer is longer
     found = [""] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+    asked = [i for i in range(len(rows)) if prompts[i]]  # nothing can be asked by an empty prompt
+    order = sorted(asked, key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         some = order[start : start + batch_size]
         limit = min(longest + 1, MOST_ANSWER_TOKENS)
@@ -54,7 +55,7 @@ def can_be_matched(rows: Sequence[Row]) -> bool:
 
 
 def drift(base: Model, adapted: Model, batches: Sequence[Batch], chunk: int = 512) -> float:
-    """KL(base ‖ adapted) = Σ_v p_v (log p_v − log q_v), in nats, as the mean over all tokens of the batches.
+    """KL(base ‖ adapted) = Σ_v p_v (log p_v − log q_v), in nats, as the mean over all tokens of the batches. (docs: T9)
 
     p is the base's and q the adapted model's distribution of the next token. On text outside the task it tells how far
     fine-tuning has moved the model where nobody asked it to.

@@ -61,18 +61,23 @@ def train(
     bar = tqdm(total=plan.steps, initial=state.step, desc="training", unit="step", dynamic_ncols=True)
     started = time.perf_counter() - state.seconds
 
-    def save() -> None:
+    def save(batches: list[Batch]) -> None:
+        loss = mean_loss(model, batches) if batches else 0.0  # of the very parameters to be saved
+        if not math.isfinite(loss):
+            raise Diverged(_advice(state, plan, loss, math.nan))
         state.seconds = time.perf_counter() - started
         state.save(folder)
         on_save(state)
 
     try:
+        batches: list[Batch] = []
         if state.step == 0:
-            save()
+            save(batches)
         while state.step < plan.steps and not _out_of_patience(state, plan):
             step_started = time.perf_counter()
             batches = next_batches(state, rows, plan, pad_id)
-            seeds = [int(state.rng.integers(2**63)) for _ in batches]
+            first_seed = int(state.rng.integers(2**62))  # one draw a step, however many micro-batches it has
+            seeds = range(first_seed, first_seed + len(batches))
             loss, gradients = loss_and_gradients(model, batches, seeds, plan.activation_checkpointing)
             norm = global_norm(gradients)
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -102,8 +107,8 @@ def train(
                 bar.write(f"step {state.step}: validation loss {valid_loss:.4f}")
                 _remember_best(state, valid_loss)
             if plan.save_every and state.step % plan.save_every == 0:
-                save()
-        save()
+                save(batches)
+        save(batches)
     finally:
         bar.close()
         metrics.close()

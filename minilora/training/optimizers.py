@@ -20,7 +20,7 @@ class Optimizer(Protocol):
 
 
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov & Hutter, 2017, arXiv:1711.05101, algorithm 2).
+    """Adam with decoupled weight decay (Loshchilov & Hutter, 2017, arXiv:1711.05101, algorithm 2). (docs: T1)
 
         m ← β₁ m + (1 − β₁) g        m̂ = m / (1 − β₁ᵗ)
         v ← β₂ v + (1 − β₂) g²       v̂ = v / (1 − β₂ᵗ)
@@ -57,12 +57,13 @@ class AdamW:
             p -= step_size * m / denominator
 
     def state(self) -> dict[str, Array]:
+        """m, v and t. (docs: T10)"""
         moments = {f"m.{name}": m for name, m in self.m.items()} | {f"v.{name}": v for name, v in self.v.items()}
         return {"steps": self.steps, **moments}
 
 
 class SGD:
-    """p ← p − η (g + λ p): plain gradient descent, with decay on matrices only. It has no state."""
+    """p ← p − η (g + λ p): plain gradient descent, with decay on matrices only. It has no state. (docs: L9, T2)"""
 
     def __init__(self, parameters: Arrays, weight_decay: float = 0.0) -> None:
         self.weight_decay = weight_decay
@@ -81,14 +82,14 @@ OPTIMIZERS = {"adamw": AdamW, "sgd": SGD}
 
 
 def global_norm(gradients: Arrays) -> float:
-    """√(Σ over all gradients and entries of g²), accumulated in float64."""
+    """√(Σ over all gradients and entries of g²), accumulated in float64. (docs: T3)"""
     return math.sqrt(sum(float((g * g).sum(dtype="float64")) for g in gradients.values()))
 
 
 def clip_gradients(gradients: Arrays, norm: float, max_norm: float) -> None:
     """Scale all gradients together, in place, so that their global norm is at most `max_norm` (0: leave them).
 
-    g ← g · min(1, max_norm / norm) (Pascanu et al., 2013, arXiv:1211.5063, algorithm 1).
+    g ← g · min(1, max_norm / norm) (Pascanu et al., 2013, arXiv:1211.5063, algorithm 1). (docs: T4)
     """
     if 0 < max_norm < norm:
         for g in gradients.values():

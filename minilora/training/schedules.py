@@ -8,12 +8,12 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """`--warmup` below 1 is a share of all steps, otherwise a number of steps."""
+    """`--warmup` below 1 is a share of all steps, otherwise a number of steps. (docs: T6)"""
     return round(warmup * steps) if warmup < 1 else int(warmup)
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str = "cosine", warmup: int = 0) -> float:
-    """The rate of step 0 … steps − 1: a linear climb over `warmup` steps to `peak`, then down towards 0.
+    """The rate of step 0 … steps − 1: a linear climb over `warmup` steps to `peak`, then down towards 0. (docs: T5)
 
     Step k of the warm-up has peak · (k + 1)/(warmup + 1), so no step is wasted on rate 0. After it, with progress u
     running from 0 at the first step to 1 just after the last: cosine ½(1 + cos πu) (Loshchilov & Hutter, 2016,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -54,6 +55,10 @@ class Settings:
 
     def check(self) -> None:
         """Raise ValueError naming the flag whose value makes no sense."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{flag(field.name)} {value} is not a finite number")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{flag(name)} {getattr(self, name)!r}: choose {', '.join(allowed)}")
@@ -112,7 +117,10 @@ def make_settings(values: Mapping[str, Any], where: str) -> Settings:
             raise ValueError(f"{where}: {name!r} is not a setting; there are {', '.join(known)}")
         kind = known[name]
         if kind is tuple:
-            value = tuple([value] if isinstance(value, str) else value)
+            names = [value] if isinstance(value, str) else value
+            if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
+                raise ValueError(f"{where}: {name} must be a list of names, not {json.dumps(value)}")
+            value = tuple(names)
         elif kind is float and type(value) is int:
             value = float(value)
         elif type(value) is not kind:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
 from minilora.backend import Array, to_device, to_host
-from minilora.formats.files import write_safetensors
+from minilora.formats.files import open_safetensors, write_safetensors
 from minilora.training.optimizers import Optimizer
 from minilora.training.order import Order
 
@@ -53,9 +52,7 @@ class State:
     def load(self, folder: Path) -> None:
         """Go back to the saved state, in place: the model shares these arrays. ValueError if it is another run's."""
         path = folder / STATE_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: this folder holds no run that can be resumed")
-        with safe_open(path, framework="numpy") as file:
+        with open_safetensors(path) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata()
         targets = {f"trainable.{name}": p for name, p in self.trainable.items()}
@@ -65,7 +62,7 @@ class State:
                 raise ValueError(f"{path} does not fit this run: {name} is missing or has another shape")
             target[...] = to_device(tensors[name])
         if metadata["data"] != self.data or len(tensors["order"]) != len(self.order.permutation):
-            raise ValueError(f"{path} does not fit this run: the model or the data has changed since it was saved")
+            raise ValueError(f"{path} does not fit this run: the data has changed since it was saved")
         self.order.permutation = tensors["order"]
         self.order.epoch, self.order.cursor = json.loads(metadata["order"])
         self.rng.bit_generator.state = json.loads(metadata["rng"])

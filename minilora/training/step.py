@@ -13,7 +13,7 @@ from minilora.text.batches import Batch, count_labels
 def loss_and_gradients(
     model: Model, batches: Sequence[Batch], seeds: Sequence[int] | None = None, checkpointing: bool = False
 ) -> tuple[float, Gradients]:
-    """The mean loss over all labelled tokens of all micro-batches, in nats per token, and its gradients.
+    """The mean loss over all labelled tokens of all micro-batches, in nats per token, and its gradients. (docs: M9)
 
     Each micro-batch contributes Σ loss / M with M the labelled tokens of *all* of them, so that k micro-batches are one
     large batch. (Averaging their means would weigh the tokens of a batch with few labels more than the others.)
@@ -34,7 +34,7 @@ def loss_and_gradients(
 
 
 def mean_loss(model: Model, batches: Sequence[Batch]) -> float:
-    """Σ loss / Σ labelled tokens over all batches, in nats per token, without dropout and without saving anything."""
+    """Σ loss / Σ labelled tokens over all batches, in nats per token, without dropout; it saves nothing. (docs: M10)"""
     total = 0.0
     for batch in batches:
         hidden, labels = hidden_states(model, batch)
@@ -52,7 +52,7 @@ def _labelled_tokens(batches: Sequence[Batch]) -> int:
 
 
 def hidden_states(model: Model, batch: Batch) -> tuple[Array, Array]:
-    """The hidden states after the last norm (N, D), and the labels (N,)."""
+    """The hidden states after the last norm (N, D), and the labels (N,). (docs: M3)"""
     tokens, labels, positions, segments = (to_device(array) for array in batch)
     hidden, _, _ = forward(model, tokens, positions, segments, keep=False)
     return hidden, labels.reshape(-1)

@@ -54,4 +54,6 @@ def load_task(settings: Settings, tokenizer: Tokenizer, max_length: int) -> Task
     lines = [report(part, max_length, name) for name, part in encoded.items()]
     if settings.packing:
         lines.append(f"packed: {len(rows):,} rows of at most {max_length} tokens")
-    return Task(rows, valid, held_out, data.test or data.valid, lines)
+    judged = "test" if data.test else "valid"
+    held_out_rows = encoded[judged].kept(getattr(data, judged)) if judged in encoded else []
+    return Task(rows, valid, held_out, held_out_rows, lines)
