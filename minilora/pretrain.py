@@ -57,10 +57,11 @@ TINYSMOL: dict[str, Any] = {
     "vocab_size": 4096,
 }
 PYTHON_SHARE = 0.25  # of the text's tokens; the rest is generated English
-STAGES = (  # name, share of the tokens, share of the learning rate, schedule
-    ("text", 0.285, 1.0, "constant"),
-    ("copying", 0.065, 0.5, "constant"),
-    ("more-text", 0.65, 1.0, "cosine"),
+STAGES = (  # name, share of all tokens, share of copying in them, share of the learning rate, schedule
+    ("text", 0.26, 0.0, 1.0, "constant"),
+    ("copying", 0.06, 1.0, 0.5, "constant"),
+    ("more-text", 0.22, 0.0, 0.8, "constant"),
+    ("text-and-copying", 0.46, 0.15, 0.7, "cosine"),
 )
 SAID_AGAIN = 64  # tokens of one exercise in copying
 HELD_OUT_EVERY = 50  # every 50th document of Python's text is never trained on
@@ -81,6 +82,8 @@ def packed_rows(documents: Iterable[str], tokenizer: Tokenizer, tokens: int) -> 
     """
     rows: list[list[Example]] = [[]]
     room = CONTEXT
+    if tokens < CONTEXT:
+        return []
     for ids in _encoded(documents, tokenizer):
         while len(ids):
             part, ids = ids[:room], ids[room:]
@@ -95,20 +98,20 @@ def packed_rows(documents: Iterable[str], tokenizer: Tokenizer, tokens: int) -> 
 
 
 def stage_rows(
-    name: str,
     tokens: int,
+    copying: float,
     texts: tuple[Iterator[str], Iterator[str]],
     tokenizer: Tokenizer,
     rng: np.random.Generator,
 ) -> Rows:
-    """The rows of one stage. A second stage of text goes on in both streams where the first one stopped."""
-    if name == "copying":
-        return copying_rows(tokens, rng)
+    """The rows of one stage, a share of them exercises in copying. Both streams of text go on from stage to stage."""
     python, english = texts
-    python_tokens = int(PYTHON_SHARE * tokens)
+    copying_tokens = int(copying * tokens)
+    python_tokens = int(PYTHON_SHARE * (tokens - copying_tokens))
     return [
         *packed_rows(python, tokenizer, python_tokens),
-        *packed_rows(english, tokenizer, tokens - python_tokens),
+        *packed_rows(english, tokenizer, tokens - copying_tokens - python_tokens),
+        *copying_rows(copying_tokens, rng),
     ]
 
 
@@ -141,7 +144,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--out", type=Path, default=Path("runs/pretrain/tinysmol"), help="folder of the model (%(default)s)"
     )
     parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="folder of the training run")
-    parser.add_argument("--tokens", type=float, default=7.9e6, help="how many tokens to train on (%(default)g)")
+    parser.add_argument("--tokens", type=float, default=8.6e6, help="how many tokens to train on (%(default)g)")
     parser.add_argument("--batch-size", type=int, default=8, help=f"rows of {CONTEXT} tokens a step (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak, cosine to 0 (%(default)s)")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="(%(default)s)")
@@ -166,7 +169,10 @@ def pretrain_command(argv: list[str] | None = None) -> None:
 
     rng = np.random.default_rng(args.seed)
     texts = itertools.cycle(python_train), english_documents(ENGLISH_TRAIN)
-    rows = {name: stage_rows(name, int(share * args.tokens), texts, tokenizer, rng) for name, share, _, _ in STAGES}
+    rows = {
+        name: stage_rows(int(share * args.tokens), copying, texts, tokenizer, rng)
+        for name, share, copying, _, _ in STAGES
+    }
     held_out = {
         "python": batches_of(packed_rows(python_held_out, tokenizer, 30_000), args.batch_size, 0),
         "english": batches_of(packed_rows(english_documents(ENGLISH_HELD_OUT), tokenizer, 30_000), args.batch_size, 0),
@@ -178,7 +184,7 @@ def pretrain_command(argv: list[str] | None = None) -> None:
     trainable = {name: to_device(array.copy()) for name, array in weights.items()}
     model = full_model(config, trainable)
     seconds = 0.0
-    for name, _, rate, schedule in STAGES:
+    for name, _, copying, rate, schedule in STAGES:
         folder = args.run / name
         folder.mkdir(parents=True, exist_ok=True)
         optimizer = AdamW(trainable, args.weight_decay, beta2=0.95)
@@ -195,7 +201,7 @@ def pretrain_command(argv: list[str] | None = None) -> None:
             eval_every=max(1, steps // 20),
             save_every=max(1, steps // 20),
         )
-        valid = held_out["copying"] if name == "copying" else held_out["python"][:3] + held_out["english"][:6]
+        valid = held_out["copying"] if copying == 1 else held_out["python"][:3] + held_out["english"][:6]
         train(model, state, rows[name], valid, plan, folder)
         seconds += state.seconds
 

@@ -14,4 +14,8 @@ settings.register_profile(
 )
 # `pytest --hypothesis-profile=thorough` looks at many more examples, other ones each time.
 settings.register_profile("thorough", settings.get_profile("minilora"), derandomize=False, max_examples=1000)
+# Mutation testing runs them once for each mutant: fewer examples, and what fails need not be made smaller.
+settings.register_profile(
+    "mutation", settings.get_profile("minilora"), max_examples=20, phases=(Phase.explicit, Phase.generate)
+)
 settings.load_profile("minilora")

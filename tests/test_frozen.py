@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import configs, normal, random_weights, seeds, sizes
+from strategies import TINY, configs, normal, random_weights, seeds, sizes
 
 from minilora.backend import narrow, widen
 from minilora.frozen import DenseWeight, FrozenWeight, StoredWeight
 from minilora.methods.base import base_model
 from minilora.model.config import Config
+from minilora.model.names import EMBED
 
 HALVES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 in_halves = pytest.mark.parametrize("half", HALVES)
@@ -73,6 +74,13 @@ def test_every_array_of_a_base_model_refuses_to_be_written_to(config: Config, ke
         held = {**vars(site), **(vars(site.weight) if hasattr(site, "weight") else {})}
         writable += [f"{name}: {key}" for key, a in held.items() if isinstance(a, np.ndarray) and a.flags.writeable]
     assert writable == []
+
+
+def test_nothing_goes_backwards_into_a_frozen_embedding() -> None:
+    """Tokens have no gradient, and a frozen E is not asked for one: who asks has made a mistake."""
+    embedding = base_model(TINY, random_weights(TINY, 0), np.float64).sites[EMBED]
+    with pytest.raises(AssertionError, match=r"^the backward stops above a frozen embedding$"):
+        embedding.backward(np.zeros((1, TINY.hidden_size)), None)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -179,6 +179,13 @@ def test_the_spread_of_a_fresh_A_is_that_of_its_distribution() -> None:
     assert not B.any()
 
 
+@pytest.mark.parametrize("init", [init_kaiming, init_gaussian])
+def test_a_fresh_adapter_is_of_single_precision_unless_another_is_asked_for(init: Any) -> None:
+    rng = np.random.default_rng(0)
+    assert {a.dtype for a in init(2, (3, 4), rng)} == {np.dtype(np.float32)}
+    assert {a.dtype for a in init(2, (3, 4), rng, np.float64)} == {np.dtype(np.float64)}
+
+
 @pytest.mark.parametrize("inner", [1, 7, 576])
 def test_the_bound_of_kaiming_is_the_one_of_peft(inner: int) -> None:
     nn = pytest.importorskip("torch.nn")
@@ -289,6 +296,15 @@ def test_dropout_changes_no_expectation(p: float, seed: int) -> None:
     mask = dropout_mask((200, 100), p, random_generator(seed), np.float64)
     assert set(np.unique(mask)) <= {0.0, 1 / (1 - p)}
     assert abs(mask.mean() - 1) < 5 * math.sqrt(p / (1 - p) / mask.size)
+
+
+def test_dropout_drops_what_is_drawn_below_p_in_single_precision() -> None:
+    class Drawn:
+        def random(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+            assert dtype == np.float32, "a draw of 53 random bits for one yes or no would cost twice the memory"
+            return np.array([0.0, 0.2499, 0.25, 0.9], dtype).reshape(shape)
+
+    np.testing.assert_array_equal(dropout_mask((2, 2), 0.25, Drawn(), np.float64), [[0, 0], [4 / 3, 4 / 3]])
 
 
 def test_dropout_leaves_the_frozen_path_alone() -> None:

@@ -22,6 +22,7 @@ from minilora.model.names import EMBED, HEAD, NORM, layer_module
 from minilora.model.sites import FrozenLinear, Gradients
 from minilora.text.batches import Batch, collate, count_labels, pad
 from minilora.text.examples import Example
+from minilora.training import step
 from minilora.training.step import loss_and_gradients, mean_loss
 
 
@@ -135,6 +136,40 @@ def test_there_is_a_gradient_for_each_array_that_trains_and_for_no_other(
     assert all(gradients[name].dtype == array.dtype for name, array in case.trainable.items())
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex128])
+@given(case=trained, batch=batches())
+def test_the_dtype_of_the_weights_is_that_of_everything_computed(dtype: Any, case: Trained, batch: Batch) -> None:
+    model = case.model({name: array.astype(dtype) for name, array in case.trainable.items()})
+    hidden, past, cache = forward(model, batch.tokens, batch.positions, batch.segments)
+    loss, dhidden, gradients = head_loss(model, hidden, batch.labels.reshape(-1), 1.0)
+    assert dhidden is not None
+    gradients |= backward(model, dhidden, cache)
+    computed = [hidden, *(array for kv in past.layers for array in kv), loss, dhidden, *gradients.values()]
+    assert {array.dtype for array in computed} == {np.dtype(dtype)}
+
+
+@given(trained, st.lists(st.integers(0, VOCAB - 1), min_size=2, max_size=5), st.data(), st.booleans(), seeds)
+def test_every_gradient_is_exact_where_keys_and_values_of_a_past_come_first(
+    case: Trained, tokens: list[int], data: st.DataObject, checkpointing: bool, seed: int
+) -> None:
+    """The past is a constant. Run again, a layer sees the same past."""
+    here = data.draw(st.integers(1, len(tokens) - 1), label="tokens of the past")
+    row, positions = np.array([tokens]), np.arange(len(tokens))[None]
+    inputs = [(a[:, :here], a[:, here:]) for a in (row, positions, np.ones_like(row))]
+    past = forward(case.model(), *(a for a, _ in inputs))[1]
+    rest = [b for _, b in inputs]
+    hidden, _, cache = forward(case.model(), *rest, past, checkpointing=checkpointing)
+    dhidden = np.random.default_rng(seed).normal(size=hidden.shape)
+    gradients = backward(case.model(), dhidden, cache)
+    below_the_head = {name: case.trainable[name] for name in gradients}
+    check_gradients(
+        lambda moved: (forward(case.model({**case.trainable, **moved}), *rest, past)[0] * dhidden).sum(),
+        below_the_head,
+        gradients,
+        seed,
+    )
+
+
 # --- Economies that change nothing ---
 
 
@@ -149,6 +184,8 @@ def test_activation_checkpointing_gives_the_same_bytes(case: Trained, batch: Bat
 def test_activation_checkpointing_keeps_the_input_of_each_layer_and_nothing_else() -> None:
     model, tokens = Trained(TINY, None, 0).model(), np.arange(6).reshape(2, 3)
     inputs = tokens, tokens, np.ones_like(tokens)
+    cache = forward(model, *inputs)[2]
+    assert (list(cache.blocks), cache.inputs) == ([0, 1], {})
     cache = forward(model, *inputs, checkpointing=True)[2]
     assert cache.blocks == {}
     assert [x.shape for x in cache.inputs.values()] == [(6, TINY.hidden_size)] * 2
@@ -182,9 +219,73 @@ def test_only_labelled_rows_reach_the_head_a_chunk_at_a_time(case: Trained, batc
     assert max(seen) <= chunk
 
 
-@given(trained, batches(), seeds)
-def test_the_loss_of_an_evaluation_is_that_of_training_without_dropout(case: Trained, batch: Batch, seed: int) -> None:
-    assert mean_loss(case.model(), [batch]) == pytest.approx(loss_and_gradients(case.model(), [batch])[0], rel=1e-12)
+@given(lora_trained, st.lists(batches(), min_size=1, max_size=3))
+def test_the_loss_of_an_evaluation_is_that_of_training_without_dropout(case: Trained, drawn: list[Batch]) -> None:
+    assert mean_loss(case.model(), drawn) == pytest.approx(loss_and_gradients(case.model(), drawn)[0], rel=1e-12)
+
+
+@given(trained, batches())
+def test_without_a_gradient_asked_for_there_is_none(case: Trained, batch: Batch) -> None:
+    hidden, _, _ = forward(case.model(), batch.tokens, batch.positions, batch.segments)
+    assert head_loss(case.model(), hidden, batch.labels.reshape(-1), None)[1:] == (None, {})
+
+
+def test_an_evaluation_saves_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        caches.append(forward(*args, **kwargs)[2])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(step, "forward", noted)
+    mean_loss(Trained(TINY, None, 0).model(), [pad([Example([1, 2, 3], [True] * 3)], 0)])
+    assert [(cache.blocks, cache.inputs) for cache in caches] == [({}, {})]
+
+
+def test_one_label_is_enough_for_a_loss_and_without_any_there_is_none() -> None:
+    model = Trained(TINY, None, 0).model()
+    one, none = (pad([Example([1, 2], [False, trained])], 0) for trained in (True, False))
+    assert mean_loss(model, [one, none]) == mean_loss(model, [one]) > 0
+    with pytest.raises(ValueError, match=r"^no token of these batches has a label: there is no loss to speak of$"):
+        mean_loss(model, [none])
+
+
+# --- Dropout's seed ---
+
+
+class Listening:
+    """A site that notes each seed it hears."""
+
+    def __init__(self, site: Any) -> None:
+        self.site, self.trains, self.backward = site, site.trains, site.backward
+        self.heard: list[int | None] = []
+
+    def forward(self, x: np.ndarray, seed: int | None = None) -> Any:
+        self.heard.append(seed)
+        return self.site.forward(x, seed)
+
+
+@given(lora_trained, st.lists(batches(), min_size=1, max_size=3), st.sampled_from([None, False, True]))
+def test_every_site_hears_the_seed_of_its_micro_batch_and_hears_it_again_where_its_layer_is_run_again(
+    case: Trained, drawn: list[Batch], checkpointing: bool | None
+) -> None:
+    """None: the default, which is to keep the caches."""
+    sites = {name: Listening(site) for name, site in case.model().sites.items()}
+    model, given_seeds = Model(case.config, sites), [7 * i for i in range(len(drawn))]
+    options = {} if checkpointing is None else {"checkpointing": checkpointing}
+    loss_and_gradients(model, drawn, given_seeds, **options)
+    twice = range(model.lowest_trained_layer, case.config.num_hidden_layers) if checkpointing else []
+    for name, site in sites.items():
+        times = 2 if any(f".layers.{layer}." in name for layer in twice) else 1
+        assert site.heard == [seed for seed in given_seeds for _ in range(times)], name
+
+
+@given(lora_trained, batches())
+def test_no_site_hears_a_seed_where_none_is_given(case: Trained, batch: Batch) -> None:
+    sites = {name: Listening(site) for name, site in case.model().sites.items()}
+    loss_and_gradients(Model(case.config, sites), [batch])
+    mean_loss(Model(case.config, sites), [batch])
+    assert all(set(site.heard) == {None} for site in sites.values())
 
 
 # --- The backward stops at the lowest layer that trains ---
