@@ -46,8 +46,9 @@ def explained() -> set[Mutation]:
     found = set()
     for block in re.findall(r"^```diff\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S):
         for function, diff in re.findall(r"^@@ (\S+) @@\n((?:[-+].*\n)+)", block, flags=re.M):
-            removed = [i for i, line in enumerate(diff.splitlines()) if line.startswith("-")]
-            pairs = [diff.splitlines()[i:j] for i, j in zip(removed, [*removed[1:], None], strict=True)]
+            lines = diff.splitlines()
+            starts = [i for i, line in enumerate(lines) if line[0] == "-" and lines[i - 1][0] == "+"]
+            pairs = [lines[i:j] for i, j in zip(starts, [*starts[1:], None], strict=True)]
             found |= {mutation(function, pair) for pair in pairs}
     return found
 

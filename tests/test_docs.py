@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import mutation
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -182,6 +183,18 @@ def test_docstrings_name_the_equations_that_the_table_gives_their_function(path:
             if file == path:
                 in_table.setdefault(name.partition(".")[0], set()).add(row.equation)
     assert equations_named(path) == in_table
+
+
+# --- The list of explained mutants ---
+
+
+def test_every_explained_mutant_is_of_a_line_that_is_there() -> None:
+    for mutant in mutation.explained():
+        parts = mutant.function.split(".")
+        files = [ROOT.joinpath(*parts[:n]).with_suffix(".py") for n in range(1, len(parts))]
+        (file,) = filter(Path.is_file, files)
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        assert set(mutant.before) <= set(lines), mutant
 
 
 # --- What GitHub renders ---

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from strategies import TINY, VOCAB, adapters, batches, configs, examples, random_adapter, random_weights, rows, seeds
 
 from minilora.methods.base import base_model
-from minilora.methods.full import full_model
+from minilora.methods.full import FullEmbedding, full_model
 from minilora.methods.lora import LoRASettings, attach, init_adapter
 from minilora.model.config import Config
 from minilora.model.model import Model, Past, backward, forward, head_loss
@@ -329,6 +329,20 @@ def test_a_model_in_which_nothing_trains_has_no_gradients_and_saves_no_layer() -
     hidden, _, cache = forward(model, tokens, tokens, np.ones_like(tokens))
     assert cache.blocks == cache.inputs == {}
     assert backward(model, hidden, cache) == {}
+
+
+@given(configs(), batches(), seeds)
+def test_where_the_embedding_alone_trains_the_backward_reaches_it_through_every_layer(
+    config: Config, batch: Batch, seed: int
+) -> None:
+    weights, name = random_weights(config, seed), f"{EMBED}.weight"
+    E = {name: weights[name].copy()}
+
+    def model(moved: Arrays) -> Model:
+        base = base_model(config, weights, moved[name].dtype)
+        return Model(config, {**base.sites, EMBED: FullEmbedding(moved[name])})
+
+    check_gradients(lambda moved: loss_only(model(moved), batch, None), E, loss_and_gradients(model(E), [batch])[1])
 
 
 # --- Layouts that change nothing ---

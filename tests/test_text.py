@@ -49,9 +49,7 @@ def write_tokenizer(folder: Path, bos: bool = False, **config: Any) -> Path:
     )
     bpe.train_from_iterator(CORPUS, trainer)
     if bos:
-        bpe.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{START} $A", special_tokens=[(START, 1)]
-        )
+        bpe.post_processor = tokenizers.processors.TemplateProcessing(single=f"{START} $A", special_tokens=[(START, 1)])
     bpe.enable_truncation(8)  # as a careless export leaves it: loading must undo it
     folder.mkdir(parents=True, exist_ok=True)
     bpe.save(str(folder / "tokenizer.json"))
@@ -418,9 +416,7 @@ def test_labels_are_the_next_token_of_the_same_example() -> None:
 
 @quick
 @given(data=st.lists(examples, min_size=1, max_size=12), pad_id=st.integers(0, 300), extra=st.integers(0, 20))
-def test_packing_and_padding_on_either_side_hold_the_same_labels(
-    data: list[Example], pad_id: int, extra: int
-) -> None:
+def test_packing_and_padding_on_either_side_hold_the_same_labels(data: list[Example], pad_id: int, extra: int) -> None:
     rows = pack(data, max(len(e.tokens) for e in data) + extra)
     packed = collate([[data[i] for i in row] for row in rows], pad_id)
     expected = Counter(

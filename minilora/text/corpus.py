@@ -214,11 +214,11 @@ _TASKS: tuple[tuple[str, Callable[[list[str]], str]], ...] = (
 )
 
 GENERATORS: tuple[tuple[Callable[[random.Random], str], float], ...] = (
-    (notes, 0.38),
-    (paraphrases, 0.14),
-    (patterns, 0.14),
-    (copies, 0.10),
-    (table_talk, 0.08),
-    (records, 0.08),
-    (story, 0.08),
+    (notes, 0.60),
+    (paraphrases, 0.08),
+    (patterns, 0.09),
+    (copies, 0.08),
+    (table_talk, 0.06),
+    (records, 0.06),
+    (story, 0.03),
 )

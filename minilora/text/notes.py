@@ -126,7 +126,11 @@ class NoteFormat:
 
 
 def fresh_names(rng: random.Random) -> Names:
-    """Return a small set of names and values: known words, pseudo-words, and pairs of both."""
+    """Return a small set of names and values: known words, pseudo-words, and pairs of both.
+
+    Words of the SQL task's held-out part are among them, as a base model knows the words of a task before it is taught
+    the task; its held-out phrasings are not.
+    """
 
     def mixed(known: tuple[str, ...], count: int) -> tuple[str, ...]:
         made = [pseudo_word(rng) for _ in range(count // 2)]
@@ -138,12 +142,16 @@ def fresh_names(rng: random.Random) -> Names:
         adjective = f"{rng.choice(words.ADJECTIVES)}_{rng.choice(words.THINGS)}"
         return tuple(dict.fromkeys((*pool, *pairs, adjective)))
 
-    text = columns(words.TEXT_COLUMNS)
-    values = mixed(words.VALUES, 8)
+    text = columns(words.TEXT_COLUMNS + words.HELD_OUT_TEXT_COLUMNS)
+    values = mixed(words.VALUES + words.HELD_OUT_VALUES, 8)
     return Names(
-        (*mixed(words.TABLES, 4), pseudo_word(rng) + "s"),
+        (*mixed(words.TABLES + words.HELD_OUT_TABLES, 4), pseudo_word(rng) + "s"),
         text,
-        tuple(column for column in columns(words.NUMBER_COLUMNS) if column not in text),
+        tuple(
+            column
+            for column in columns(words.NUMBER_COLUMNS + words.HELD_OUT_NUMBER_COLUMNS)
+            if column not in text
+        ),
         (*values, *(pseudo_word(rng).capitalize() for _ in range(4)), *rng.sample(words.PEOPLE, 2)),
     )
 
