@@ -147,11 +147,7 @@ def fresh_names(rng: random.Random) -> Names:
     return Names(
         (*mixed(words.TABLES + words.HELD_OUT_TABLES, 4), pseudo_word(rng) + "s"),
         text,
-        tuple(
-            column
-            for column in columns(words.NUMBER_COLUMNS + words.HELD_OUT_NUMBER_COLUMNS)
-            if column not in text
-        ),
+        tuple(column for column in columns(words.NUMBER_COLUMNS + words.HELD_OUT_NUMBER_COLUMNS) if column not in text),
         (*values, *(pseudo_word(rng).capitalize() for _ in range(4)), *rng.sample(words.PEOPLE, 2)),
     )
 

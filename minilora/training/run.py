@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from minilora.backend import Array, peak_memory_bytes, to_device, to_host
 from minilora.formats.checkpoint import read_weights, write_checkpoint
@@ -136,7 +137,8 @@ def judge(run: Run, model: Model) -> Judgement:
     loss = mean_loss(model, run.task.held_out) if run.task.held_out else math.nan
     if not can_be_matched(rows):
         return Judgement(loss, None, [])
-    found = answers(model, run.tokenizer, rows)
+    with tqdm(total=len(rows), desc="answering", unit="row", dynamic_ncols=True, leave=False) as bar:
+        found = answers(model, run.tokenizer, rows, on_batch=bar.update)
     return Judgement(loss, exact_match(found, rows), found)
 
 
