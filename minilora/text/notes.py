@@ -9,7 +9,7 @@ import random
 
 from minilora.text import words
 from minilora.text.nl2sql import Names, Query, ask, draw_query
-from minilora.text.phrasings import TRAINING
+from minilora.text.wider_phrasings import WIDER
 
 _SYLLABLES = tuple(a + b for a in "b c ch d f g h j k l m n p r s sh t th v w z br cl dr gr pl st tr".split()
                    for b in "a e i o u ai ea ee oo ar en il on or um".split())  # fmt: skip
@@ -164,7 +164,7 @@ def notes(rng: random.Random) -> str:
     while length > 0:
         query = draw_query(rng, names, form)
         things = schema.format(query.table, ", ".join(query.schema))
-        text = f"{table}: {things}\n{request}: {ask(query, TRAINING, rng)}\n{note}:{written.write(query)}"
+        text = f"{table}: {things}\n{request}: {ask(query, WIDER, rng)}\n{note}:{written.write(query)}"
         lines.append(text)
         length -= len(text)
     return gap.join(lines)
