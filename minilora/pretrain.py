@@ -56,12 +56,11 @@ TINYSMOL: dict[str, Any] = {
     "tie_word_embeddings": True,
     "vocab_size": 4096,
 }
-PYTHON_SHARE = 0.25  # of the text's tokens; the rest is generated English
+PYTHON_SHARE = 0.2  # of the text's tokens; the rest is generated English
 STAGES = (  # name, share of all tokens, share of copying in them, share of the learning rate, schedule
-    ("text", 0.26, 0.0, 1.0, "constant"),
-    ("copying", 0.06, 1.0, 0.5, "constant"),
-    ("more-text", 0.22, 0.0, 0.8, "constant"),
-    ("text-and-copying", 0.46, 0.15, 0.7, "cosine"),
+    ("text", 0.18, 0.0, 1.0, "constant"),
+    ("copying", 0.04, 1.0, 0.5, "constant"),
+    ("text-and-copying", 0.78, 0.1, 0.7, "cosine"),
 )
 SAID_AGAIN = 64  # tokens of one exercise in copying
 HELD_OUT_EVERY = 50  # every 50th document of Python's text is never trained on
@@ -144,7 +143,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--out", type=Path, default=Path("runs/pretrain/tinysmol"), help="folder of the model (%(default)s)"
     )
     parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="folder of the training run")
-    parser.add_argument("--tokens", type=float, default=8.6e6, help="how many tokens to train on (%(default)g)")
+    parser.add_argument("--tokens", type=float, default=12.7e6, help="how many tokens to train on (%(default)g)")
     parser.add_argument("--batch-size", type=int, default=8, help=f"rows of {CONTEXT} tokens a step (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak, cosine to 0 (%(default)s)")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="(%(default)s)")
@@ -155,7 +154,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def pretrain_command(argv: list[str] | None = None) -> None:
-    """Tokenizer, rows, weights; text, copying, more text; and the checkpoint with its held-out perplexity."""
+    """Tokenizer, rows, weights; text, copying, both; and the checkpoint with its held-out perplexity."""
     args = parse(argv)
     print(f"device: {use(args.device)}")
     args.out.mkdir(parents=True, exist_ok=True)
