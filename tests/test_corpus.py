@@ -7,8 +7,9 @@ from itertools import islice
 import pytest
 
 from minilora.text.corpus import GENERATORS, MAX_DOCUMENT, english_documents, python_documents
-from minilora.text.notes import NoteFormat, fresh_names, notes, pseudo_word
+from minilora.text.notes import NoteFormat, fresh_names, notes
 from minilora.text.phrasings import HELD_OUT
+from minilora.text.pseudo_words import pseudo_word
 
 DOCUMENTS = list(islice(english_documents(5), 3000))
 # Every keyword of the task: none occurs in capitals, and no statement in any case.

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from minilora.text import words
-from minilora.text.notes import fresh_names, notes, pseudo_word
+from minilora.text.notes import fresh_names, notes
 from minilora.text.paraphrases import paraphrases
+from minilora.text.pseudo_words import pseudo_word
 
 MAX_DOCUMENT = 1500
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "encodings", "sqlite3", "turtledemo", "ensurepip",

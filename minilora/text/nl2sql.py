@@ -19,6 +19,7 @@ from minilora.text.phrasings import (
     TRAINING,
     Phrasings,
 )
+from minilora.text.pseudo_words import pseudo_word
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,20 @@ FORMS = {
     "group and aggregate": ("group_aggregate", 1, 0),
 }
 _FORM_NAMES = tuple(FORMS)
+
+
+def training_names(rng: random.Random) -> Names:
+    """The names of one training row: half of the time rare or made-up ones, so that they have to be copied."""
+    if rng.random() < 0.5:
+        return TRAINING_NAMES
+
+    def name() -> str:
+        return pseudo_word(rng) if rng.random() < 0.5 else rng.choice(words.THINGS)
+
+    columns = [name() if rng.random() < 0.4 else f"{name()}_{name()}" for _ in range(12)]
+    columns = list(dict.fromkeys(columns))
+    values = [rng.choice(words.VALUES), rng.choice(words.PEOPLE), pseudo_word(rng).capitalize(), name()]
+    return Names((name() + "s",), tuple(columns[::2]), tuple(columns[1::2]), tuple(values))
 
 
 def draw_query(rng: random.Random, names: Names, form: str = "") -> Query:
@@ -189,11 +204,11 @@ def nl2sql_rows(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
     """
     if split not in ("train", "valid", "test"):
         raise ValueError(f"unknown split {split!r}: use 'train', 'valid' or 'test'")
-    names, phrasings = (TRAINING_NAMES, TRAINING) if split == "train" else (HELD_OUT_NAMES, HELD_OUT)
+    phrasings = TRAINING if split == "train" else HELD_OUT
     rng = random.Random(f"nl2sql {split} {seed}")
     rows: dict[str, str] = {}
     while len(rows) < count:
-        query = draw_query(rng, names)
+        query = draw_query(rng, training_names(rng) if split == "train" else HELD_OUT_NAMES)
         question = ask(query, phrasings, rng)
         prompt = f"Table: {query.table} ({', '.join(query.schema)})\nQuestion: {question}\nSQL:"
         if split != "train" and (zlib.crc32(prompt.encode()) % 2 == 0) != (split == "valid"):

@@ -3,7 +3,7 @@
 import random
 
 from minilora.text import words
-from minilora.text.notes import pseudo_word
+from minilora.text.pseudo_words import pseudo_word
 
 # Words of one row mean the same.
 SYNONYMS = (
