@@ -1,7 +1,7 @@
 """LoRA: low-rank adaptation of a frozen weight (Hu et al., 2021, arXiv:2106.09685).
 
-A pretrained linear map y = x Wᵀ is to learn something new. Full fine-tuning would change all of W (out · in numbers).
-LoRA leaves W alone and learns a change of low rank beside it:
+A pretrained linear map y = x Wᵀ, W (out, in), is to learn something new. Full fine-tuning would change all of its
+out · in numbers. LoRA leaves W alone and learns a change of low rank beside it:
 
     W' = W + ΔW,    ΔW = s · B A,    s = α/r                                                   (paper, eq. 3)
 
@@ -11,9 +11,10 @@ With r ≪ in, out this is r·(in + out) numbers. ΔW is never formed while trai
 bottleneck of r numbers instead, beside the frozen product:
 
          x ───────────── Wᵀ ─────────────(+)── y         y = x Wᵀ + s · h Bᵀ
-         └─ dropout ─ Aᵀ ── h ── Bᵀ ── s ─┘              h = x Aᵀ           (x is row n of an (N, in) matrix)
+         └─ dropout ─ Aᵀ ── h ── Bᵀ ── s ─┘              h = x̃ Aᵀ,  x̃ = dropout(x)
 
-Everything below follows from these two lines. All vectors are rows, as in PyTorch and PEFT.
+Everything below follows from these two lines. All vectors are rows, as in PyTorch and PEFT: x is (N, in), one row for
+each token. `W.forward(x)` is x Wᵀ and `W.backward(dy)` is dy W. Numbers like L3 are those of docs/lora.md.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def block(
 def block_backward(
     dx: Array, site: LayerSites, use_rope: bool, context: Context, cache: BlockCache
 ) -> tuple[Array, Gradients]:
-    """dx with respect to the layer's input (N, D), and the gradients by role: "q.lora_A.weight" and so on. (docs: M2)
+    """dx with respect to the layer's input (N, D), and the gradients by name: "mlp.up_proj.weight". (docs: M2)
 
     Where forward ran x → branch → x + branch, the gradient of the sum goes unchanged into both: dx + dbranch.
     """
