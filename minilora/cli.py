@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 OUT_OF_MEMORY = (
     "out of memory. What usually helps, in this order: a smaller --batch-size with more --grad-accumulation (the same "
     "training), --activation-checkpointing, a shorter --max-length, --frozen stored"
 )
+
+
+def is_free(folder: Path) -> bool:
+    """Whether `folder` is new or empty: writing to it mixes with nothing and replaces nothing."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def run(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:

@@ -63,7 +63,7 @@ class Rounding:
 
 def merge_command(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+    if not cli.is_free(args.out):
         raise ValueError(f"--out {args.out} exists and is not an empty folder: choose another")
     config, raw_config = read_config(args.model)
     weights = read_weights(args.model, config)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from minilora import cli
 from minilora.formats.checkpoint import DTYPES, named_dtype, random_weights, read_config_file, write_checkpoint
 from minilora.formats.files import replacing
 from minilora.formats.known_configs import KNOWN_CONFIGS
@@ -20,8 +21,8 @@ from minilora.model.names import parameter_count
 from minilora.text.tokenizer import TOKENIZER_FILES
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse, write, print; 0 if it worked and 2 after a mistake of the user's."""
+def random_checkpoint_command(argv: list[str] | None = None) -> None:
+    """Parse, write, print."""
     parser = argparse.ArgumentParser(prog="python -m minilora.random_checkpoint", description=__doc__.split("\n")[0])
     parser.add_argument("config", help=f"a path to a config.json, or {', '.join(KNOWN_CONFIGS)}")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write, new or empty")
@@ -29,23 +30,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", type=Path, help="a folder whose tokenizer is copied (default: weights/tinysmol)")
     args = parser.parse_args(argv)
-    try:
-        config, raw = find_config(args.config)
-        if args.seed < 0:
-            raise ValueError(f"--seed {args.seed} is negative")
-        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-            raise ValueError(f"{args.out} exists and is not an empty folder: choose another --out")
-        tokenizer = tokenizer_files(args.tokenizer)
-        write_checkpoint(args.out, raw, random_weights(config, args.seed, args.dtype), args.dtype)
-        for path in tokenizer:
-            with replacing(args.out / path.name) as partial:
-                shutil.copyfile(path, partial)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config, raw = find_config(args.config)
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed} is negative")
+    if not cli.is_free(args.out):
+        raise ValueError(f"{args.out} exists and is not an empty folder: choose another --out")
+    tokenizer = tokenizer_files(args.tokenizer)
+    write_checkpoint(args.out, raw, random_weights(config, args.seed, args.dtype), args.dtype)
+    for path in tokenizer:
+        with replacing(args.out / path.name) as partial:
+            shutil.copyfile(path, partial)
     count = parameter_count(config)
     print(f"{count:,} parameters, {count * named_dtype(args.dtype).itemsize:,} bytes, in {args.out}")
-    return 0
 
 
 def find_config(name: str) -> tuple[Config, dict[str, Any]]:
@@ -63,6 +59,10 @@ def tokenizer_files(folder: Path | None) -> list[Path]:
     if folder and not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder / 'tokenizer.json'}: no such file: --tokenizer names a folder that holds it")
     return [chosen / name for name in TOKENIZER_FILES if (chosen / name).is_file()]
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(random_checkpoint_command, argv)
 
 
 if __name__ == "__main__":

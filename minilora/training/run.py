@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from minilora.backend import Array, peak_memory_bytes, to_device, to_host
 from minilora.formats.checkpoint import read_weights, write_checkpoint
-from minilora.formats.load import load_model
-from minilora.formats.peft import read_adapter, write_adapter
+from minilora.formats.load import load_model, load_trainable
+from minilora.formats.peft import write_adapter
 from minilora.methods.full import full_model
 from minilora.methods.lora import LoRASettings, attach, init_adapter
 from minilora.model.model import Model
@@ -75,8 +75,7 @@ def prepare(settings: Settings, folder: Path) -> Run:
         trainable = {name: to_device(array.astype(settings.dtype)) for name, array in weights.items()}
         adapted = full_model(base.config, trainable)
     elif settings.adapter:
-        lora, tensors, _ = read_adapter(Path(settings.adapter), base.config)
-        trainable = {name: to_device(tensor.astype(settings.dtype)) for name, tensor in tensors.items()}
+        lora, trainable = load_trainable(Path(settings.adapter), base.config, settings.dtype)
         adapted = attach(base, lora, trainable)
     else:
         trainable = init_adapter(base, lora, rng, settings.dtype)
