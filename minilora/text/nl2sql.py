@@ -93,8 +93,10 @@ def training_names(rng: random.Random) -> Names:
     def name() -> str:
         return pseudo_word(rng) if rng.random() < 0.5 else rng.choice(words.THINGS)
 
-    columns = [name() if rng.random() < 0.4 else f"{name()}_{name()}" for _ in range(12)]
-    columns = list(dict.fromkeys(columns))
+    firsts, seconds = [name() for _ in range(3)], [name() for _ in range(3)]
+    pairs = [f"{first}_{second}" for first in firsts for second in seconds]  # these are easily mixed up
+    columns = list(dict.fromkeys([*(name() for _ in range(5)), *pairs]))
+    rng.shuffle(columns)
     values = [rng.choice(words.VALUES), rng.choice(words.PEOPLE), pseudo_word(rng).capitalize(), name()]
     return Names((name() + "s",), tuple(columns[::2]), tuple(columns[1::2]), tuple(values))
 

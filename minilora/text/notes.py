@@ -117,10 +117,10 @@ def fresh_names(rng: random.Random) -> Names:
         return (*rng.sample(known, count), *made)
 
     def columns(known: tuple[str, ...]) -> tuple[str, ...]:
-        pool = mixed(known, 6) + mixed(words.THINGS, 4)
-        pairs = (f"{rng.choice(pool)}_{rng.choice(words.THINGS)}", f"{pseudo_word(rng)}_{pseudo_word(rng)}")
-        adjective = f"{rng.choice(words.ADJECTIVES)}_{rng.choice(words.THINGS)}"
-        return tuple(dict.fromkeys((*pool, *pairs, adjective)))
+        pool = mixed(known, 4) + mixed(words.THINGS, 2)
+        firsts, seconds = rng.sample((*words.ADJECTIVES, *pool), 2), rng.sample((*words.THINGS, *pool), 3)
+        pairs = (f"{first}_{second}" for first in firsts for second in seconds)  # these are easily mixed up
+        return tuple(dict.fromkeys((*pool, *pairs, f"{pseudo_word(rng)}_{pseudo_word(rng)}")))
 
     text = columns(words.TEXT_COLUMNS + words.HELD_OUT_TEXT_COLUMNS)
     values = mixed(words.VALUES + words.HELD_OUT_VALUES, 8)
