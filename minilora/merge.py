@@ -11,12 +11,13 @@ import numpy as np
 from tqdm import tqdm
 
 from minilora import cli
+from minilora.flags import add_model_flags, dashed, flags
 from minilora.formats.checkpoint import DTYPES, read_config, read_weights, write_checkpoint
 from minilora.formats.files import write_json
-from minilora.formats.load import SHIPPED_MODEL
+from minilora.formats.hub import find_adapter, find_model
 from minilora.formats.peft import read_adapter
 from minilora.lora import merge
-from minilora.methods.lora import target_module_names
+from minilora.methods.targets import target_module_names
 from minilora.text.tokenizer import save_tokenizer_files
 
 REPORT_FILE = "merge.json"
@@ -24,18 +25,18 @@ REPORT_FILE = "merge.json"
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m minilora.merge", description=__doc__)
+    add_model_flags(parser)
     parser.add_argument(
-        "--model", type=Path, default=SHIPPED_MODEL, help="folder of the base model (default: tinysmol)"
+        *flags("adapter"), required=True, metavar="ADAPTER", help="folder of the LoRA adapter, or its id on the hub"
     )
-    parser.add_argument("--adapter", type=Path, required=True, help="folder of the LoRA adapter")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
+    parser.add_argument(*flags("out"), type=Path, required=True, metavar="FOLDER", help="to write, new or empty")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
         help="of the written weights (%(default)s); the smaller two round, and how much of the update is lost is told",
     )
-    return parser.parse_args(argv)
+    return parser.parse_args(dashed(argv))
 
 
 class Rounding:
@@ -65,9 +66,10 @@ def merge_command(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not cli.is_free(args.out):
         raise ValueError(f"--out {args.out} exists and is not an empty folder: choose another")
-    config, raw_config = read_config(args.model)
-    weights = read_weights(args.model, config)
-    settings, adapter, _ = read_adapter(args.adapter, config)
+    folder = find_model(args.model, args.revision).folder
+    config, raw_config = read_config(folder)
+    weights = read_weights(folder, config)
+    settings, adapter, *_ = read_adapter(find_adapter(args.adapter).folder, config)
     rounding = Rounding()
     for module in tqdm(target_module_names(config, settings.target_modules), desc="merging", unit="matrix"):
         A, B = adapter[f"{module}.lora_A.weight"], adapter[f"{module}.lora_B.weight"]
@@ -77,7 +79,7 @@ def merge_command(argv: list[str] | None = None) -> None:
         rounding.add(merged.original, merged.W, written)
         weights[name] = written
     write_checkpoint(args.out, raw_config, weights, args.dtype)
-    save_tokenizer_files(args.model, args.out)
+    save_tokenizer_files(folder, args.out)
     report = rounding.report(args.dtype)
     write_json(args.out / REPORT_FILE, report)
     print(

@@ -31,7 +31,7 @@ from test_peers import float64_throughout, peer_loss, peer_of, with_peft
 
 from minilora.formats.files import write_json, write_safetensors
 from minilora.methods.base import base_model
-from minilora.methods.lora import LoRASettings, init_adapter
+from minilora.methods.lora import LoRA
 from minilora.model.config import Config
 from minilora.text.batches import Batch, collate
 from minilora.text.examples import Example
@@ -58,15 +58,15 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 0,
 }
 LLAMA3_SCALING = {"rope_type": "llama3", **LLAMA3, "original_max_position_embeddings": 16}
-CASES: dict[str, tuple[dict[str, Any], LoRASettings]] = {
-    "llama": ({}, LoRASettings(2, 8.0)),
+CASES: dict[str, tuple[dict[str, Any], LoRA]] = {
+    "llama": ({}, LoRA(2, 8.0)),
     "llama_untied_with_biases": (
         {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
-        LoRASettings(3, 6.0, target_modules=("all-linear",)),
+        LoRA(3, 6.0, target_modules=("all-linear",)),
     ),
     "llama3_scaling": (
         {"rope_scaling": LLAMA3_SCALING, "rope_theta": 100.0, "num_key_value_heads": 2, "rms_norm_eps": 1e-2},
-        LoRASettings(4, 8.0, target_modules=("k_proj", "o_proj"), rslora=True),
+        LoRA(4, 8.0, target_modules=("k_proj", "o_proj"), rslora=True),
     ),
     "linear_scaling": (
         {
@@ -75,11 +75,11 @@ CASES: dict[str, tuple[dict[str, Any], LoRASettings]] = {
             "num_attention_heads": 3,
             "head_dim": 2,
         },
-        LoRASettings(1, 1.0, target_modules=("gate_proj", "down_proj")),
+        LoRA(1, 1.0, target_modules=("gate_proj", "down_proj")),
     ),
     "smollm3": (
         {"model_type": "smollm3", "num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "num_attention_heads": 4},
-        LoRASettings(2, 3.0, target_modules=("all-linear",)),
+        LoRA(2, 3.0, target_modules=("all-linear",)),
     ),
 }
 
@@ -124,10 +124,10 @@ def doubled(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: a.astype(np.float64) for name, a in arrays.items()}
 
 
-def write_case(folder: Path, raw: dict[str, Any], settings: LoRASettings, seed: int) -> None:
+def write_case(folder: Path, raw: dict[str, Any], settings: LoRA, seed: int) -> None:
     config, batch = Config.from_dict(raw), draw_batch(seed)
     weights = {name: w.astype(np.float32) for name, w in random_weights(config, seed).items()}
-    fresh = init_adapter(base_model(config, doubled(weights), np.float64), settings, np.random.default_rng(seed))
+    fresh = settings.start(base_model(config, doubled(weights), np.float64), np.random.default_rng(seed))
     adapter = {name: a.astype(np.float32) for name, a in random_adapter(fresh, seed).items()}
     write_json(folder / "config.json", raw)
     write_safetensors(folder / "weights.safetensors", weights)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from minilora.methods.lora import LoRASettings
+from minilora.methods.lora import LoRA
 from minilora.model.config import Config
 from minilora.model.names import parameter_shapes
 from minilora.text.batches import Batch, collate
@@ -114,7 +114,7 @@ def batches() -> st.SearchStrategy[Batch]:
 
 
 adapters = st.builds(
-    LoRASettings,
+    LoRA,
     rank=st.integers(1, 4),
     alpha=st.sampled_from([1.0, 16.0]),
     dropout=st.sampled_from([0.0, 0.5]),

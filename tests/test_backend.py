@@ -20,7 +20,7 @@ from minilora import backend
 from minilora.backend import narrow, random_generator, read_only, to_device, to_host, widen, xp
 from minilora.methods.base import base_model
 from minilora.methods.full import full_model
-from minilora.methods.lora import LoRASettings, attach, init_adapter
+from minilora.methods.lora import LoRA
 from minilora.model.config import Config
 from minilora.model.model import forward
 from minilora.text.batches import Batch, collate
@@ -194,7 +194,7 @@ def test_a_host_array_and_a_device_array_do_not_mix(device: None) -> None:
 # --- Everything runs on it, and computes what the host computes ---
 
 
-def trained_steps(config: Config, adapter: LoRASettings | None, optimizer: str) -> dict[str, np.ndarray]:
+def trained_steps(config: Config, adapter: LoRA | None, optimizer: str) -> dict[str, np.ndarray]:
     """Two whole steps of training, and what is trained after them; the loss beside it."""
     weights = {name: array.astype(ml_dtypes.bfloat16) for name, array in random_weights(config, 0).items()}
     if adapter is None:
@@ -202,10 +202,10 @@ def trained_steps(config: Config, adapter: LoRASettings | None, optimizer: str) 
         model = full_model(config, trainable)
     else:
         base = base_model(config, weights, np.float64, stored=True)
-        fresh = init_adapter(base, adapter, np.random.default_rng(0), np.float64)
+        fresh = adapter.start(base, np.random.default_rng(0), np.float64)
         start = random_adapter({name: to_host(array) for name, array in fresh.items()}, 1)
         trainable = {name: to_device(array.copy()) for name, array in start.items()}
-        model = attach(base, adapter, trainable)
+        model = adapter.attach(base, trainable)
     update = OPTIMIZERS[optimizer](trainable, weight_decay=0.1)
     for step in range(2):
         loss, gradients = loss_and_gradients(model, BATCHES, None, checkpointing=step > 0)
@@ -216,10 +216,10 @@ def trained_steps(config: Config, adapter: LoRASettings | None, optimizer: str) 
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("adapter", [None, LoRASettings(4, target_modules=("all-linear",))], ids=["full", "lora"])
+@pytest.mark.parametrize("adapter", [None, LoRA(4, target_modules=("all-linear",))], ids=["full", "lora"])
 @pytest.mark.parametrize("config", [TINY, UNTIED], ids=["tied", "untied"])
 def test_training_on_a_device_never_mixes_arrays_and_computes_what_the_host_computes(
-    config: Config, adapter: LoRASettings | None, optimizer: str, request: pytest.FixtureRequest
+    config: Config, adapter: LoRA | None, optimizer: str, request: pytest.FixtureRequest
 ) -> None:
     on_host = trained_steps(config, adapter, optimizer)
     request.getfixturevalue("device")
@@ -230,11 +230,11 @@ def test_training_on_a_device_never_mixes_arrays_and_computes_what_the_host_comp
 
 
 def test_dropout_and_initialisation_stay_on_the_device(device: None) -> None:
-    settings = LoRASettings(4, dropout=0.5, target_modules=("all-linear",), init="gaussian")
+    settings = LoRA(4, dropout=0.5, target_modules=("all-linear",), init="gaussian")
     base = base_model(TINY, random_weights(TINY, 0))
-    adapter = init_adapter(base, settings, np.random.default_rng(0))
+    adapter = settings.start(base, np.random.default_rng(0))
     assert all(isinstance(array, DeviceArray) for array in adapter.values())
-    _, gradients = loss_and_gradients(attach(base, settings, adapter), BATCHES, [1, 2])
+    _, gradients = loss_and_gradients(settings.attach(base, adapter), BATCHES, [1, 2])
     assert all(isinstance(gradient, DeviceArray) for gradient in gradients.values())
 
 

@@ -28,7 +28,8 @@ from minilora.formats.checkpoint import (
 from minilora.formats.files import read_json, write_json, write_safetensors, write_text
 from minilora.formats.known_configs import KNOWN_CONFIGS
 from minilora.formats.peft import PREFIX, read_adapter, write_adapter
-from minilora.methods.lora import LoRASettings, target_module_names
+from minilora.methods.lora import LoRA
+from minilora.methods.targets import target_module_names
 from minilora.model.config import Config
 from minilora.model.names import parameter_count, parameter_shapes
 from minilora.random_checkpoint import main as random_checkpoint
@@ -430,7 +431,7 @@ def test_old_and_new_spellings_of_a_configuration_mean_the_same(
 # --- PEFT ---
 
 
-def adapter(config: Config, chosen: LoRASettings, seed: int = 0) -> dict[str, np.ndarray]:
+def adapter(config: Config, chosen: LoRA, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     shapes, tensors = parameter_shapes(config), {}
     for module in target_module_names(config, chosen.target_modules):
@@ -441,7 +442,7 @@ def adapter(config: Config, chosen: LoRASettings, seed: int = 0) -> dict[str, np
 
 
 lora_settings = st.builds(
-    LoRASettings,
+    LoRA,
     rank=st.integers(1, 4),
     alpha=st.sampled_from([1.0, 8.0, 12.5]),
     dropout=st.sampled_from([0.0, 0.05]),
@@ -453,19 +454,19 @@ lora_settings = st.builds(
 
 @quick
 @given(chosen=lora_settings)
-def test_an_adapter_is_read_back_exactly(tmp_path: Path, chosen: LoRASettings) -> None:
+def test_an_adapter_is_read_back_exactly(tmp_path: Path, chosen: LoRA) -> None:
     tensors = adapter(CONFIG, chosen)
     write_adapter(tmp_path, chosen, tensors, "some/base")
-    read, read_tensors, base = read_adapter(tmp_path, CONFIG)
+    read, read_tensors, base, _ = read_adapter(tmp_path, CONFIG)
     assert (read, base) == (chosen, "some/base")
     assert same(read_tensors, tensors)
 
 
 def test_all_linear_is_written_as_its_seven_names(tmp_path: Path) -> None:
-    chosen = LoRASettings(target_modules=("all-linear",))
+    chosen = LoRA(target_modules=("all-linear",))
     tensors = adapter(CONFIG, chosen)
     write_adapter(tmp_path, chosen, tensors, "")
-    read, read_tensors, _ = read_adapter(tmp_path, CONFIG)
+    read, read_tensors, *_ = read_adapter(tmp_path, CONFIG)
     assert same(read_tensors, tensors) and len(read.target_modules) == 7
     modules = target_module_names(CONFIG, chosen.target_modules)
     assert target_module_names(CONFIG, read.target_modules) == modules
@@ -473,7 +474,7 @@ def test_all_linear_is_written_as_its_seven_names(tmp_path: Path) -> None:
 
 def change_adapter(folder: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray | None] | None = None) -> None:
     """A q, v adapter of rank 2 with some fields and tensors changed."""
-    chosen = LoRASettings(rank=2)
+    chosen = LoRA(rank=2)
     changed = {**adapter(CONFIG, chosen), **(tensors or {})}
     write_adapter(folder, chosen, {name: tensor for name, tensor in changed.items() if tensor is not None}, "base")
     path = folder / "adapter_config.json"
@@ -482,9 +483,9 @@ def change_adapter(folder: Path, fields: dict[str, Any], tensors: dict[str, np.n
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_an_adapter_in_any_dtype_is_read_as_float32(tmp_path: Path, dtype: str) -> None:
-    narrow = {name: tensor.astype(DTYPES[dtype]) for name, tensor in adapter(CONFIG, LoRASettings(rank=2)).items()}
+    narrow = {name: tensor.astype(DTYPES[dtype]) for name, tensor in adapter(CONFIG, LoRA(rank=2)).items()}
     change_adapter(tmp_path, {}, dict(narrow))
-    _, tensors, _ = read_adapter(tmp_path, CONFIG)
+    _, tensors, *_ = read_adapter(tmp_path, CONFIG)
     assert same(tensors, {name: tensor.astype(np.float32) for name, tensor in narrow.items()})
 
 
@@ -500,16 +501,14 @@ def test_an_adapter_in_any_dtype_is_read_as_float32(tmp_path: Path, dtype: str) 
 )
 def test_every_way_to_name_the_targets_chooses_the_same_modules(tmp_path: Path, target: Any) -> None:
     change_adapter(tmp_path, {"target_modules": target})
-    read, tensors, _ = read_adapter(tmp_path, CONFIG)
+    read, tensors, *_ = read_adapter(tmp_path, CONFIG)
     modules = target_module_names(CONFIG, ("q_proj", "v_proj"))
     assert set(tensors) == {f"{module}.lora_{half}.weight" for module in modules for half in "AB"}
     assert target_module_names(CONFIG, read.target_modules) == modules
-    if isinstance(target, str):
-        assert read.target_modules == tuple(sorted(modules))
 
 
 def test_all_linear_in_a_file_means_the_seven_projections_and_not_the_head(tmp_path: Path) -> None:
-    chosen = LoRASettings(target_modules=("all-linear",))
+    chosen = LoRA(target_modules=("all-linear",))
     write_adapter(tmp_path, chosen, adapter(CONFIG, chosen), "")
     path = tmp_path / "adapter_config.json"
     write_json(path, {**read_json(path), "target_modules": "all-linear"})
@@ -523,12 +522,7 @@ def test_all_linear_in_a_file_means_the_seven_projections_and_not_the_head(tmp_p
         ("peft_type", None),
         ("bias", "lora_only"),
         ("use_dora", True),
-        ("rank_pattern", {"q_proj": 4}),
-        ("alpha_pattern", {"q_proj": 4}),
-        ("modules_to_save", ["lm_head"]),
         ("lora_bias", True),
-        ("layers_to_transform", [1]),
-        ("exclude_modules", ["k_proj"]),
         ("fan_in_fan_out", True),
         ("megatron_config", {"a": 1}),
         ("layer_replication", [[0, 2]]),
@@ -544,25 +538,26 @@ def test_all_linear_in_a_file_means_the_seven_projections_and_not_the_head(tmp_p
         ("r", "8"),
         ("r", 2.5),
         ("lora_alpha", None),
-        ("target_modules", ["lm_head"]),
-        ("target_modules", ["embed_tokens", "q_proj"]),
-        ("target_modules", ".*"),
         ("target_modules", "("),
         ("target_modules", []),
         ("target_modules", ["c_attn"]),
         ("target_modules", {"q_proj": 1}),
+        ("layers_pattern", "h"),
+        ("layers_to_transform", ["1"]),
+        ("rank_pattern", {"q_proj": 0}),
+        ("exclude_modules", "("),
     ],
 )
-def test_what_is_not_plain_lora_is_refused_by_name(tmp_path: Path, field: str, value: Any) -> None:
+def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, field: str, value: Any) -> None:
     change_adapter(tmp_path, {field: value})
-    with pytest.raises(ValueError, match=rf"adapter_config\.json: {field}"):
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: .*{field}|{field}.*expected"):
         read_adapter(tmp_path, CONFIG)
 
 
 def test_fields_without_effect_are_passed_over(tmp_path: Path) -> None:
     fields = {"revision": "main", "peft_version": "9.9", "inference_mode": False, "auto_mapping": {"x": 1}}
     change_adapter(tmp_path, {**fields, "init_lora_weights": "eva", "eva_config": {"rho": 2}, "future": None})
-    assert read_adapter(tmp_path, CONFIG)[0] == LoRASettings(rank=2)
+    assert read_adapter(tmp_path, CONFIG)[0] == LoRA(rank=2)
 
 
 @pytest.mark.parametrize(
@@ -608,7 +603,7 @@ def test_peft_loads_our_adapter_without_a_warning(
 ) -> None:
     peft = pytest.importorskip("peft")
     config = Config.from_dict(raw)
-    chosen = LoRASettings(rank=2, alpha=12.0, target_modules=targets, rslora=rslora)
+    chosen = LoRA(rank=2, alpha=12.0, target_modules=targets, rslora=rslora)
     tensors = adapter(config, chosen)
     base = base_of_transformers(tmp_path / "base", raw)
     write_adapter(tmp_path / "adapter", chosen, tensors, str(tmp_path / "base"))
@@ -639,7 +634,7 @@ def test_an_adapter_of_peft_is_read_exactly(tmp_path: Path, options: dict[str, A
     theirs = peft.LoraConfig(r=2, lora_dropout=0.25, task_type="CAUSAL_LM", **options)
     model = peft.get_peft_model(base_of_transformers(tmp_path / "base"), theirs)
     model.save_pretrained(tmp_path / "adapter")
-    read, tensors, base = read_adapter(tmp_path / "adapter", CONFIG)
+    read, tensors, base, _ = read_adapter(tmp_path / "adapter", CONFIG)
     state = peft.get_peft_model_state_dict(model)
     assert same(tensors, {name.removeprefix(PREFIX): tensor.numpy() for name, tensor in state.items()})
     assert (read.rank, read.alpha, read.dropout) == (2, theirs.lora_alpha, 0.25)
@@ -648,5 +643,5 @@ def test_an_adapter_of_peft_is_read_exactly(tmp_path: Path, options: dict[str, A
     assert {layer.scaling["default"] for layer in layers} == {read.scale}
     # Written by us again, it still means the same.
     write_adapter(tmp_path / "again", read, tensors, base)
-    settings_again, tensors_again, _ = read_adapter(tmp_path / "again", CONFIG)
+    settings_again, tensors_again, *_ = read_adapter(tmp_path / "again", CONFIG)
     assert same(tensors_again, tensors) and settings_again == read

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from strategies import TINY, VOCAB, configs, normal, random_adapter, random_weights, seeds
 
 from minilora.methods.base import base_model
-from minilora.methods.lora import LoRASettings, attach, init_adapter
+from minilora.methods.lora import LoRA
 from minilora.model import generation
 from minilora.model.config import Config
 from minilora.model.generation import complete, greedy, sampler, stream
@@ -28,9 +28,9 @@ NEVER: frozenset[int] = frozenset()
 def adapted_model(config: Config, seed: int) -> Model:
     """A tiny model with an adapter whose dropout must not matter when generating."""
     base = base_model(config, random_weights(config, seed), np.float64)
-    lora = LoRASettings(2, 4.0, 0.5, ("all-linear",))
-    trainable = init_adapter(base, lora, np.random.default_rng(seed), np.float64)
-    return attach(base, lora, random_adapter(trainable, seed))
+    lora = LoRA(2, 4.0, 0.5, ("all-linear",))
+    trainable = lora.start(base, np.random.default_rng(seed), np.float64)
+    return lora.attach(base, random_adapter(trainable, seed))
 
 
 def best_by_full_forward(model: Model, prompt: Sequence[int], count: int) -> list[int]:

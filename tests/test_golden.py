@@ -16,7 +16,6 @@ from minilora.formats.files import read_json
 from minilora.formats.peft import read_adapter
 from minilora.methods.base import base_model
 from minilora.methods.full import full_model
-from minilora.methods.lora import attach
 from minilora.model.config import Config
 from minilora.model.model import Model, forward
 from minilora.model.names import HEAD
@@ -55,9 +54,9 @@ def fully_trained(case: str, dtype: type = np.float64) -> tuple[Model, Arrays]:
 def adapted(case: str, dtype: type = np.float64) -> tuple[Model, Arrays]:
     """The model of a case with the adapter that PEFT wrote, and its A and B."""
     config, weights = weights_of(case, dtype)
-    settings, tensors, _ = read_adapter(GOLDEN / case / "adapter", config)
+    settings, tensors, *_ = read_adapter(GOLDEN / case / "adapter", config)
     trainable = as_dtype(tensors, dtype)
-    return attach(base_model(config, weights, dtype), settings, trainable), trainable
+    return settings.attach(base_model(config, weights, dtype), trainable), trainable
 
 
 def part(values: Arrays, kind: str) -> Arrays:

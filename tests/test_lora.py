@@ -37,7 +37,8 @@ from minilora.lora import (
     unmerge,
 )
 from minilora.methods.base import base_model
-from minilora.methods.lora import LoRALinear, LoRASettings, attach, frozen_linear, init_adapter, target_module_names
+from minilora.methods.lora import LoRA, LoRALinear, frozen_site
+from minilora.methods.targets import target_module_names
 from minilora.model.config import Config
 from minilora.model.model import Model, forward
 from minilora.model.names import LINEAR, layer_module
@@ -123,22 +124,22 @@ def test_a_zero_B_changes_no_bit_of_a_linear_map(site: Site, dropout: float | No
 
 @given(configs(), adapters, batches(), seeds)
 def test_a_fresh_adapter_changes_no_bit_of_a_model_whatever_its_rank_targets_and_seed(
-    config: Config, settings: LoRASettings, batch: Batch, seed: int
+    config: Config, settings: LoRA, batch: Batch, seed: int
 ) -> None:
     base = base_model(config, random_weights(config, seed), np.float64)
-    adapted = attach(base, settings, init_adapter(base, settings, np.random.default_rng(seed), np.float64))
+    adapted = settings.attach(base, settings.start(base, np.random.default_rng(seed), np.float64))
     inputs = batch.tokens, batch.positions, batch.segments
     assert forward(adapted, *inputs, seed=seed)[0].tobytes() == forward(base, *inputs)[0].tobytes()
 
 
 @given(configs(), adapters, batches(), seeds)
 def test_the_first_gradient_of_A_is_exactly_zero_and_a_first_step_moves_B_only(
-    config: Config, settings: LoRASettings, batch: Batch, seed: int
+    config: Config, settings: LoRA, batch: Batch, seed: int
 ) -> None:
     base = base_model(config, random_weights(config, seed), np.float64)
-    trainable = init_adapter(base, settings, np.random.default_rng(seed), np.float64)
+    trainable = settings.start(base, np.random.default_rng(seed), np.float64)
     start = {name: array.copy() for name, array in trainable.items()}
-    _, gradients = loss_and_gradients(attach(base, settings, trainable), [batch])
+    _, gradients = loss_and_gradients(settings.attach(base, trainable), [batch])
     assert not any(gradients[name].any() for name in trainable if "lora_A" in name)
     assert all(gradients[name].any() for name in trainable if "v_proj.lora_B" in name)
     SGD(trainable).update(trainable, gradients, learning_rate=1.0)
@@ -205,17 +206,17 @@ def test_merged_equals_adapted(site: Site) -> None:
 
 @given(configs(), adapters, batches(), seeds)
 def test_a_model_with_merged_weights_equals_the_adapted_model(
-    config: Config, settings: LoRASettings, batch: Batch, seed: int
+    config: Config, settings: LoRA, batch: Batch, seed: int
 ) -> None:
     base = base_model(config, random_weights(config, seed), np.float64)
-    adapter = random_adapter(init_adapter(base, settings, np.random.default_rng(seed)), seed)
+    adapter = random_adapter(settings.start(base, np.random.default_rng(seed)), seed)
     merged = dict(base.sites)
     for name in target_module_names(config, settings.target_modules):
         A, B = adapter[f"{name}.lora_A.weight"], adapter[f"{name}.lora_B.weight"]
-        site = frozen_linear(base, name)
+        site = frozen_site(base, name)
         merged[name] = FrozenLinear(DenseWeight(merge(site.weight.dense(), A, B, settings.scale).W), site.bias)
     inputs = batch.tokens, batch.positions, batch.segments
-    adapted = forward(attach(base, settings, adapter), *inputs)[0]
+    adapted = forward(settings.attach(base, adapter), *inputs)[0]
     np.testing.assert_allclose(forward(Model(config, merged), *inputs)[0], adapted, rtol=1e-9, atol=1e-9)
 
 
@@ -283,8 +284,8 @@ def test_the_change_of_the_output_is_proportional_to_the_scale(site: Site) -> No
 
 @given(st.integers(1, 256), st.floats(0.5, 64))
 def test_the_scale_is_alpha_over_r_and_with_rslora_alpha_over_root_r(rank: int, alpha: float) -> None:
-    assert LoRASettings(rank=rank, alpha=alpha).scale == alpha / rank
-    assert LoRASettings(rank=rank, alpha=alpha, rslora=True).scale == pytest.approx(alpha / rank**0.5)
+    assert LoRA(rank=rank, alpha=alpha).scale == alpha / rank
+    assert LoRA(rank=rank, alpha=alpha, rslora=True).scale == pytest.approx(alpha / rank**0.5)
 
 
 # --- Dropout, on the branch's input ---
@@ -321,8 +322,8 @@ def test_dropout_leaves_the_frozen_path_alone() -> None:
 def adapted() -> Any:
     """A model of two layers with an adapter after some training, and the inputs of a forward: seed → hidden states."""
     base = base_model(TINY, random_weights(TINY, 0), np.float64)
-    settings = LoRASettings(4, dropout=0.5, target_modules=("all-linear",))
-    model = attach(base, settings, random_adapter(init_adapter(base, settings, np.random.default_rng(0)), 1))
+    settings = LoRA(4, dropout=0.5, target_modules=("all-linear",))
+    model = settings.attach(base, random_adapter(settings.start(base, np.random.default_rng(0)), 1))
     tokens = np.arange(11).reshape(1, -1)
 
     def run(seed: int | None) -> bytes:
@@ -403,13 +404,13 @@ def test_two_steps_with_a_pencil() -> None:
 
 @given(configs(), adapters, batches(), seeds)
 def test_the_base_weights_keep_their_bytes_over_any_number_of_steps(
-    config: Config, settings: LoRASettings, batch: Batch, seed: int
+    config: Config, settings: LoRA, batch: Batch, seed: int
 ) -> None:
     weights = random_weights(config, seed)
     bytes_before = {name: array.tobytes() for name, array in weights.items()}
     base = base_model(config, weights, np.float64)
-    trainable = init_adapter(base, settings, np.random.default_rng(seed), np.float64)
-    model, optimizer = attach(base, settings, trainable), SGD(trainable, weight_decay=0.1)
+    trainable = settings.start(base, np.random.default_rng(seed), np.float64)
+    model, optimizer = settings.attach(base, trainable), SGD(trainable, weight_decay=0.1)
     for step in range(3):
         _, gradients = loss_and_gradients(model, [batch], [step])
         assert gradients.keys() == trainable.keys()
@@ -443,7 +444,7 @@ def test_targets_choose_by_module_name_or_its_ending_in_the_order_of_the_model()
     assert target_module_names(TINY, ["model.layers.1.mlp.down_proj"]) == [layer_module(1, "down")]
 
 
-@pytest.mark.parametrize("target", ["q_prj", "proj", "", "embed_tokens", "lm_head", "model.layers.2.self_attn.q_proj"])
+@pytest.mark.parametrize("target", ["q_prj", "proj", "", "norm", "input_layernorm", "model.layers.2.self_attn.q_proj"])
 def test_a_target_that_is_no_projection_of_the_model_is_refused(target: str) -> None:
     with pytest.raises(ValueError, match=target or "''"):
         target_module_names(TINY, ["v_proj", target])
@@ -452,4 +453,4 @@ def test_a_target_that_is_no_projection_of_the_model_is_refused(target: str) -> 
 def test_an_adapter_on_an_adapter_is_refused(adapted: Any) -> None:
     assert isinstance(adapted.model.sites[layer_module(0, "q")], LoRALinear)
     with pytest.raises(ValueError, match="already adapted"):
-        init_adapter(adapted.model, LoRASettings(), np.random.default_rng(0))
+        LoRA().start(adapted.model, np.random.default_rng(0))

@@ -15,7 +15,7 @@ from strategies import TINY, VOCAB, adapters, batches, configs, examples, random
 
 from minilora.methods.base import base_model
 from minilora.methods.full import FullEmbedding, full_model
-from minilora.methods.lora import LoRASettings, attach, init_adapter
+from minilora.methods.lora import LoRA
 from minilora.model.config import Config
 from minilora.model.model import Model, Past, backward, forward, head_loss
 from minilora.model.names import EMBED, HEAD, NORM, layer_module
@@ -29,13 +29,13 @@ from minilora.training.step import loss_and_gradients, mean_loss
 class Trained:
     """A tiny model in the midst of training: `settings` says which adapter, None is full fine-tuning."""
 
-    def __init__(self, config: Config, settings: LoRASettings | None, seed: int) -> None:
+    def __init__(self, config: Config, settings: LoRA | None, seed: int) -> None:
         self.config, self.settings, self.seed = config, settings, seed
         self.weights = random_weights(config, seed)
         self.trainable = self.weights
         if settings is not None:
             base = base_model(config, self.weights, np.float64)
-            self.trainable = random_adapter(init_adapter(base, settings, np.random.default_rng(seed)), seed)
+            self.trainable = random_adapter(settings.start(base, np.random.default_rng(seed)), seed)
 
     def __repr__(self) -> str:
         return f"Trained({self.config}, {self.settings}, seed {self.seed})"
@@ -46,10 +46,10 @@ class Trained:
         if self.settings is None:
             return full_model(self.config, trainable)
         dtype = next(iter(trainable.values())).dtype
-        return attach(base_model(self.config, self.weights, dtype), self.settings, trainable)
+        return self.settings.attach(base_model(self.config, self.weights, dtype), trainable)
 
 
-plain_adapters = adapters.map(lambda s: LoRASettings(s.rank, s.alpha, 0.0, s.target_modules))
+plain_adapters = adapters.map(lambda s: LoRA(s.rank, s.alpha, 0.0, s.target_modules))
 fully_trained = st.builds(Trained, configs(), st.none(), seeds)
 lora_trained = st.builds(Trained, configs(), adapters, seeds)
 trained = fully_trained | st.builds(Trained, configs(), plain_adapters, seeds)  # without dropout
@@ -308,7 +308,7 @@ def test_nothing_below_the_lowest_trained_layer_is_saved_or_goes_backwards(
     config: Config, data: st.DataObject, checkpointing: bool
 ) -> None:
     lowest = data.draw(st.integers(0, config.num_hidden_layers - 1), label="lowest trained layer")
-    case = Trained(config, LoRASettings(2, target_modules=(layer_module(lowest, "v"),)), 0)
+    case = Trained(config, LoRA(2, target_modules=(layer_module(lowest, "v"),)), 0)
     sites = {
         name: NoBackward(site) if name == EMBED or any(f"layers.{i}." in name for i in range(lowest)) else site
         for name, site in case.model().sites.items()

@@ -20,7 +20,7 @@ from strategies import LLAMA3, VOCAB, adapters, random_adapter, random_weights, 
 from minilora.formats.known_configs import KNOWN_CONFIGS
 from minilora.methods.base import base_model
 from minilora.methods.full import full_model
-from minilora.methods.lora import LoRASettings, attach, init_adapter
+from minilora.methods.lora import LoRA
 from minilora.model.config import Config
 from minilora.model.model import Model, forward
 from minilora.model.names import HEAD, parameter_shapes
@@ -143,7 +143,7 @@ def compare(ours: Model, theirs: Any, batch: Batch, relative: float) -> None:
     assert_agree(gradients, expected, relative)
 
 
-def with_peft(theirs: Any, adapter: LoRASettings, trainable: Gradients) -> Any:
+def with_peft(theirs: Any, adapter: LoRA, trainable: Gradients) -> Any:
     """The peer with the same adapter, through PEFT."""
     targets = list(adapter.target_modules)
     with warnings.catch_warnings():
@@ -181,15 +181,15 @@ def test_transformers_has_the_same_logits_loss_and_gradients_of_all_weights(
 @settings(max_examples=50)
 @given(raw_configs(), adapters, padded_batches, seeds)
 def test_peft_has_the_same_logits_loss_and_gradients_of_A_and_B(
-    raw: dict[str, Any], adapter: LoRASettings, batch: Batch, seed: int
+    raw: dict[str, Any], adapter: LoRA, batch: Batch, seed: int
 ) -> None:
     config = Config.from_dict(raw)
     weights = random_weights(config, seed)
     base = base_model(config, weights, np.float64)
-    trainable = random_adapter(init_adapter(base, adapter, np.random.default_rng(seed)), seed)
+    trainable = random_adapter(adapter.start(base, np.random.default_rng(seed)), seed)
     with float64_throughout():
         theirs = with_peft(peer_of(raw, weights), adapter, trainable)
-        compare(attach(base, adapter, trainable), theirs, batch, relative=1e-10)
+        compare(adapter.attach(base, trainable), theirs, batch, relative=1e-10)
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -209,15 +209,11 @@ def test_with_the_real_shapes_in_float32_all_of_it_still_agrees(name: str) -> No
         else 1 + 0.3 * rng.standard_normal(shape, dtype=np.float32)
         for key, shape in parameter_shapes(config).items()
     }
-    adapter = LoRASettings(rank=8, target_modules=("all-linear",))
+    adapter = LoRA(rank=8, target_modules=("all-linear",))
     base = base_model(config, weights)
-    trainable = {
-        key: array.astype(np.float32) for key, array in random_adapter(init_adapter(base, adapter, rng), 1).items()
-    }
+    trainable = {key: array.astype(np.float32) for key, array in random_adapter(adapter.start(base, rng), 1).items()}
     tokens = rng.integers(0, config.vocab_size, (2, 24))
     labels = np.where(np.arange(24) % 3 > 0, np.roll(tokens, -1, axis=1), IGNORE)
     labels[:, -1] = IGNORE
     batch = Batch(tokens, labels, np.tile(np.arange(24), (2, 1)), np.ones_like(tokens))
-    compare(
-        attach(base, adapter, trainable), with_peft(peer_of(raw, weights), adapter, trainable), batch, relative=1e-4
-    )
+    compare(adapter.attach(base, trainable), with_peft(peer_of(raw, weights), adapter, trainable), batch, relative=1e-4)

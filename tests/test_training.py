@@ -23,7 +23,7 @@ from strategies import TINY, VOCAB, normal, random_weights, seeds
 
 from minilora.methods.base import base_model
 from minilora.methods.full import full_model
-from minilora.methods.lora import LoRASettings, attach, init_adapter
+from minilora.methods.lora import LoRA
 from minilora.model.model import Model
 from minilora.text.batches import Rows, batches_of, count_labels, pack
 from minilora.text.examples import Example
@@ -237,9 +237,9 @@ def new_run(
     model = full_model(TINY, trainable)
     if method == "lora":
         base = base_model(TINY, trainable, np.float64)
-        lora = LoRASettings(2, 4.0, dropout, ("all-linear",))
-        trainable = init_adapter(base, lora, rng, np.float64)
-        model = attach(base, lora, trainable)
+        lora = LoRA(2, 4.0, dropout, ("all-linear",))
+        trainable = lora.start(base, rng, np.float64)
+        model = lora.attach(base, trainable)
     return model, State(trainable, OPTIMIZERS[optimizer](trainable, 0.01), Order(len(rows)), rng, data="rows")
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minilora.formats.files import HostArray, check_shapes, open_safetensors, read_json, write_json, write_safetensors
-from minilora.methods.lora import LoRASettings
+from minilora.methods.lora import LoRA, adapter_names
+from minilora.methods.targets import ALL_LINEAR, Names, is_named
 from minilora.model.config import Config
-from minilora.model.names import EMBED, HEAD, LAYER, LINEAR, layer_module, parameter_shapes
+from minilora.model.names import EMBED, HEAD, LAYER, LINEAR, parameter_shapes
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -24,11 +25,12 @@ PREFIX = "base_model.model."
 
 READ = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias", "init_lora_weights"),
-    "base_model_name_or_path",
+    *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save"),
+    *("base_model_name_or_path", "revision"),
 }
 WITHOUT_EFFECT = {  # on what a finished adapter computes
-    *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config"),
-    *("megatron_core", "qalora_group_size", "layers_pattern", "ensure_weight_tying"),  # each only with another field
+    *("task_type", "auto_mapping", "peft_version", "inference_mode", "runtime_config"),
+    *("megatron_core", "qalora_group_size", "ensure_weight_tying"),  # each only with another field
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # each only with an init_lora_weights
 }
 # Others (pissa, olora, corda, loftq, …) change the base weights too, so that A and B alone do not say what is computed.
@@ -39,59 +41,108 @@ INITIALISATIONS = {None: "kaiming", True: "kaiming", False: "kaiming"} | {
 }
 
 
-def write_adapter(folder: Path, settings: LoRASettings, tensors: Mapping[str, HostArray], base_model: str) -> None:
+class Adapter(NamedTuple):
+    """An adapter as its folder holds it."""
+
+    settings: LoRA
+    tensors: dict[str, HostArray]  # float32, named as in the model: `model.….q_proj.lora_A.weight`
+    base_model: str  # the name or folder of the model it was trained on
+    copies: dict[str, HostArray]  # base weights that PEFT saved beside it, by name; see check_copies
+
+
+def write_adapter(
+    folder: Path, settings: LoRA, tensors: Mapping[str, HostArray], base_model: str, revision: str | None = None
+) -> None:
     """Write an adapter that PEFT loads. `tensors` are named as in the model: `model.….q_proj.lora_A.weight`."""
     folder = Path(folder)
-    targets: list[str] = []
-    for target in settings.target_modules:
-        # The seven names say the same as "all-linear", and to more versions of PEFT.
-        targets += [LAYER[role].rpartition(".")[2] for role in LINEAR] if target == "all-linear" else [target]
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        "revision": None,
+        "revision": revision,
         "auto_mapping": None,
         "inference_mode": True,
         "r": settings.rank,
-        "lora_alpha": int(settings.alpha) if float(settings.alpha).is_integer() else settings.alpha,
+        "lora_alpha": _whole(settings.alpha),
         "lora_dropout": settings.dropout,
-        "target_modules": list(dict.fromkeys(targets)),
+        "target_modules": _written_targets(settings.target_modules),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": "gaussian" if settings.init == "gaussian" else True,
-        "modules_to_save": None,
-        "layers_to_transform": None,
+        "modules_to_save": list(settings.modules_to_save) or None,
+        "layers_to_transform": None if settings.layers_to_transform is None else list(settings.layers_to_transform),
         "layers_pattern": None,
     }
-    if settings.rslora:  # old versions of PEFT raise on fields they do not know, so this one only where it is needed
-        config["use_rslora"] = True
+    exclude = settings.exclude_modules
+    younger = {  # old versions of PEFT raise on fields they do not know, so these only where they are needed
+        "use_rslora": settings.rslora,
+        "rank_pattern": dict(settings.rank_pattern),
+        "alpha_pattern": {name: _whole(alpha) for name, alpha in settings.alpha_pattern.items()},
+        "exclude_modules": exclude if isinstance(exclude, str) else list(exclude),
+    }
+    config |= {field: value for field, value in younger.items() if value}
     write_safetensors(folder / TENSORS, {PREFIX + name: tensor for name, tensor in tensors.items()}, {"format": "pt"})
     write_json(folder / CONFIG, config)
 
 
-def read_adapter(folder: Path, config: Config) -> tuple[LoRASettings, dict[str, HostArray], str]:
-    """Settings, tensors in float32 under the model's names, and the name of the base model they were trained on."""
+def _whole(number: float) -> float | int:
+    return int(number) if float(number).is_integer() else number
+
+
+def _written_targets(targets: Names) -> str | list[str]:
+    if isinstance(targets, str) and targets != ALL_LINEAR:
+        return targets
+    written: list[str] = []
+    for target in (targets,) if isinstance(targets, str) else targets:
+        # The seven names say the same as "all-linear", and to more versions of PEFT.
+        written += [LAYER[role].rpartition(".")[2] for role in LINEAR] if target == ALL_LINEAR else [target]
+    return list(dict.fromkeys(written))
+
+
+def read_adapter(folder: Path, config: Config) -> Adapter:
+    """Read an adapter for a model of this configuration. ValueError or OSError, naming file and field or tensor."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     path = folder / CONFIG
     raw = read_json(path)
     _refuse_unsupported(path, raw)
-    rank = _number(path, raw, "r", 8)
-    if rank < 1 or rank != int(rank):
-        raise ValueError(f"{path}: r is {rank}, expected a whole number of at least 1")
-    modules, targets = _targets(path, raw.get("target_modules"), config)
-    settings = LoRASettings(
-        rank=int(rank),
-        alpha=_number(path, raw, "lora_alpha", 8),
-        dropout=_number(path, raw, "lora_dropout", 0),
-        target_modules=targets,
-        init=INITIALISATIONS[raw.get("init_lora_weights", True)],
-        rslora=bool(raw.get("use_rslora")),
-    )
-    tensors = _read_tensors(folder, modules, settings.rank, config)
-    return settings, tensors, str(raw.get("base_model_name_or_path") or "")
+    try:
+        settings = _settings(path, raw, config)
+        expected = adapter_shapes(config, settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+    tensors, copies = _read_tensors(folder, expected, config)
+    return Adapter(settings, tensors, str(raw.get("base_model_name_or_path") or ""), copies)
+
+
+def adapter_shapes(config: Config, settings: LoRA) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of an adapter."""
+    shapes = parameter_shapes(config)
+    shapes.setdefault(f"{HEAD}.weight", shapes[f"{EMBED}.weight"])
+    expected: dict[str, tuple[int, ...]] = {}
+    for module, place in settings.places(config).items():
+        rows, columns = shapes[f"{module}.weight"]
+        if module == EMBED:
+            rows, columns = columns, rows
+        expected |= zip(adapter_names(module), ((place.rank, columns), (rows, place.rank)), strict=True)
+    for module in settings.saved(config):
+        expected |= {name: shapes[name] for name in (f"{module}.weight", f"{module}.bias") if name in shapes}
+    return expected
+
+
+def check_copies(folder: Path, copies: Mapping[str, HostArray], weights: Mapping[str, HostArray]) -> None:
+    """ValueError where a base weight that PEFT saved beside an adapter is not the base model's.
+
+    PEFT saves embedding and head along when they are adapted. Had they been changed, passing over them would be wrong.
+    """
+    for name, copy in copies.items():
+        own = weights[name if name in weights else f"{EMBED}.weight"]
+        if not np.array_equal(copy, own.astype(np.float32)):
+            raise ValueError(
+                f"{folder / TENSORS}: holds a {name} of its own that differs from the base model's: "
+                "the adapter belongs to another base, or one whose vocabulary was changed"
+            )
 
 
 def _refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:
@@ -104,56 +155,99 @@ def _refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:
             f"{path}: init_lora_weights {init!r} is not supported, because it also changes the base weights: "
             "convert the adapter to plain LoRA with PEFT"
         )
+    if raw.get("layers_pattern") not in (None, "", [], "layers", ["layers"]):
+        raise ValueError(f"{path}: layers_pattern {raw['layers_pattern']!r} matches no layer of a Llama-style model")
     for field, value in raw.items():
         if value and field not in READ | WITHOUT_EFFECT:
-            raise ValueError(f"{path}: {field} {value!r} is not supported: minilora reads plain LoRA")
+            raise ValueError(f"{path}: {field} {value!r} is not supported")
 
 
-def _number(path: Path, raw: Mapping[str, Any], field: str, default: float) -> float:
+def _settings(path: Path, raw: Mapping[str, Any], config: Config) -> LoRA:
+    layers = raw.get("layers_to_transform")
+    if isinstance(layers, int):
+        layers = [layers]
+    if layers and not all(isinstance(layer, int) for layer in layers):
+        raise ValueError(f"{path}: layers_to_transform is {layers!r}, expected layer numbers")
+    targets = _targets(path, raw, config)
+    if layers and isinstance(targets, str):
+        raise ValueError(f"{path}: layers_to_transform does not go with the pattern {targets!r} as target_modules")
+    ranks, alphas = f"{path}: rank_pattern", f"{path}: alpha_pattern"
+    return LoRA(
+        rank=_rank(path, raw, "r", 8),
+        alpha=_number(path, raw, "lora_alpha", 8),
+        dropout=_number(path, raw, "lora_dropout", 0),
+        target_modules=targets,
+        init=INITIALISATIONS[raw.get("init_lora_weights", True)],
+        rslora=bool(raw.get("use_rslora")),
+        exclude_modules=_names(path, raw, "exclude_modules"),
+        layers_to_transform=tuple(layers) if layers else None,
+        rank_pattern={key: _rank(ranks, raw["rank_pattern"], key, 0) for key in raw.get("rank_pattern") or {}},
+        alpha_pattern={key: _number(alphas, raw["alpha_pattern"], key, 0) for key in raw.get("alpha_pattern") or {}},
+        modules_to_save=tuple(_names(path, raw, "modules_to_save")),
+    )
+
+
+def _number(place: object, raw: Mapping[str, Any], field: str, default: float) -> float:
     value = raw.get(field, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{path}: {field} is {value!r}, expected a number")
+        raise ValueError(f"{place}: {field} is {value!r}, expected a number")
     return float(value)
 
 
-def _targets(path: Path, target: Any, config: Config) -> tuple[list[str], tuple[str, ...]]:
-    """The modules that `target_modules` chooses, and the target_modules of LoRASettings that choose the same."""
-    linear = [layer_module(layer, role) for layer in range(config.num_hidden_layers) for role in LINEAR]
-    entries: tuple[str, ...] = ()
-    if target is None:
-        target = ["q_proj", "v_proj"]  # PEFT's choice for Llama
-    if target == "all-linear":
-        modules = linear
-    elif isinstance(target, str):
-        try:
-            modules = [name for name in [*linear, HEAD, EMBED] if re.fullmatch(target, name)]
-        except re.error as error:
-            raise ValueError(f"{path}: target_modules {target!r} is not a regular expression ({error})") from error
-    elif isinstance(target, list) and all(isinstance(entry, str) for entry in target):
-        chosen = {entry: [n for n in [*linear, HEAD, EMBED] if f".{n}".endswith(f".{entry}")] for entry in target}
-        modules = [name for name in [*linear, HEAD, EMBED] if any(name in names for names in chosen.values())]
-        entries = tuple(entry for entry, names in chosen.items() if names)  # PEFT, too, passes over the others
-    else:
-        raise ValueError(f"{path}: target_modules {target!r} is neither a list of names nor a text")
-    for name in (HEAD, EMBED):
-        if name in modules:
-            raise ValueError(f"{path}: target_modules includes {name}, whose adapters are not supported")
-    if not modules:
-        raise ValueError(f"{path}: target_modules {target!r} matches no projection of the base model")
-    return modules, entries or tuple(sorted(modules))
+def _rank(place: object, raw: Mapping[str, Any], field: str, default: int) -> int:
+    rank = _number(place, raw, field, default)
+    if rank < 1 or rank != int(rank):
+        raise ValueError(f"{place}: {field} is {rank}, expected a whole number of at least 1")
+    return int(rank)
 
 
-def _read_tensors(folder: Path, modules: list[str], rank: int, config: Config) -> dict[str, HostArray]:
+def _names(path: Path, raw: Mapping[str, Any], field: str) -> Names:
+    value = raw.get(field) or []
+    if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+        return tuple(value)
+    if isinstance(value, str) and field != "modules_to_save":
+        _pattern(path, field, value)
+        return value
+    raise ValueError(f"{path}: {field} {value!r} is neither a list of names nor a text")
+
+
+def _pattern(path: Path, field: str, value: str) -> None:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{path}: {field} {value!r} is not a regular expression ({error})") from error
+
+
+def _targets(path: Path, raw: Mapping[str, Any], config: Config) -> Names:
+    if raw.get("target_modules") is None:
+        return ("q_proj", "v_proj")  # PEFT's choice for Llama
+    targets = _names(path, raw, "target_modules")
+    if isinstance(targets, str):
+        return (ALL_LINEAR,) if targets.lower() == ALL_LINEAR else targets
+    known = [name.removesuffix(".weight") for name in parameter_shapes(config)] + [HEAD]
+    # PEFT passes over names that match nothing, as long as one does.
+    matching = tuple(entry for entry in targets if any(is_named(name, (entry,)) for name in known))
+    if not matching:
+        raise ValueError(f"{path}: target_modules {list(targets)} matches no projection of the base model")
+    return matching
+
+
+def _read_tensors(
+    folder: Path, expected: Mapping[str, tuple[int, ...]], config: Config
+) -> tuple[dict[str, HostArray], dict[str, HostArray]]:
+    """The adapter's tensors, and the base weights beside them."""
     path = folder / TENSORS
     if not path.exists() and (folder / "adapter_model.bin").exists():
         raise FileNotFoundError(f"{path}: no such file; convert adapter_model.bin to safetensors with PEFT")
-    shapes = parameter_shapes(config)
-    expected: dict[str, tuple[int, ...]] = {}
-    for module in modules:
-        out_features, in_features = shapes[f"{module}.weight"]
-        expected[f"{PREFIX}{module}.lora_A.weight"] = (rank, in_features)
-        expected[f"{PREFIX}{module}.lora_B.weight"] = (out_features, rank)
+    vocabulary = parameter_shapes(config)[f"{EMBED}.weight"]
+    copied = {f"{PREFIX}{module}.base_layer.weight": f"{module}.weight" for module in (EMBED, HEAD)}
     with open_safetensors(path) as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        check_shapes(path, expected, found, f"The adapter does not fit its {CONFIG} and this base model.")
-        return {name.removeprefix(PREFIX): file.get_tensor(name).astype(np.float32, copy=False) for name in expected}
+        copies = {key: name for key, name in copied.items() if key in found}
+        whole = {PREFIX + name: shape for name, shape in expected.items()} | dict.fromkeys(copies, vocabulary)
+        check_shapes(path, whole, found, f"The adapter does not fit its {CONFIG} and this base model.")
+
+        def read(key: str) -> HostArray:
+            return np.asarray(file.get_tensor(key).astype(np.float32, copy=False))
+
+        return {name: read(PREFIX + name) for name in expected}, {name: read(key) for key, name in copies.items()}

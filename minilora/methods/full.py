@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from minilora.backend import Array
 from minilora.model.config import Config
 from minilora.model.model import Model
 from minilora.model.names import EMBED, HEAD, LINEAR, NORM, layer_module
-from minilora.model.sites import Gradients, Site
+from minilora.model.sites import FrozenEmbedding, FrozenLinear, FrozenNorm, Gradients, Site
 from minilora.ops.embedding import EmbeddingCache, embedding, embedding_backward
 from minilora.ops.linear import LinearCache, linear, linear_backward
 from minilora.ops.rmsnorm import RMSNormCache, rmsnorm, rmsnorm_backward
@@ -61,6 +62,30 @@ class FullEmbedding:
 
     def backward(self, dy: Array, cache: EmbeddingCache) -> tuple[Array, Gradients]:
         return dy, {"weight": embedding_backward(dy, cache)}
+
+
+def trained_copy(model: Model, module: str, dtype: Any) -> dict[str, Array]:
+    """Copies of the parameters of a frozen site, under their full names: what is to train instead of them."""
+    site = model.sites[module]
+    if isinstance(site, FrozenNorm):
+        return {f"{module}.weight": site.gain.astype(dtype)}
+    if not isinstance(site, FrozenLinear | FrozenEmbedding):
+        raise ValueError(f"{module} is already adapted: start from the base model")
+    parameters = {f"{module}.weight": site.weight.dense().astype(dtype)}
+    if isinstance(site, FrozenLinear) and site.bias is not None:
+        parameters[f"{module}.bias"] = site.bias.astype(dtype)
+    return parameters
+
+
+def trained_site(model: Model, module: str, trainable: Mapping[str, Array]) -> Site:
+    """The site that trains in the place of a frozen one, sharing the arrays of `trainable`."""
+    site, weight = model.sites[module], trainable[f"{module}.weight"]
+    if isinstance(site, FrozenNorm):
+        return FullNorm(weight, site.eps)
+    if isinstance(site, FrozenEmbedding):
+        return FullEmbedding(weight)
+    bias = f"{module}.bias"
+    return FullLinear(weight, trainable[bias] if bias in trainable else None)
 
 
 def full_model(config: Config, trainable: Mapping[str, Array]) -> Model:

@@ -1,50 +1,31 @@
-"""LoRA at chosen linear sites of a model."""
+"""LoRA at chosen sites of a model: linear maps, the embedding, the head; and whole modules trained beside it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minilora.backend import Array, random_generator
 from minilora.frozen import FrozenWeight
 from minilora.lora import LoRACache, dropout_mask, init_gaussian, init_kaiming, lora, lora_backward
+from minilora.methods.full import trained_copy, trained_site
+from minilora.methods.lora_embedding import LoRAEmbedding, init_lora_embedding
+from minilora.methods.targets import Names, pattern_value, saved_module_names, target_module_names
 from minilora.model.config import Config
 from minilora.model.model import Model
-from minilora.model.names import HEAD, LINEAR, layer_module
-from minilora.model.sites import FrozenLinear, Gradients
+from minilora.model.names import EMBED, HEAD
+from minilora.model.sites import FrozenEmbedding, FrozenLinear, Gradients
 
 INITIALISATIONS = {"kaiming": init_kaiming, "gaussian": init_gaussian}
 
 
-@dataclass(frozen=True)
-class LoRASettings:
-    """Rank r, α, dropout on the branch's input, and which linear maps are adapted.
-
-    A target is a module name or its ending ("q_proj", "mlp.up_proj"), as in PEFT; "all-linear" is all seven
-    projections of every layer. The scale is α/r, or α/√r with `rslora` (Kalajdzievski, 2023, arXiv:2312.03732).
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
-    init: str = "kaiming"
-    rslora: bool = False
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or not 0 <= self.dropout < 1 or self.init not in INITIALISATIONS:
-            raise ValueError(
-                f"rank {self.rank} must be at least 1, dropout {self.dropout} in [0, 1), "
-                f"init {self.init!r} one of {', '.join(INITIALISATIONS)}"
-            )
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+class Place(NamedTuple):
+    rank: int
+    scale: float
 
 
 class LoRALinear:
@@ -80,51 +61,99 @@ class LoRALinear:
         return dx, {"lora_A.weight": dA, "lora_B.weight": dB}
 
 
-def target_module_names(config: Config, targets: Iterable[str]) -> list[str]:
-    """Full names of the modules that `targets` choose, in the model's order. A target that matches none is an error."""
-    projections = [layer_module(layer, role) for layer in range(config.num_hidden_layers) for role in LINEAR]
-    chosen: set[str] = set()
-    for target in targets:
-        if target == "all-linear":
-            matches = projections
-        else:
-            matches = [name for name in [*projections, HEAD] if name == target or name.endswith(f".{target}")]
-        if not matches:
-            known = ", ".join(sorted({name.rsplit(".", 1)[1] for name in projections}))
-            raise ValueError(
-                f"target module {target!r} matches no linear map of the model: choose from {known}, all-linear"
-            )
-        if HEAD in matches:
-            raise ValueError("adapting lm_head is not supported yet: leave it out of the target modules")
-        chosen.update(matches)
-    return [name for name in projections if name in chosen]
+def adapter_names(module: str) -> tuple[str, str]:
+    """The names of A and B at a module, as PEFT writes them: `model.layers.0.self_attn.q_proj.lora_A.weight`."""
+    if module == EMBED:
+        return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
+    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
-def init_adapter(
-    model: Model, settings: LoRASettings, rng: np.random.Generator, dtype: Any = np.float32
-) -> dict[str, Array]:
-    """Fresh A and B for every target, under PEFT's names: `model.layers.0.self_attn.q_proj.lora_A.weight`."""
-    init = INITIALISATIONS[settings.init]
-    trainable = {}
-    for module in target_module_names(model.config, settings.target_modules):
-        shape = frozen_linear(model, module).weight.shape
-        A, B = init(settings.rank, shape, rng, dtype)
-        trainable[f"{module}.lora_A.weight"], trainable[f"{module}.lora_B.weight"] = A, B
-    return trainable
-
-
-def attach(model: Model, settings: LoRASettings, trainable: Mapping[str, Array]) -> Model:
-    """The model with the adapter at its targets. The sites share the arrays of `trainable`: update those in place."""
-    sites = dict(model.sites)
-    for key, module in enumerate(target_module_names(model.config, settings.target_modules)):
-        A, B = trainable[f"{module}.lora_A.weight"], trainable[f"{module}.lora_B.weight"]
-        sites[module] = LoRALinear(frozen_linear(model, module), A, B, settings.scale, settings.dropout, key)
-    return Model(model.config, sites)
-
-
-def frozen_linear(model: Model, module: str) -> FrozenLinear:
+def frozen_site(model: Model, module: str) -> FrozenLinear | FrozenEmbedding:
     """The site at `module`, which has to be a plain frozen one: adapters are not stacked silently."""
     site = model.sites[module]
-    if not isinstance(site, FrozenLinear):
+    if not isinstance(site, FrozenLinear | FrozenEmbedding):
         raise ValueError(f"{module} is already adapted: start from the base model")
     return site
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Rank r, α, dropout on the branch's input, and what is adapted; the fields mean what PEFT's mean.
+
+    The scale is α/r, or α/√r with `rslora` (Kalajdzievski, 2023, arXiv:2312.03732). `rank_pattern` and `alpha_pattern`
+    give modules whose name ends in a key (a regular expression) a rank or α of their own. A module of `modules_to_save`
+    is not adapted: a copy of it trains whole. How names choose modules: methods/targets.py.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: Names = ("q_proj", "v_proj")
+    init: str = "kaiming"
+    rslora: bool = False
+    exclude_modules: Names = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        ranks = (self.rank, *self.rank_pattern.values())
+        if min(ranks) < 1 or not 0 <= self.dropout < 1 or self.init not in INITIALISATIONS:
+            raise ValueError(
+                f"rank {min(ranks)} must be at least 1, dropout {self.dropout} in [0, 1), "
+                f"init {self.init!r} one of {', '.join(INITIALISATIONS)}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """s for the modules that no pattern names."""
+        return self._scale(self.rank, self.alpha)
+
+    def _scale(self, rank: int, alpha: float) -> float:
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def places(self, config: Config) -> dict[str, Place]:
+        """The adapted modules, in the model's order, each with its rank and scale."""
+        saved = self.saved(config)
+        places = {}
+        for module in target_module_names(config, self.target_modules, self.exclude_modules, self.layers_to_transform):
+            if module not in saved:
+                rank = pattern_value(self.rank_pattern, module, self.rank)
+                places[module] = Place(rank, self._scale(rank, pattern_value(self.alpha_pattern, module, self.alpha)))
+        return places
+
+    def saved(self, config: Config) -> list[str]:
+        """The modules that train whole."""
+        return saved_module_names(config, self.modules_to_save)
+
+    def start(self, model: Model, rng: np.random.Generator, dtype: Any = np.float32) -> dict[str, Array]:
+        """Fresh A and B for every target, and copies of the modules that train whole: the model computes as before."""
+        trainable: dict[str, Array] = {}
+        for module, place in self.places(model.config).items():
+            shape = frozen_site(model, module).weight.shape
+            fresh = init_lora_embedding if module == EMBED else INITIALISATIONS[self.init]
+            A, B = fresh(place.rank, shape, rng, dtype)
+            trainable |= zip(adapter_names(module), (A, B), strict=True)
+        for module in self.saved(model.config):
+            trainable |= trained_copy(model, module, dtype)
+        return trainable
+
+    def attach(self, model: Model, trainable: Mapping[str, Array]) -> Model:
+        """The model with the adapter at its targets. The sites share the arrays of `trainable`: update those in place.
+
+        If the embedding or the head of a tied model changes, they are one matrix no longer: the model's config says so.
+        """
+        config, sites = model.config, dict(model.sites)
+        places, saved = self.places(config), self.saved(config)
+        for key, (module, place) in enumerate(places.items()):
+            base, (A, B) = frozen_site(model, module), (trainable[name] for name in adapter_names(module))
+            if isinstance(base, FrozenEmbedding):
+                sites[module] = LoRAEmbedding(base, A, B, place.scale)
+            else:
+                sites[module] = LoRALinear(base, A, B, place.scale, self.dropout, key)
+        for module in saved:
+            sites[module] = trained_site(model, module, trainable)
+        if {EMBED, HEAD} & {*places, *saved}:
+            config = replace(config, tie_word_embeddings=False)
+        return Model(config, sites)

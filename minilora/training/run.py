@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from minilora.backend import Array, peak_memory_bytes, to_device, to_host
 from minilora.formats.checkpoint import read_weights, write_checkpoint
+from minilora.formats.hub import Source, find_adapter, find_model
 from minilora.formats.load import load_model, load_trainable
 from minilora.formats.peft import write_adapter
 from minilora.methods.full import full_model
-from minilora.methods.lora import LoRASettings, attach, init_adapter
+from minilora.methods.lora import LoRA
 from minilora.model.model import Model
 from minilora.model.names import parameter_count
 from minilora.text.tokenizer import Tokenizer, save_tokenizer_files
@@ -36,12 +37,13 @@ class Run:
     """What a run works with. `adapted` shares the arrays of `state.trainable`: training changes it, never `base`."""
 
     settings: Settings
+    source: Source  # of the base model
     folder: Path
     plan: Plan
     task: Task
     tokenizer: Tokenizer
     raw_config: dict[str, Any]
-    lora: LoRASettings
+    lora: LoRA
     base: Model
     adapted: Model
     state: State
@@ -58,7 +60,10 @@ class Judgement:
 
 def prepare(settings: Settings, folder: Path) -> Run:
     """Everything up to the first step. ValueError or OSError for what the user can mend."""
-    model_folder = Path(settings.model)
+    source = find_model(settings.model, settings.revision)
+    # pinned: --resume takes the very same
+    settings = replace(settings, model=source.hub_id or settings.model, revision=source.revision)
+    model_folder = source.folder
     base, raw_config = load_model(model_folder, settings.dtype, stored=settings.frozen == "stored")
     tokenizer = Tokenizer.load(model_folder)
     if tokenizer.vocab_size > base.config.vocab_size:
@@ -68,22 +73,26 @@ def prepare(settings: Settings, folder: Path) -> Run:
     task = load_task(settings, tokenizer, settings.max_length or default_max_length(base))
 
     rng = np.random.default_rng(settings.seed)
-    lora = LoRASettings(settings.rank, settings.alpha, settings.dropout, settings.target_modules, settings.init)
+    lora = LoRA(settings.rank, settings.alpha, settings.dropout, settings.target_modules, settings.init)
     trainable: dict[str, Array]
     if settings.method == "full":
         weights = read_weights(model_folder, base.config)
         trainable = {name: to_device(array.astype(settings.dtype)) for name, array in weights.items()}
         adapted = full_model(base.config, trainable)
     elif settings.adapter:
-        lora, trainable = load_trainable(Path(settings.adapter), base.config, settings.dtype)
-        adapted = attach(base, lora, trainable)
+        start = find_adapter(settings.adapter)
+        settings = replace(settings, adapter=start.name)
+        lora, trainable = load_trainable(start.folder, base, settings.dtype)
+        adapted = lora.attach(base, trainable)
     else:
-        trainable = init_adapter(base, lora, rng, settings.dtype)
-        adapted = attach(base, lora, trainable)
+        trainable = lora.start(base, rng, settings.dtype)
+        adapted = lora.attach(base, trainable)
 
     optimizer = OPTIMIZERS[settings.optimizer](trainable, settings.weight_decay)
     state = State(trainable, optimizer, Order(len(task.rows)), rng, data=task.digest)
-    return Run(settings, folder, make_plan(settings, task), task, tokenizer, raw_config, lora, base, adapted, state)
+    return Run(
+        settings, source, folder, make_plan(settings, task), task, tokenizer, raw_config, lora, base, adapted, state
+    )
 
 
 def default_max_length(model: Model) -> int:
@@ -125,9 +134,9 @@ def write_outcome(run: Run, tensors: dict[str, np.ndarray[Any, Any]]) -> None:
     """The adapter in PEFT's format; after full fine-tuning, a whole checkpoint."""
     if run.settings.method == "full":
         write_checkpoint(run.folder, run.raw_config, tensors)
-        save_tokenizer_files(Path(run.settings.model), run.folder)
+        save_tokenizer_files(run.source.folder, run.folder)
     else:
-        write_adapter(run.folder, run.lora, tensors, run.settings.model)
+        write_adapter(run.folder, run.lora, tensors, run.settings.model, run.source.revision or None)
 
 
 def judge(run: Run, model: Model) -> Judgement:

@@ -1,0 +1,83 @@
+"""Which modules an adapter changes, chosen by name exactly as PEFT chooses them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from minilora.model.config import Config
+from minilora.model.names import EMBED, HEAD, LAYER, LINEAR, NORM, layer_module
+
+ALL_LINEAR = "all-linear"
+T = TypeVar("T")
+Names = str | tuple[str, ...]  # one regular expression for the whole name, or names and ends of names
+
+
+def projections(config: Config) -> list[str]:
+    """The seven linear maps of every layer: what "all-linear" means."""
+    return [layer_module(layer, role) for layer in range(config.num_hidden_layers) for role in LINEAR]
+
+
+def every_module(config: Config) -> list[str]:
+    """Every module with parameters, in the order of the forward pass."""
+    layers = (layer_module(layer, role) for layer in range(config.num_hidden_layers) for role in LAYER)
+    return [EMBED, *layers, NORM, HEAD]
+
+
+def is_named(module: str, names: Names) -> bool:
+    """Whether the regular expression is the whole name, or one of the names is it or ends it after a dot."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(f".{module}".endswith(f".{name}") for name in names)
+
+
+def target_module_names(
+    config: Config, targets: Names | Iterable[str], exclude: Names = (), layers: Sequence[int] | None = None
+) -> list[str]:
+    """Full names of the modules to adapt, in the model's order. ValueError for a target that matches none.
+
+    A name such as "q_proj" or "mlp.up_proj" means every module that ends so, "all-linear" the seven projections, and a
+    single string is a regular expression. `exclude` is taken away again; `layers` keeps only those layers.
+    """
+    known = [EMBED, *projections(config), HEAD]
+    if targets == ALL_LINEAR:
+        targets = (ALL_LINEAR,)
+    chosen: set[str] = set()
+    for target in (targets,) if isinstance(targets, str) else tuple(targets):
+        if target == ALL_LINEAR:
+            matches = projections(config)
+        else:
+            matches = [name for name in known if is_named(name, targets if isinstance(targets, str) else (target,))]
+        if not matches:
+            ends = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in known))
+            raise ValueError(
+                f"target module {target!r} matches no linear map of the model: choose from {ends}, all-linear"
+            )
+        chosen.update(matches)
+    if layers is not None:
+        chosen &= {layer_module(layer, role) for layer in layers for role in LINEAR}
+    names = [name for name in known if name in chosen and not is_named(name, exclude)]
+    if not names:
+        raise ValueError(
+            f"of target modules {targets!r}, none is left after exclude_modules {exclude!r} and layers {layers}"
+        )
+    return names
+
+
+def saved_module_names(config: Config, modules_to_save: Sequence[str]) -> list[str]:
+    """The modules that train whole, beside the adapter: those whose names *end* so, as PEFT has it, dot or no dot."""
+    every = every_module(config)
+    for entry in modules_to_save:
+        if not any(name.endswith(entry) for name in every):
+            ends = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in every))
+            raise ValueError(f"modules_to_save {entry!r} matches no module of the model: choose from {ends}")
+    return [name for name in every if name.endswith(tuple(modules_to_save))]
+
+
+def pattern_value(patterns: Mapping[str, T], module: str, otherwise: T) -> T:
+    """The value of the first pattern, a regular expression, that is the module's name or ends it after a dot."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return otherwise
