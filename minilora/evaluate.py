@@ -11,9 +11,14 @@ from typing import Any
 
 from minilora import cli
 from minilora.backend import use
-from minilora.formats.load import SHIPPED_MODEL, load_adapter, load_model
+from minilora.flags import add_model_flags, dashed, flags
+from minilora.formats.adapters import load_adapter
+from minilora.formats.hub import find_adapter, find_model
+from minilora.formats.load import load_model
 from minilora.text.batches import batches_of
-from minilora.text.examples import Row, encode_rows, load_dataset, read_rows, report
+from minilora.text.datasets import load_dataset, read_rows
+from minilora.text.examples import Row, encode_rows
+from minilora.text.figures import report
 from minilora.text.nl2sql import nl2sql_rows
 from minilora.text.tokenizer import Tokenizer
 from minilora.training.evaluation import answers, can_be_matched, drift, exact_match, outside_text
@@ -24,15 +29,18 @@ from minilora.training.task import BUILT_IN_ROWS
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m minilora.evaluate", description=__doc__)
-    parser.add_argument("--model", type=Path, default=SHIPPED_MODEL, help="folder of the model (default: tinysmol)")
-    parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter; drift is measured against the model")
-    parser.add_argument("--data", type=Path, help="a file, all of it; or a folder: its test part, else its valid part")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows at a time (%(default)s)")
-    parser.add_argument("--max-length", type=int, default=0, help="tokens in a row at most (0: as for training)")
+    add_model_flags(parser)
+    adapter = "folder of a LoRA adapter, or its id on the hub; drift is measured against the model"
+    parser.add_argument(*flags("adapter"), metavar="ADAPTER", help=adapter)
+    data = "a file, all of it; or a folder: its test part, else its valid part"
+    parser.add_argument(*flags("data"), type=Path, metavar="PATH", help=data)
+    parser.add_argument(*flags("batch_size"), metavar="N", type=int, default=8, help="rows at a time (%(default)s)")
+    length = "tokens in a row at most (0: as for training)"
+    parser.add_argument(*flags("max_length"), metavar="N", type=int, default=0, help=length)
     parser.add_argument("--eval-rows", type=int, default=200, help="rows to answer for the exact match (%(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
-    return parser.parse_args(argv)
+    return parser.parse_args(dashed(argv))
 
 
 def held_out_rows(data: Path | None) -> list[Row]:
@@ -52,9 +60,10 @@ def evaluate_command(argv: list[str] | None = None) -> None:
     if args.batch_size < 1 or args.eval_rows < 0 or args.max_length < 0:
         raise ValueError("--batch-size must be at least 1, --eval-rows and --max-length at least 0")
     use(args.device)
-    base, _ = load_model(args.model)
-    model = load_adapter(base, args.adapter)[0] if args.adapter else base
-    tokenizer = Tokenizer.load(args.model)
+    folder = find_model(args.model, args.revision).folder
+    base, _ = load_model(folder)
+    model = load_adapter(base, find_adapter(args.adapter).folder) if args.adapter else base
+    tokenizer = Tokenizer.load(folder)
     rows = held_out_rows(args.data)
     max_length = args.max_length or default_max_length(base)
     encoded = encode_rows(rows, tokenizer, max_length)

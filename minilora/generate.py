@@ -6,33 +6,40 @@ import argparse
 import itertools
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from minilora import cli
 from minilora.backend import use
-from minilora.formats.load import SHIPPED_MODEL, load_adapter, load_model
+from minilora.flags import add_model_flags, dashed, flags
+from minilora.formats.adapters import load_adapter
+from minilora.formats.hub import find_adapter, find_model
+from minilora.formats.load import load_model
+from minilora.methods.base import FROZEN
 from minilora.model.generation import sampler, stream
 from minilora.text.tokenizer import Tokenizer
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m minilora.generate", description=__doc__)
-    parser.add_argument("--model", type=Path, default=SHIPPED_MODEL, help="folder of the model (default: tinysmol)")
-    parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter, as train writes it")
+    add_model_flags(parser)
+    parser.add_argument(*flags("adapter"), metavar="ADAPTER", help="folder of a LoRA adapter, or its id on the hub")
     parser.add_argument("--prompt", default="-", help="the text to continue; - reads it from standard input (default)")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message for the chat template")
-    parser.add_argument("--max-tokens", type=int, default=128, help="at most this many new tokens (%(default)s)")
-    parser.add_argument("--temp", type=float, default=0.0, help="temperature; 0 takes the best token (%(default)s)")
+    parser.add_argument(
+        *flags("max_tokens"), metavar="N", type=int, default=128, help="at most this many new tokens (%(default)s)"
+    )
+    parser.add_argument(
+        *flags("temp"), metavar="X", type=float, default=0.0, help="temperature; 0 takes the best token (%(default)s)"
+    )
     parser.add_argument("--top-k", type=int, default=0, help="draw from the k best tokens only; 0: all (%(default)s)")
     parser.add_argument(
         "--top-p", type=float, default=1.0, help="draw from the fewest tokens that reach p (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--frozen", choices=("widened", "stored"), default="widened", help="how weights are held")
-    return parser.parse_args(argv)
+    parser.add_argument("--frozen", choices=FROZEN, default="widened", help="how weights are held")
+    return parser.parse_args(dashed(argv))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -65,10 +72,11 @@ def generate_command(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
     use(args.device)
-    model, _ = load_model(args.model, stored=args.frozen == "stored")
+    folder = find_model(args.model, args.revision).folder
+    model, _ = load_model(folder, frozen=args.frozen)
     if args.adapter:
-        model, _ = load_adapter(model, args.adapter)
-    tokenizer = Tokenizer.load(args.model)
+        model = load_adapter(model, find_adapter(args.adapter).folder)
+    tokenizer = Tokenizer.load(folder)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     text = tokenizer.chat([{"role": "user", "content": prompt}], add_generation_prompt=True) if args.chat else prompt
     ids = tokenizer.with_bos(tokenizer.encode(text))

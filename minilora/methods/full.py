@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from minilora.backend import Array
 from minilora.model.config import Config
@@ -86,6 +89,20 @@ def trained_site(model: Model, module: str, trainable: Mapping[str, Array]) -> S
         return FullEmbedding(weight)
     bias = f"{module}.bias"
     return FullLinear(weight, trainable[bias] if bias in trainable else None)
+
+
+@dataclass(frozen=True)
+class Full:
+    """Every parameter trains: the baseline of all other methods, and how a model is pretrained."""
+
+    def start(self, model: Model, rng: np.random.Generator, dtype: Any = np.float32) -> dict[str, Array]:
+        """Copies of all parameters, one for every tensor of the checkpoint."""
+        modules = [module for module in model.sites if not (module == HEAD and model.config.tie_word_embeddings)]
+        return {name: p for module in modules for name, p in trained_copy(model, module, dtype).items()}
+
+    def attach(self, model: Model, trainable: Mapping[str, Array]) -> Model:
+        """The model whose sites share the arrays of `trainable`. Nothing of the given model but its config is used."""
+        return full_model(model.config, trainable)
 
 
 def full_model(config: Config, trainable: Mapping[str, Array]) -> Model:

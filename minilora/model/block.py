@@ -68,8 +68,9 @@ def block(
 
 def block_backward(
     dx: Array, site: LayerSites, use_rope: bool, context: Context, cache: BlockCache
-) -> tuple[Array, Gradients]:
-    """dx with respect to the layer's input (N, D), and the gradients by name: "mlp.up_proj.weight". (docs: M2)
+) -> tuple[Array, KeysValues, Gradients]:
+    """dx with respect to the layer's input (N, D), dk and dv with respect to the past's keys and values, and the
+    gradients by name: "mlp.up_proj.weight". (docs: M2)
 
     Where forward ran x → branch → x + branch, the gradient of the sum goes unchanged into both: dx + dbranch.
     """
@@ -87,7 +88,8 @@ def block_backward(
 
     da, grads["o"] = site.o.backward(dx, c.o)
     dq, dk, dv = attention_backward(da.reshape(B, T, -1, cache.attention.q.shape[-1]), cache.attention)
-    dk, dv = dk[:, -T:], dv[:, -T:]  # the past comes first, and is not trained here
+    dpast = dk[:, :-T], dv[:, :-T]  # the past comes first
+    dk, dv = dk[:, -T:], dv[:, -T:]
     if use_rope:
         dq, dk = rope_backward(dq, context.cos, context.sin), rope_backward(dk, context.cos, context.sin)
     dxn, grads["q"] = site.q.backward(dq.reshape(B * T, -1), c.q)
@@ -98,4 +100,4 @@ def block_backward(
     dbranch, grads["attention_norm"] = site.attention_norm.backward(dxn, c.attention_norm)
     dx = dx + dbranch
 
-    return dx, {f"{LAYER[role]}.{name}": g for role in grads for name, g in grads[role].items()}
+    return dx, dpast, {f"{LAYER[role]}.{name}": g for role in grads for name, g in grads[role].items()}

@@ -9,23 +9,33 @@ from minilora.backend import Array, xp
 from minilora.model.block import BlockCache, Context, KeysValues, block, block_backward
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, LAYER, NORM, layer_module
-from minilora.model.sites import Gradients, Sites, add_gradients, layer_sites
-from minilora.ops.attention import visible_keys
+from minilora.model.sites import Gradients, Prefix, Prompt, Sites, add_gradients, layer_sites
+from minilora.ops.attention import EVERYONE, visible_keys
 from minilora.ops.cross_entropy import IGNORE, cross_entropy, cross_entropy_backward
 from minilora.ops.rope import rope_angles, rope_frequencies
 
 
 @dataclass(frozen=True)
 class Model:
-    """A configuration, and the site that stands at each module name. Methods make a new Model with other sites."""
+    """A configuration, and the site that stands at each module name. Methods make a new Model with other sites.
+
+    Two methods put something before every example instead: keys and values, or embeddings.
+    """
 
     config: Config
     sites: Sites
+    prefix: Prefix | None = None
+    prompt: Prompt | None = None
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many positions come before the first token."""
+        return sum(before.length for before in (self.prefix, self.prompt) if before)
 
     @property
     def lowest_trained_layer(self) -> int:
         """The first layer with a site that trains; what lies below needs no backward and saves nothing. (docs: M5)"""
-        if self.sites[EMBED].trains:
+        if self.sites[EMBED].trains or self.virtual_tokens:
             return 0
         for layer in range(self.config.num_hidden_layers):
             if any(self.sites[layer_module(layer, role)].trains for role in LAYER):
@@ -68,12 +78,23 @@ def forward(
     for when no backward will follow.
     """
     config, sites = model.config, model.sites
+    rows, prompt = len(tokens), None
+    positions = positions + model.virtual_tokens
+    if past is None:  # else what comes first is in it already
+        prompt = model.prompt
+        if model.prefix:
+            past = Past(model.prefix.forward(rows), *_before(rows, 0, model.prefix.length))
+    x, c_embed = sites[EMBED].forward(tokens.reshape(-1), seed)
+    if prompt:
+        x = _put_first(prompt.forward(rows), x)
+        own_positions, own_segments = _before(rows, model.virtual_tokens - prompt.length, prompt.length)
+        positions = xp.concatenate([own_positions, positions], axis=1)
+        segments = xp.concatenate([own_segments, segments], axis=1)
     past_positions, past_segments = positions, segments
     if past is not None:
         past_positions = xp.concatenate([past.positions, positions], axis=1)
         past_segments = xp.concatenate([past.segments, segments], axis=1)
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    x, c_embed = sites[EMBED].forward(tokens.reshape(-1), seed)
     context = Context(
         *rope_angles(positions, frequencies, x.real.dtype),
         visible_keys(positions, segments, past_positions, past_segments),
@@ -90,12 +111,33 @@ def forward(
         keys_values.append(kv)
         if layer >= lowest and not checkpointing:
             blocks[layer] = cache
+    if prompt:
+        _, x = _take_first(x, rows, prompt.length)
     x, c_norm = sites[NORM].forward(x, seed)
     return (
         x,
         Past(keys_values, past_positions, past_segments),
         ForwardCache(context, past, c_embed, inputs, blocks, c_norm, seed),
     )
+
+
+def _before(rows: int, start: int, length: int) -> tuple[Array, Array]:
+    """Positions and segments (B, n) of what stands before every example, visible to all of them."""
+    positions = xp.broadcast_to(xp.arange(start, start + length), (rows, length))
+    return positions, xp.full((rows, length), EVERYONE)
+
+
+def _put_first(first: Array, x: Array) -> Array:
+    """first (B, n, D) before x (B·T, D), row by row: (B·(n + T), D)."""
+    rows, _, D = first.shape
+    return xp.concatenate([first, x.reshape(rows, -1, D)], axis=1).reshape(-1, D)
+
+
+def _take_first(x: Array, rows: int, length: int) -> tuple[Array, Array]:
+    """The two parts again: (B, n, D) and (B·T, D)."""
+    D = x.shape[-1]
+    x = x.reshape(rows, -1, D)
+    return x[:, :length], x[:, length:].reshape(-1, D)
 
 
 def backward(model: Model, dx: Array, cache: ForwardCache) -> Gradients:
@@ -110,6 +152,10 @@ def backward(model: Model, dx: Array, cache: ForwardCache) -> Gradients:
         return grads
     dx, site_grads = sites[NORM].backward(dx, cache.norm)
     add_gradients(grads, site_grads, f"{NORM}.")
+    rows, prompt = len(cache.context.visible), model.prompt
+    if prompt:  # its hidden states went no further: their gradient is zero
+        dx = _put_first(xp.zeros((rows, prompt.length, dx.shape[-1]), dx.dtype), dx)
+    dpast = []
     for layer in reversed(range(lowest, config.num_hidden_layers)):
         site, use_rope = layer_sites(sites, layer), config.rope_layers[layer]
         if layer in cache.inputs:
@@ -117,8 +163,14 @@ def backward(model: Model, dx: Array, cache: ForwardCache) -> Gradients:
             _, _, block_cache = block(x, site, config, use_rope, cache.context, past, cache.seed)
         else:
             block_cache = cache.blocks[layer]
-        dx, block_grads = block_backward(dx, site, use_rope, cache.context, block_cache)
+        dx, dkeys_values, block_grads = block_backward(dx, site, use_rope, cache.context, block_cache)
+        dpast.append(dkeys_values)
         add_gradients(grads, block_grads, f"model.layers.{layer}.")
+    if model.prefix:
+        add_gradients(grads, model.prefix.backward(dpast[::-1]))
+    if prompt:
+        dfirst, dx = _take_first(dx, rows, prompt.length)
+        add_gradients(grads, prompt.backward(dfirst))
     if sites[EMBED].trains:
         _, site_grads = sites[EMBED].backward(dx, cache.embed)
         add_gradients(grads, site_grads, f"{EMBED}.")

@@ -29,6 +29,30 @@ class Site(Protocol):
     def backward(self, dy: Array, cache: Any) -> tuple[Array, Gradients]: ...
 
 
+class Prefix(Protocol):
+    """Keys and values that a method puts before every example, in every layer (prefix tuning)."""
+
+    length: int
+
+    def forward(self, rows: int) -> list[tuple[Array, Array]]:
+        """k and v (rows, length, K, d) for each layer."""
+
+    def backward(self, dkeys_values: list[tuple[Array, Array]]) -> Gradients:
+        """The gradients, under their full names, from those of the keys and values, layer by layer."""
+
+
+class Prompt(Protocol):
+    """Embeddings that a method puts before every example (prompt tuning)."""
+
+    length: int
+
+    def forward(self, rows: int) -> Array:
+        """x (rows, length, D)."""
+
+    def backward(self, dx: Array) -> Gradients:
+        """The gradients, under their full names, from dx (rows, length, D)."""
+
+
 Sites = Mapping[str, Site]  # module name → site
 
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from minilora.backend import Array, xp
 
+EVERYONE = -1  # a segment that all others see: what a method puts before every example
+
 
 class AttentionCache(NamedTuple):
     q: Array  # (B, K, G·T, d)
@@ -19,11 +21,11 @@ def visible_keys(query_positions: Array, query_segments: Array, key_positions: A
     """Which keys each query may see, as booleans (B, T, S): those of its own segment, and none from its future.
 
     Positions and segments are integers (B, T) for the queries and (B, S) for the keys. Packed examples are different
-    segments of one row; padding is segment 0, which only padding sees. Every token sees itself: no row is empty.
-    (docs: O10)
+    segments of one row; padding is segment 0, which only padding sees. Keys of segment EVERYONE are seen from all.
+    Every token sees itself: no row is empty. (docs: O10)
     """
-    same_segment = query_segments[:, :, None] == key_segments[:, None, :]
-    visible: Array = same_segment & (key_positions[:, None, :] <= query_positions[:, :, None])
+    seen = (query_segments[:, :, None] == key_segments[:, None, :]) | (key_segments == EVERYONE)[:, None, :]
+    visible: Array = seen & (key_positions[:, None, :] <= query_positions[:, :, None])
     return visible
 
 
