@@ -11,14 +11,17 @@ import numpy as np
 from tqdm import tqdm
 
 from minilora import cli
+from minilora.backend import Array, to_host, use
 from minilora.flags import add_model_flags, dashed, flags
-from minilora.formats.checkpoint import DTYPES, read_config, read_weights, write_checkpoint
+from minilora.formats.adapters import load_adapter
+from minilora.formats.checkpoint import DTYPES, convert, read_config, read_weights, write_checkpoint
 from minilora.formats.files import write_json
 from minilora.formats.hub import find_adapter, find_model
-from minilora.formats.peft import read_adapter
-from minilora.lora import merge
-from minilora.methods.targets import target_module_names
-from minilora.text.tokenizer import save_tokenizer_files
+from minilora.methods.base import base_model
+from minilora.methods.merging import merged_parameters
+from minilora.model.names import EMBED, HEAD
+from minilora.text.tokenizer import Tokenizer, save_tokenizer_files
+from minilora.training.evaluation import largest_logit_difference, outside_text
 
 REPORT_FILE = "merge.json"
 
@@ -27,7 +30,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m minilora.merge", description=__doc__)
     add_model_flags(parser)
     parser.add_argument(
-        *flags("adapter"), required=True, metavar="ADAPTER", help="folder of the LoRA adapter, or its id on the hub"
+        *flags("adapter"), required=True, metavar="ADAPTER", help="folder of the adapter, or its id on the hub"
     )
     parser.add_argument(*flags("out"), type=Path, required=True, metavar="FOLDER", help="to write, new or empty")
     parser.add_argument(
@@ -36,26 +39,34 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="float32",
         help="of the written weights (%(default)s); the smaller two round, and how much of the update is lost is told",
     )
+    parser.add_argument(
+        "--untie",
+        action="store_true",
+        help="write embedding and head as two matrices, where the base has one for both and the adapter changes one",
+    )
+    parser.add_argument(
+        "--max-shard-size", type=float, default=5.0, metavar="GB", help="gigabytes in a file at most (%(default)s)"
+    )
     return parser.parse_args(dashed(argv))
 
 
 class Rounding:
-    """How much of the updates ΔW does not survive rounding W + ΔW to a smaller dtype."""
+    """How much of an update ΔW does not survive rounding W + ΔW to a smaller dtype."""
 
     def __init__(self) -> None:
         self.weights = self.unchanged = 0
         self.lost = self.whole = 0.0  # Σ squares of what is lost of ΔW, and of ΔW
 
-    def add(self, W: np.ndarray[Any, Any], merged: np.ndarray[Any, Any], written: np.ndarray[Any, Any]) -> None:
+    def add(self, W: Array, merged: Array, written: np.ndarray[Any, Any]) -> None:
         """W before, W + ΔW in float32, and the same as it is written."""
+        W, merged = to_host(W), to_host(merged)
         self.weights += W.size
         self.unchanged += int((written == W).sum())
         self.lost += float(((merged - written.astype(np.float32)) ** 2).sum(dtype=np.float64))
         self.whole += float(((merged - W) ** 2).sum(dtype=np.float64))
 
-    def report(self, dtype: str) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         return {
-            "dtype": dtype,
             "adapted_weights": self.weights,
             "unchanged_share": self.unchanged / self.weights,
             "lost_share_of_update": (self.lost / self.whole) ** 0.5 if self.whole else 0.0,
@@ -66,25 +77,52 @@ def merge_command(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not cli.is_free(args.out):
         raise ValueError(f"--out {args.out} exists and is not an empty folder: choose another")
-    folder = find_model(args.model, args.revision).folder
-    config, raw_config = read_config(folder)
-    weights = read_weights(folder, config)
-    settings, adapter, *_ = read_adapter(find_adapter(args.adapter).folder, config)
-    rounding = Rounding()
-    for module in tqdm(target_module_names(config, settings.target_modules), desc="merging", unit="matrix"):
-        A, B = adapter[f"{module}.lora_A.weight"], adapter[f"{module}.lora_B.weight"]
-        name = f"{module}.weight"
-        merged = merge(weights[name].astype(np.float32), A, B, settings.scale)
-        written = merged.W.astype(DTYPES[args.dtype])
-        rounding.add(merged.original, merged.W, written)
-        weights[name] = written
-    write_checkpoint(args.out, raw_config, weights, args.dtype)
-    save_tokenizer_files(folder, args.out)
-    report = rounding.report(args.dtype)
+    if not args.max_shard_size > 0:
+        raise ValueError(f"--max-shard-size {args.max_shard_size} is not a size")
+    use("cpu")
+    source = find_model(args.model, args.revision).folder
+    config, raw_config = read_config(source)
+    weights = read_weights(source, config)
+    base = base_model(config, weights, frozen="stored")
+    adapted = load_adapter(base, find_adapter(args.adapter).folder)
+    if adapted.config.tie_word_embeddings != config.tie_word_embeddings:
+        if not args.untie:
+            raise ValueError(
+                f"{args.adapter} changes the embedding or the head, which in this base are one matrix: merging would "
+                "change both. With --untie they are written as two"
+            )
+        weights[f"{HEAD}.weight"] = weights[f"{EMBED}.weight"]
+        raw_config = {**raw_config, "tie_word_embeddings": False}
+
+    dtype = DTYPES[args.dtype]
+    rounding, written = Rounding(), {name: convert(name, weight, dtype) for name, weight in weights.items()}
+    for name, merged in tqdm(merged_parameters(base, adapted), desc="merging", unit="tensor"):
+        written[name] = convert(name, to_host(merged), dtype)
+        rounding.add(weights[name].astype(np.float32), merged, written[name])
+    texts = outside_text(Tokenizer.load(source))
+    plain = base_model(adapted.config, written, frozen="stored")
+    difference, largest = largest_logit_difference(adapted, plain, texts)
+    report = {
+        "dtype": args.dtype,
+        **rounding.report(),
+        "largest_logit_difference": difference,
+        "largest_logit": largest,
+    }
+    write_checkpoint(args.out, raw_config, written, args.dtype, int(args.max_shard_size * 1e9))
+    save_tokenizer_files(source, args.out)
     write_json(args.out / REPORT_FILE, report)
+    tell(report, args.out)
+
+
+def tell(report: dict[str, Any], out: Path) -> None:
+    """What was written, and what rounding has cost."""
     print(
-        f"{args.out}: {report['adapted_weights']:,} weights adapted, written as {args.dtype}; rounding left "
+        f"{out}: {report['adapted_weights']:,} weights adapted, written as {report['dtype']}; rounding left "
         f"{report['unchanged_share']:.1%} of them unchanged and lost {report['lost_share_of_update']:.2%} of the update"
+    )
+    print(
+        f"on sample text the logits, the largest of which is {report['largest_logit']:.3g}, differ by at most "
+        f"{report['largest_logit_difference']:.2g} from base and adapter together"
     )
     if report["lost_share_of_update"] > 0.1:
         print(

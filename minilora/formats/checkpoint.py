@@ -139,7 +139,7 @@ def write_checkpoint(
 
     write_json(folder / "config.json", {**raw_config, "dtype": dtype, "torch_dtype": dtype})
     for name, shard in zip(names, shards, strict=True):
-        converted = {key: _convert(folder / name, key, weights[key], target) for key in shard}
+        converted = {key: convert(key, weights[key], target) for key in shard}
         write_safetensors(folder / name, converted, {"format": "pt"})
     if len(shards) > 1:
         total = sum(tensor.size for tensor in weights.values()) * target.itemsize
@@ -172,12 +172,13 @@ def _split(weights: Mapping[str, HostArray], itemsize: int, limit: int) -> list[
     return shards
 
 
-def _convert(path: Path, name: str, tensor: HostArray, dtype: np.dtype[Any]) -> HostArray:
+def convert(name: str, tensor: HostArray, dtype: np.dtype[Any]) -> HostArray:
+    """The tensor in another dtype, rounded to nearest even. ValueError, naming it, where a number is too large."""
     try:
         with np.errstate(over="raise"):
             return tensor.astype(dtype, copy=False)
     except FloatingPointError as error:
-        raise ValueError(f"{path}: {name} holds numbers too large for {dtype.name}: choose another dtype") from error
+        raise ValueError(f"{name} holds numbers too large for {dtype.name}: choose another dtype") from error
 
 
 def random_weights(config: Config, seed: int, dtype: str = "float32", std: float = 0.02) -> dict[str, HostArray]:

@@ -34,6 +34,9 @@ class FullLinear:
         dx, dW, db = linear_backward(dy, cache)
         return dx, {"weight": dW} if self.b is None else {"weight": dW, "bias": db}
 
+    def merged(self) -> dict[str, Array]:
+        return {"weight": self.W} if self.b is None else {"weight": self.W, "bias": self.b}
+
 
 class FullNorm:
     """RMSNorm, with a gradient for its gain."""
@@ -51,6 +54,9 @@ class FullNorm:
         dx, dgain = rmsnorm_backward(dy, cache)
         return dx, {"weight": dgain}
 
+    def merged(self) -> dict[str, Array]:
+        return {"weight": self.gain}
+
 
 class FullEmbedding:
     """x = E[tokens], with a gradient for E. Tied to the head, E gets the sum of both gradients."""
@@ -65,6 +71,9 @@ class FullEmbedding:
 
     def backward(self, dy: Array, cache: EmbeddingCache) -> tuple[Array, Gradients]:
         return dy, {"weight": embedding_backward(dy, cache)}
+
+    def merged(self) -> dict[str, Array]:
+        return {"weight": self.E}
 
 
 def trained_copy(model: Model, module: str, dtype: Any) -> dict[str, Array]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from minilora.backend import Array, random_generator
 from minilora.frozen import FrozenWeight
-from minilora.lora import LoRACache, dropout_mask, init_gaussian, init_kaiming, lora, lora_backward
+from minilora.lora import LoRACache, dropout_mask, init_gaussian, init_kaiming, lora, lora_backward, merge
 from minilora.methods.full import trained_copy, trained_site
 from minilora.methods.lora_embedding import LoRAEmbedding, init_lora_embedding
 from minilora.methods.targets import Names, pattern_value, saved_module_names, target_module_names
@@ -59,6 +59,9 @@ class LoRALinear:
     def backward(self, dy: Array, cache: LoRACache) -> tuple[Array, Gradients]:
         dx, dA, dB = lora_backward(dy, self.weight, self.A, self.B, self.scale, cache)
         return dx, {"lora_A.weight": dA, "lora_B.weight": dB}
+
+    def merged(self) -> dict[str, Array]:
+        return {"weight": merge(self.weight.dense(), self.A, self.B, self.scale).W}
 
 
 def adapter_names(module: str) -> tuple[str, str]:

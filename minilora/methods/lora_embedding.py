@@ -72,3 +72,6 @@ class LoRAEmbedding:
     def backward(self, dy: Array, cache: LoRAEmbeddingCache) -> tuple[Array, Gradients]:
         dA, dB = lora_embedding_backward(dy, self.A, self.B, self.scale, cache)
         return dy, {"lora_embedding_A": dA, "lora_embedding_B": dB}
+
+    def merged(self) -> dict[str, Array]:
+        return {"weight": self.weight.dense() + self.scale * (self.B @ self.A).T}

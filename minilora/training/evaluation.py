@@ -72,6 +72,22 @@ def drift(base: Model, adapted: Model, batches: Sequence[Batch], chunk: int = 51
     return total / count
 
 
+def largest_logit_difference(
+    one: Model, other: Model, batches: Sequence[Batch], chunk: int = 512
+) -> tuple[float, float]:
+    """The largest |difference| of two models' logits over all tokens of the batches; and `one`'s largest |logit|."""
+    difference = largest = 0.0
+    for batch in batches:
+        real = xp.flatnonzero(to_device(batch.segments).reshape(-1))
+        hidden, other_hidden = hidden_states(one, batch)[0][real], hidden_states(other, batch)[0][real]
+        for start in range(0, len(real), chunk):
+            logits = one.sites[HEAD].forward(hidden[start : start + chunk])[0]
+            other_logits = other.sites[HEAD].forward(other_hidden[start : start + chunk])[0]
+            difference = max(difference, float(xp.abs(logits - other_logits).max()))
+            largest = max(largest, float(xp.abs(logits).max()))
+    return difference, largest
+
+
 def _log_softmax(logits: Array) -> Array:
     z: Array = logits - logits.max(axis=-1, keepdims=True)
     z -= xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
