@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from minilora.backend import to_host
 from minilora.formats.adapters import load_adapter, write_method
-from minilora.formats.checkpoint import random_weights, write_checkpoint
+from minilora.formats.checkpoint import random_weights, read_config, write_checkpoint
 from minilora.formats.load import SHIPPED_MODEL, load_model
 from minilora.merge import main
 from minilora.methods.lora import LoRA
@@ -62,7 +62,7 @@ def adapter(folder: Path, model: Path, method: LoRA) -> Path:
     rng = np.random.default_rng(1)
     started = method.start(load_model(model)[0], rng)
     trained = {name: to_host(p) + 0.2 * rng.standard_normal(p.shape).astype(np.float32) for name, p in started.items()}
-    write_method(folder, method, trained, str(model))
+    write_method(folder, method, trained, read_config(model)[0], str(model))
     return folder
 
 

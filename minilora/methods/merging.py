@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from minilora.backend import Array
 from minilora.model.model import Model
+from minilora.model.names import HEAD
 
 
 @runtime_checkable
@@ -25,7 +26,7 @@ def merged_parameters(base: Model, adapted: Model) -> Iterator[tuple[str, Array]
     if adapted.virtual_tokens:
         raise ValueError("virtual tokens come before every text and are no part of any weight: they cannot be merged")
     for module, site in adapted.sites.items():
-        if site is base.sites[module]:
+        if site is base.sites[module] or (module == HEAD and adapted.config.tie_word_embeddings):
             continue
         if not isinstance(site, Mergeable):
             raise ValueError(f"{module}: a {type(site).__name__} is not linear, so no weight can take its place")

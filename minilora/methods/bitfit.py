@@ -1,0 +1,82 @@
+"""BitFit: train nothing but biases (Ben Zaken et al., 2022, arXiv:2106.10199).
+
+Llama has no biases. So each linear map of the layers gets one that is zero, which changes nothing, and it trains; a
+model that has biases trains its own. The gains of the norms may train with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from minilora.backend import Array, xp
+from minilora.methods.full import trained_copy, trained_site
+from minilora.methods.targets import projections
+from minilora.model.config import Config
+from minilora.model.model import Model
+from minilora.model.names import NORM, layer_module
+from minilora.model.sites import FrozenLinear, Gradients
+
+
+class BiasLinear:
+    """y = x Wᵀ + b with W frozen. Forward added b to every row, so db = Σ dy over the rows. (docs: N3)"""
+
+    trains = True
+
+    def __init__(self, base: FrozenLinear, b: Array) -> None:
+        self.weight = base.weight
+        self.b = b
+
+    def forward(self, x: Array, seed: int | None = None) -> tuple[Array, None]:
+        y = self.weight.forward(x)
+        y += self.b
+        return y, None
+
+    def backward(self, dy: Array, cache: None) -> tuple[Array, Gradients]:
+        return self.weight.backward(dy), {"bias": dy.sum(axis=0)}
+
+    def merged(self) -> dict[str, Array]:
+        return {"bias": self.b}
+
+
+@dataclass(frozen=True)
+class BitFit:
+    """A bias on all seven projections of every layer; with `norms`, the gains of all norms too."""
+
+    norms: bool = False
+
+    def start(self, model: Model, rng: np.random.Generator, dtype: Any = np.float32) -> dict[str, Array]:
+        """The biases the model has, zero where it has none; copies of the gains."""
+        trainable: dict[str, Array] = {}
+        for module in projections(model.config):
+            site = _linear(model, module)
+            bias = xp.zeros(site.weight.shape[0], dtype) if site.bias is None else site.bias.astype(dtype)
+            trainable[f"{module}.bias"] = bias
+        for module in self._norms(model.config):
+            trainable |= trained_copy(model, module, dtype)
+        return trainable
+
+    def attach(self, model: Model, trainable: Mapping[str, Array]) -> Model:
+        """The model now has biases, and its config says so."""
+        sites = dict(model.sites)
+        for module in projections(model.config):
+            sites[module] = BiasLinear(_linear(model, module), trainable[f"{module}.bias"])
+        for module in self._norms(model.config):
+            sites[module] = trained_site(model, module, trainable)
+        return Model(replace(model.config, attention_bias=True, mlp_bias=True), sites)
+
+    def _norms(self, config: Config) -> list[str]:
+        if not self.norms:
+            return []
+        layers = range(config.num_hidden_layers)
+        return [layer_module(layer, role) for layer in layers for role in ("attention_norm", "mlp_norm")] + [NORM]
+
+
+def _linear(model: Model, module: str) -> FrozenLinear:
+    site = model.sites[module]
+    if not isinstance(site, FrozenLinear):
+        raise ValueError(f"{module} is already adapted: start from the base model")
+    return site

@@ -1,0 +1,97 @@
+"""Training weights chosen at random: the baseline that every cleverer choice should beat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minilora.backend import Array, to_device, xp
+from minilora.frozen import FrozenWeight
+from minilora.methods.lora import frozen_site
+from minilora.methods.targets import projections
+from minilora.model.model import Model
+from minilora.model.sites import FrozenLinear, Gradients
+
+
+class Chosen(NamedTuple):
+    """Where the trained weights stand in W (out, in): entry k in row o_k and column i_k."""
+
+    o: Array  # (K,)
+    i: Array  # (K,)
+
+
+def with_values(W: FrozenWeight, chosen: Chosen, values: Array) -> Array:
+    """W' = W + S, where S is zero but for S[o_k, i_k] = values_k. (docs: N4)"""
+    W_changed = W.dense().astype(values.dtype)  # a copy: W is frozen
+    W_changed[chosen.o, chosen.i] += values  # no entry is chosen twice
+    return W_changed
+
+
+def values_backward(x: Array, dy: Array, chosen: Chosen) -> Array:
+    """dvalues (K,): the chosen entries of dyᵀ x, and no others. x (N, in), dy (N, out). (docs: N5)
+
+    Forward was y = x W'ᵀ, in which values_k multiplies x[:, i_k] and adds to y[:, o_k].
+    """
+    dvalues: Array = xp.einsum("nk,nk->k", dy[:, chosen.o], x[:, chosen.i])
+    return dvalues
+
+
+class RandomSubsetLinear:
+    """y = x (W + S)ᵀ + b: a frozen linear site with a few of its weights trained."""
+
+    trains = True
+
+    def __init__(self, base: FrozenLinear, chosen: Chosen, values: Array) -> None:
+        self.base = base
+        self.chosen = chosen
+        self.values = values
+
+    def forward(self, x: Array, seed: int | None = None) -> tuple[Array, Array]:
+        y = x @ with_values(self.base.weight, self.chosen, self.values).T
+        if self.base.bias is not None:
+            y += self.base.bias
+        return y, x
+
+    def backward(self, dy: Array, cache: Array) -> tuple[Array, Gradients]:
+        dx = dy @ with_values(self.base.weight, self.chosen, self.values)
+        return dx, {"values": values_backward(cache, dy, self.chosen)}
+
+    def merged(self) -> dict[str, Array]:
+        return {"weight": with_values(self.base.weight, self.chosen, self.values)}
+
+
+@dataclass(frozen=True)
+class RandomSubset:
+    """A `share` of the weights of all seven projections, drawn from `seed`: the values added to them train."""
+
+    share: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"the share of weights is {self.share}, and must be above 0 and at most 1")
+
+    def start(self, model: Model, rng: np.random.Generator, dtype: Any = np.float32) -> dict[str, Array]:
+        """Zeros: the values are added to the weights that are there."""
+        return {f"{module}.values": xp.zeros(len(chosen.o), dtype) for module, chosen in self._chosen(model).items()}
+
+    def attach(self, model: Model, trainable: Mapping[str, Array]) -> Model:
+        sites = dict(model.sites)
+        for module, chosen in self._chosen(model).items():
+            site = frozen_site(model, module)
+            assert isinstance(site, FrozenLinear)
+            sites[module] = RandomSubsetLinear(site, chosen, trainable[f"{module}.values"])
+        return Model(model.config, sites)
+
+    def _chosen(self, model: Model) -> dict[str, Chosen]:
+        """The same places for the same seed, for ever: NumPy promises that of RandomState alone."""
+        rng, places = np.random.RandomState(self.seed), {}
+        for module in projections(model.config):
+            rows, columns = frozen_site(model, module).weight.shape
+            count = max(1, round(self.share * rows * columns))
+            flat = np.sort(rng.permutation(rows * columns)[:count])
+            places[module] = Chosen(*(to_device(index) for index in np.divmod(flat, columns)))
+        return places
