@@ -16,8 +16,10 @@ from minilora.formats.adapters import load_adapter
 from minilora.formats.hub import find_adapter, find_model
 from minilora.formats.load import load_model
 from minilora.text.batches import batches_of
-from minilora.text.datasets import load_dataset, read_rows
+from minilora.text.conversations import TRAIN_ON
+from minilora.text.datasets import FLAGS, Features, load_dataset, read_rows
 from minilora.text.examples import Row, encode_rows
+from minilora.text.few_shot import few_shot_rows, first_answer
 from minilora.text.figures import report
 from minilora.text.nl2sql import nl2sql_rows
 from minilora.text.tokenizer import Tokenizer
@@ -35,6 +37,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     data = "a file, all of it; or a folder: its test part, else its valid part"
     parser.add_argument(*flags("data"), type=Path, metavar="PATH", help=data)
     parser.add_argument(*flags("batch_size"), metavar="N", type=int, default=8, help="rows at a time (%(default)s)")
+    for name, feature in FLAGS.items():
+        parser.add_argument(feature, dest=name, metavar="KEY", help=f"the key that the rows have instead of {name}")
+    parser.add_argument("--train-on", choices=TRAIN_ON, default=TRAIN_ON[0], help="which tokens count, as in training")
+    shots = "training rows with their answers before each prompt, as many as fit; nothing trains (%(default)s)"
+    parser.add_argument("--few-shot", metavar="K", type=int, default=0, help=shots)
+    parser.add_argument("--seed", type=int, default=0, help="of their draw (%(default)s)")
     length = "tokens in a row at most (0: as for training)"
     parser.add_argument(*flags("max_length"), metavar="N", type=int, default=0, help=length)
     parser.add_argument("--eval-rows", type=int, default=200, help="rows to answer for the exact match (%(default)s)")
@@ -43,39 +51,57 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(dashed(argv))
 
 
-def held_out_rows(data: Path | None) -> list[Row]:
+def held_out_rows(data: Path | None, features: Features) -> list[Row]:
     """The rows to measure on; without --data, the built-in task's test part."""
     if data is None:
         return list(nl2sql_rows("test", BUILT_IN_ROWS["test"]))
     if not data.is_dir():
-        return read_rows(data)
-    parts = load_dataset(data, seed=0)
+        return read_rows(data, features)
+    parts = load_dataset(data, seed=0, features=features)
     if not (parts.test or parts.valid):
         raise ValueError(f"--data {data} has neither a test nor a valid file: name the file to measure on")
     return parts.test or parts.valid
 
 
+def training_rows(data: Path | None, features: Features) -> list[Row]:
+    """The rows to show before each prompt."""
+    if data is None:
+        return list(nl2sql_rows("train", BUILT_IN_ROWS["train"]))
+    if not data.is_dir():
+        raise ValueError(f"--few-shot shows training rows: give --data a folder with train and test files, not {data}")
+    return load_dataset(data, seed=0, features=features).train
+
+
 def evaluate_command(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.batch_size < 1 or args.eval_rows < 0 or args.max_length < 0:
-        raise ValueError("--batch-size must be at least 1, --eval-rows and --max-length at least 0")
+    if args.batch_size < 1 or min(args.eval_rows, args.max_length, args.few_shot, args.seed) < 0:
+        raise ValueError("--batch-size must be at least 1; --eval-rows, --max-length, --few-shot and --seed at least 0")
     use(args.device)
     folder = find_model(args.model, args.revision).folder
     base, _ = load_model(folder)
     model = load_adapter(base, find_adapter(args.adapter).folder) if args.adapter else base
     tokenizer = Tokenizer.load(folder)
-    rows = held_out_rows(args.data)
-    max_length = args.max_length or default_max_length(base)
-    encoded = encode_rows(rows, tokenizer, max_length)
+    features = {name: key for name in FLAGS if (key := getattr(args, name))}
+    rows = held_out_rows(args.data, features)
+    max_length = args.max_length or default_max_length(model)
+    if args.few_shot:
+        shown = training_rows(args.data, features)
+        rows, shots = few_shot_rows(rows, shown, args.few_shot, tokenizer, max_length, args.seed)
+    encoded = encode_rows(rows, tokenizer, max_length, args.train_on)
     batches = batches_of([[example] for example in encoded.examples], args.batch_size, tokenizer.pad_id)
 
     loss = mean_loss(model, batches)
     figures: dict[str, Any] = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
     some = encoded.kept(rows)[: args.eval_rows]
     if can_be_matched(some):
-        figures["exact_match"] = exact_match(answers(model, tokenizer, some), some)
+        found = answers(model, tokenizer, some)
+        if args.few_shot:
+            found = [first_answer(answer, row["completion"]) for answer, row in zip(found, some, strict=True)]
+        figures["exact_match"] = exact_match(found, some)
     if args.adapter:
         figures["drift_kl"] = drift(base, model, outside_text(tokenizer))
+    if args.few_shot:
+        figures["shots"] = shots
     figures["examples"] = len(encoded.examples)
     figures["left_out"] = len(encoded.too_long) + len(encoded.unlabelled)
     if args.json:

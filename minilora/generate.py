@@ -1,96 +1,149 @@
-"""Continue a prompt with a model, and perhaps an adapter; the words appear as they are made."""
+"""Continue prompts with a model, and perhaps adapters. The words of a single prompt appear as they are made.
+
+Several prompts are answered in batches, as one JSON object a line. Each may have an adapter of its own.
+"""
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
-from collections.abc import Iterator
-
-import numpy as np
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from minilora import cli
-from minilora.backend import use
-from minilora.flags import add_model_flags, dashed, flags
-from minilora.formats.adapters import load_adapter
-from minilora.formats.hub import find_adapter, find_model
-from minilora.formats.load import load_model
-from minilora.methods.base import FROZEN
-from minilora.model.generation import sampler, stream
+from minilora.answering import Loaded, add_flags, check, load, pieces, room
+from minilora.flags import dashed, flags
+from minilora.formats.files import write_text
+from minilora.formats.library import BASE
+from minilora.methods.mixed import mixed, shares_batches
+from minilora.model.generation import complete, stream
+from minilora.text.prompts import Prompt, as_messages, conversation, encode_prompt, end_of_turn, read_prompts
 from minilora.text.tokenizer import Tokenizer
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m minilora.generate", description=__doc__)
-    add_model_flags(parser)
-    parser.add_argument(*flags("adapter"), metavar="ADAPTER", help="folder of a LoRA adapter, or its id on the hub")
-    parser.add_argument("--prompt", default="-", help="the text to continue; - reads it from standard input (default)")
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message for the chat template")
+    add_flags(parser, max_tokens=128)
     parser.add_argument(
-        *flags("max_tokens"), metavar="N", type=int, default=128, help="at most this many new tokens (%(default)s)"
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="the text to continue; may be given several times; - reads it from standard input (default)",
     )
     parser.add_argument(
-        *flags("temp"), metavar="X", type=float, default=0.0, help="temperature; 0 takes the best token (%(default)s)"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='more of them, one JSON object a line: {"prompt": "…"} or {"messages": […]}, and perhaps '
+        '"adapter": "NAME"; a prompt that names none is answered by every adapter given',
     )
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k best tokens only; 0: all (%(default)s)")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the fewest tokens that reach p (%(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--frozen", choices=FROZEN, default="widened", help="how weights are held")
+    parser.add_argument("--chat", action="store_true", help="a prompt is a user's message for the chat template")
+    parser.add_argument(*flags("batch_size"), metavar="N", type=int, default=8, help="prompts at a time (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line, even of a single prompt")
+    parser.add_argument(*flags("out"), type=Path, metavar="FILE", help="write those lines to a file")
     return parser.parse_args(dashed(argv))
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise ValueError naming the flag whose value makes no sense."""
-    for name, fine in (
-        ("max_tokens", args.max_tokens >= 1),
-        ("temp", args.temp >= 0),
-        ("top_k", args.top_k >= 0),
-        ("top_p", 0 < args.top_p <= 1),
-        ("seed", args.seed >= 0),
-    ):
-        if not fine:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} makes no sense: see --help")
+class Request(NamedTuple):
+    """A prompt and the adapter that is to answer it."""
 
-
-def pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """The text of the tokens, as soon as it is certain: bytes of a character that is not whole yet are held back."""
-    seen: list[int] = []
-    done = ""
-    for token in tokens:
-        seen.append(token)
-        text = tokenizer.decode(seen)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[len(done) :]
-            done = text
-    yield tokenizer.decode(seen)[len(done) :]
+    row: Prompt
+    adapter: str
+    ids: list[int]
+    limit: int  # of new tokens
 
 
 def generate_command(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
-    use(args.device)
-    folder = find_model(args.model, args.revision).folder
-    model, _ = load_model(folder, frozen=args.frozen)
-    if args.adapter:
-        model = load_adapter(model, find_adapter(args.adapter).folder)
-    tokenizer = Tokenizer.load(folder)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    text = tokenizer.chat([{"role": "user", "content": prompt}], add_generation_prompt=True) if args.chat else prompt
-    ids = tokenizer.with_bos(tokenizer.encode(text))
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
+    rows = given_prompts(args)
+    loaded = load(args)
+    requests = [
+        make_request(row, adapter, loaded, args.max_tokens)
+        for row in rows
+        for adapter in ([row["adapter"]] if "adapter" in row else loaded.adapters)
+    ]
+    if not all(isinstance(conversation(row), str) for row in rows):
+        loaded = loaded._replace(stop_ids=loaded.stop_ids | end_of_turn(loaded.tokenizer))
+    if len(requests) == 1 and not args.json and not args.out:
+        for piece in words(requests[0], loaded):
+            print(piece, end="", flush=True)
+        print()
+        return
+    lines = []
+    for line in answers(requests, loaded, args.batch_size):
+        lines.append(line)
+        if not args.out:
+            print(line, flush=True)
+    if args.out:
+        write_text(args.out, "".join(f"{line}\n" for line in lines))
+
+
+def given_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """All prompts, in their order; texts are messages if `--chat` says so."""
+    texts = args.prompt or ([] if args.prompts else ["-"])
+    rows: list[Prompt] = [{"prompt": sys.stdin.read() if text == "-" else text} for text in texts]
+    rows += read_prompts(args.prompts) if args.prompts else []
+    if args.chat:
+        for row in rows:
+            if isinstance(conversation(row), str):
+                row["prompt"] = as_messages(row["prompt"], args.system_prompt)
+    elif args.system_prompt:
+        raise ValueError("--system-prompt goes with --chat")
+    return rows
+
+
+def make_request(row: Prompt, adapter: str, loaded: Loaded, max_tokens: int) -> Request:
+    if adapter not in loaded.models:
+        raise ValueError(f"a prompt asks for the adapter {adapter!r}: there are {', '.join(loaded.models)}")
+    ids = encode_prompt(row, loaded.tokenizer)
     if not ids:
         raise ValueError("the prompt is empty: give some text with --prompt")
-    room = model.config.max_position_embeddings - len(ids)
-    if room < 1:
-        raise ValueError(f"the prompt has {len(ids)} tokens, the model sees {model.config.max_position_embeddings}")
-    choose = sampler(args.temp, args.top_k, args.top_p, np.random.default_rng(args.seed))
-    tokens = (int(row[0]) for row in stream(model, [ids], choose))
-    answer = itertools.takewhile(lambda token: token not in tokenizer.stop_ids, tokens)
-    for piece in pieces(itertools.islice(answer, min(args.max_tokens, room)), tokenizer):
-        print(piece, end="", flush=True)
-    print()
+    return Request(row, adapter, ids, min(max_tokens, room(loaded.models[adapter], len(ids))))
+
+
+def words(request: Request, loaded: Loaded) -> Iterator[str]:
+    """The answer to one prompt, piece by piece."""
+    tokens = (int(row[0]) for row in stream(loaded.models[request.adapter], [request.ids], loaded.choose))
+    answer = itertools.takewhile(lambda token: token not in loaded.stop_ids, tokens)
+    return pieces(itertools.islice(answer, request.limit), loaded.tokenizer)
+
+
+def answers(requests: Sequence[Request], loaded: Loaded, batch_size: int) -> Iterator[str]:
+    """A line of JSON for each request, in their order, as batches are done.
+
+    Rows of a batch may use different adapters; only those that cannot (see `shares_batches`) are apart.
+    """
+
+    def apart(request: Request) -> str:
+        shares = shares_batches(loaded.models[request.adapter], loaded.models[BASE])
+        return BASE if shares else request.adapter
+
+    for _, group in itertools.groupby(requests, apart):
+        some = list(group)
+        for start in range(0, len(some), batch_size):
+            batch = some[start : start + batch_size]
+            model = mixed([loaded.models[request.adapter] for request in batch])
+            limit = max(request.limit for request in batch)
+            found = complete(model, [request.ids for request in batch], limit, loaded.stop_ids, loaded.choose)
+            for request, tokens in zip(batch, found, strict=True):
+                yield as_line(request, tokens[: request.limit], loaded.tokenizer)
+
+
+def as_line(request: Request, tokens: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The row as it was given, and its answer; whether that ended by itself or by length is said as servers say it."""
+    answer = {
+        "adapter": request.adapter,
+        "generated_text": tokenizer.decode(tokens),
+        "finish_reason": "stop" if len(tokens) < request.limit else "length",
+    }
+    return json.dumps(request.row | answer, ensure_ascii=False)
 
 
 def main(argv: list[str] | None = None) -> int:

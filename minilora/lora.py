@@ -50,6 +50,21 @@ def init_gaussian(
     return to_device(A), xp.zeros((out_features, rank), dtype)
 
 
+def init_orthogonal(
+    rank: int, shape: tuple[int, int], rng: np.random.Generator, dtype: Any = np.float32
+) -> tuple[Array, Array]:
+    """A (r, in) and B (out, r), both random, with B A = 0 but for rounding; r is even. (docs: L18)
+
+    Of a random orthogonal r × r matrix, every second row goes into A and the others into B: A = Q₁ᵀ X / 10 and
+    B = Y Q₂ / 10 with X (r/2, in), Y (out, r/2) standard normal, and Q₂ Q₁ᵀ = 0. As PEFT does; the 10 is its choice.
+    """
+    out_features, in_features = shape
+    Q, _ = np.linalg.qr(rng.standard_normal((rank, rank)))
+    A = Q[0::2].T @ rng.standard_normal((rank // 2, in_features)) / 10
+    B = rng.standard_normal((out_features, rank // 2)) @ Q[1::2] / 10
+    return to_device(A.astype(dtype)), to_device(B.astype(dtype))
+
+
 def dropout_mask(shape: tuple[int, ...], p: float, rng: Any, dtype: Any = np.float32) -> Array:
     """Zero with probability p, 1/(1 − p) elsewhere: multiplying by it changes no expectation. (docs: L10)"""
     keep: Array = rng.random(shape, dtype=np.float32) >= p

@@ -88,7 +88,7 @@ def random_weights(config: Config, seed: int) -> dict[str, np.ndarray]:
 def random_adapter(trainable: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
     """An adapter of the same shapes as after some training: B is not zero."""
     rng = np.random.default_rng([seed, 21])
-    return {name: rng.normal(size=array.shape) / np.sqrt(array.shape[1]) for name, array in trainable.items()}
+    return {name: rng.normal(size=array.shape) / np.sqrt(array.shape[-1]) for name, array in trainable.items()}
 
 
 @st.composite

@@ -30,6 +30,7 @@ STRANGERS = {  # a room → those it does not know, although they are above it
     "model": {"lora"},  # the model is written once, for any method
     "text": {"lora", "model", "methods"},
 }
+PEER = Path("benchmarks/peft_side.py")  # the one file that runs PyTorch, in a process of its own
 FOREIGN = {"torch", "jax", "tensorflow", "transformers", "peft", "mlx", "pickle", "dill", "joblib"}
 
 
@@ -73,7 +74,19 @@ def test_the_model_knows_no_method_and_text_knows_no_model(path: Path) -> None:
 
 @each_file
 def test_no_framework_and_no_pickle_is_imported(path: Path) -> None:
-    assert FOREIGN.isdisjoint(name.split(".")[0] for name in imports(path))
+    allowed = {"torch", "transformers", "peft"} if path == PEER else set()
+    assert (FOREIGN - allowed).isdisjoint(name.split(".")[0] for name in imports(path))
+
+
+@each_file
+def test_the_peer_of_the_benchmark_stays_in_its_own_process(path: Path) -> None:
+    """Nothing imports it; and it imports nothing of minilora that computes or tunes the process."""
+    assert [name for name in own_imports(path) if name.startswith("minilora.benchmarks.peft_side")] == []
+    if path == PEER:
+        rooms = {name.split(".")[2] for name in own_imports(path) if name.startswith("minilora.benchmarks.")}
+        assert rooms == {"job", "worker"} and all(name.startswith("minilora.benchmarks.") for name in own_imports(path))
+        for room in rooms:
+            assert {name.split(".")[1] for name in own_imports(Path(f"benchmarks/{room}.py"))} <= {"benchmarks"}
 
 
 @each_file

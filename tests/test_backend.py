@@ -194,14 +194,14 @@ def test_a_host_array_and_a_device_array_do_not_mix(device: None) -> None:
 # --- Everything runs on it, and computes what the host computes ---
 
 
-def trained_steps(config: Config, adapter: LoRA | None, optimizer: str) -> dict[str, np.ndarray]:
+def trained_steps(config: Config, adapter: LoRA | None, frozen: str, optimizer: str) -> dict[str, np.ndarray]:
     """Two whole steps of training, and what is trained after them; the loss beside it."""
     weights = {name: array.astype(ml_dtypes.bfloat16) for name, array in random_weights(config, 0).items()}
     if adapter is None:
         trainable = {name: to_device(array.astype(np.float64)) for name, array in weights.items()}
         model = full_model(config, trainable)
     else:
-        base = base_model(config, weights, np.float64, stored=True)
+        base = base_model(config, weights, np.float64, frozen)
         fresh = adapter.start(base, np.random.default_rng(0), np.float64)
         start = random_adapter({name: to_host(array) for name, array in fresh.items()}, 1)
         trainable = {name: to_device(array.copy()) for name, array in start.items()}
@@ -216,14 +216,18 @@ def trained_steps(config: Config, adapter: LoRA | None, optimizer: str) -> dict[
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("adapter", [None, LoRA(4, target_modules=("all-linear",))], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("adapter", "frozen"),
+    [(None, ""), (LoRA(4, target_modules=("all-linear",)), "stored"), (LoRA(4, target_modules=("all-linear",)), "nf4")],
+    ids=["full", "lora", "qlora"],
+)
 @pytest.mark.parametrize("config", [TINY, UNTIED], ids=["tied", "untied"])
 def test_training_on_a_device_never_mixes_arrays_and_computes_what_the_host_computes(
-    config: Config, adapter: LoRA | None, optimizer: str, request: pytest.FixtureRequest
+    config: Config, adapter: LoRA | None, frozen: str, optimizer: str, request: pytest.FixtureRequest
 ) -> None:
-    on_host = trained_steps(config, adapter, optimizer)
+    on_host = trained_steps(config, adapter, frozen, optimizer)
     request.getfixturevalue("device")
-    on_the_device = trained_steps(config, adapter, optimizer)
+    on_the_device = trained_steps(config, adapter, frozen, optimizer)
     assert on_host.keys() == on_the_device.keys()
     for name, array in on_host.items():
         np.testing.assert_array_equal(on_the_device[name], array, err_msg=name)

@@ -217,8 +217,6 @@ def test_training_goes_on_from_an_adapter(train: Any, adapter: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".json", ".toml"])
 def test_a_config_file_gives_flags_and_those_on_the_command_line_win(train: Any, tmp_path: Path, suffix: str) -> None:
-    if suffix == ".toml" and sys.version_info < (3, 11):
-        pytest.skip("Python 3.10 reads no TOML")
     config = tmp_path / f"config{suffix}"
     config.write_text(
         '{"rank": 2, "grad-accumulation": 2, "steps": 2, "target_modules": ["v_proj"]}'

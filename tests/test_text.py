@@ -7,56 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_tokenizer import START, STOP, write_tokenizer
 
 from minilora.ops.cross_entropy import IGNORE
 from minilora.text.batches import Batch, collate, count_labels, pack, pad
-from minilora.text.examples import (
-    Encoded,
-    Example,
-    Row,
-    encode_row,
-    encode_rows,
-    load_dataset,
-    read_rows,
-    report,
-)
+from minilora.text.datasets import load_dataset, read_rows
+from minilora.text.examples import Encoded, Example, Row, encode_row, encode_rows, left_out
 from minilora.text.tokenizer import Tokenizer, save_tokenizer_files
-
-END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-TEMPLATE = """
-{%- for message in messages %}
-    {% if loop.first and message['role'] != 'system' %}
-        {{- '<|im_start|>system\\nYou are small.<|im_end|>\\n' }}
-    {%- endif %}
-    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
-"""
-CORPUS = ["How are you? I am well, thank you.", "What is two plus two?\n\nIt is four.", "assistant user"] * 3
-
-
-def write_tokenizer(folder: Path, bos: bool = False, **config: Any) -> Path:
-    """A small byte-level BPE like SmolLM2-Instruct's; with `bos`, one that puts <|im_start|> first."""
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=320, special_tokens=[END, START, STOP], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(CORPUS, trainer)
-    if bos:
-        bpe.post_processor = tokenizers.processors.TemplateProcessing(single=f"{START} $A", special_tokens=[(START, 1)])
-    bpe.enable_truncation(8)  # as a careless export leaves it: loading must undo it
-    folder.mkdir(parents=True, exist_ok=True)
-    bpe.save(str(folder / "tokenizer.json"))
-    eos = {"__type": "AddedToken", "content": STOP, "special": True}  # either spelling is found in releases
-    default = {"bos_token": START, "eos_token": eos, "pad_token": STOP, "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(default | config))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +30,7 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def with_bos(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("bos"), bos=True))
+    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("bos"), "bos"))
 
 
 def strings(example: Example, tokenizer: Tokenizer) -> tuple[str, str]:
@@ -100,7 +59,7 @@ quick = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCh
 
 def test_a_folder_says_which_tokens_begin_end_and_fill(tokenizer: Tokenizer, with_bos: Tokenizer) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)
-    assert tokenizer.stop_ids == {2} and not tokenizer.adds_bos and with_bos.adds_bos
+    assert tokenizer.stop_ids == {2} and (tokenizer.prefix, with_bos.prefix) == ([], [1])
     assert tokenizer.vocab_size == len(tokenizer.backend.get_vocab())
 
 
@@ -161,7 +120,7 @@ def test_copied_files_load_as_the_original(folder: Path, tokenizer: Tokenizer, t
     save_tokenizer_files(folder, folder)
     copy = Tokenizer.load(tmp_path / "new")
     assert copy.encode("How are you?") == tokenizer.encode("How are you?")
-    assert copy.template == tokenizer.template
+    assert copy.templates == tokenizer.templates
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +237,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path, token
     talk = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
     with pytest.raises(ValueError, match="row 1: message 2, an assistant's turn"):
         encode_rows([{"messages": talk}], rewriting, 100)
-    with pytest.raises(ValueError, match="Begin with a system or user message"):  # the default system message
+    with pytest.raises(ValueError, match="begin with a system or user message"):  # the template looks at the first
         encode_row({"messages": talk[1:]}, tokenizer)
 
 
@@ -293,10 +252,7 @@ def test_rows_that_do_not_fit_are_left_out_and_named(tokenizer: Tokenizer) -> No
     ]
     encoded = encode_rows(rows, tokenizer, 16)
     assert encoded == ([encode_row(rows[0], tokenizer)], [2], [3])
-    assert report(encoded, 16, "train") == (
-        "train: 1 examples, 3 tokens, 67% of them trained; "
-        "left out: 1 longer than --max-length 16 (row 2), 1 with nothing to train (row 3)"
-    )
+    assert left_out(encoded, 16) == "1 longer than --max-length 16 (row 2), 1 with nothing to train (row 3)"
     with pytest.raises(ValueError, match=r"none of 2 rows is left: 1 longer .*Raise --max-length"):
         encode_rows(rows[1:], tokenizer, 16)
     with pytest.raises(ValueError, match="1 with nothing to train"):  # a lone EOS: nothing precedes it

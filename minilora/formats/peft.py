@@ -7,30 +7,34 @@ or the load fails, saying which.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from minilora.formats.checkpoint import STORED
 from minilora.formats.files import HostArray, check_shapes, open_safetensors, read_json, write_json, write_safetensors
+from minilora.methods.dora import magnitude_name
 from minilora.methods.lora import LoRA, adapter_names
-from minilora.methods.targets import ALL_LINEAR, Names, is_named
+from minilora.methods.targets import ALL_LINEAR, Names, is_named, pattern_value
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, LAYER, LINEAR, parameter_shapes
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+Number = TypeVar("Number", int, float)
 
 READ = {
-    *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias", "init_lora_weights"),
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "bias"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save"),
-    *("base_model_name_or_path", "revision"),
+    *("init_lora_weights", "base_model_name_or_path", "revision"),
 }
 WITHOUT_EFFECT = {  # on what a finished adapter computes
     *("task_type", "auto_mapping", "peft_version", "inference_mode", "runtime_config"),
-    *("megatron_core", "qalora_group_size", "ensure_weight_tying"),  # each only with another field
+    *("megatron_core", "qalora_group_size"),  # each only with another field
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # each only with an init_lora_weights
 }
 # Others (pissa, olora, corda, loftq, …) change the base weights too, so that A and B alone do not say what is computed.
@@ -47,7 +51,7 @@ class Adapter(NamedTuple):
     settings: LoRA
     tensors: dict[str, HostArray]  # float32, named as in the model: `model.….q_proj.lora_A.weight`
     base_model: str  # the name or folder of the model it was trained on
-    copies: dict[str, HostArray]  # base weights that PEFT saved beside it, by name; see check_copies
+    copies: dict[str, HostArray]  # base weights that PEFT saved beside it, by name, as stored; see check_copies
 
 
 def write_adapter(
@@ -55,6 +59,8 @@ def write_adapter(
 ) -> None:
     """Write an adapter that PEFT loads. `tensors` are named as in the model: `model.….q_proj.lora_A.weight`."""
     folder = Path(folder)
+    if settings.init == "pissa":
+        raise ValueError("A and B of PiSSA say nothing without its residual weights: write their LoRA.saved_form")
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -74,15 +80,22 @@ def write_adapter(
         "layers_pattern": None,
     }
     exclude = settings.exclude_modules
+    modules = {name.partition(".lora_")[0] for name in tensors}
     younger = {  # old versions of PEFT raise on fields they do not know, so these only where they are needed
         "use_rslora": settings.rslora,
-        "rank_pattern": dict(settings.rank_pattern),
-        "alpha_pattern": {name: _whole(alpha) for name, alpha in settings.alpha_pattern.items()},
+        "use_dora": settings.dora,
+        "rank_pattern": _used(settings.rank_pattern, modules),
+        "alpha_pattern": {name: _whole(alpha) for name, alpha in _used(settings.alpha_pattern, modules).items()},
         "exclude_modules": exclude if isinstance(exclude, str) else list(exclude),
     }
     config |= {field: value for field, value in younger.items() if value}
     write_safetensors(folder / TENSORS, {PREFIX + name: tensor for name, tensor in tensors.items()}, {"format": "pt"})
     write_json(folder / CONFIG, config)
+
+
+def _used(patterns: Mapping[str, Number], modules: Collection[str]) -> dict[str, Number]:
+    """Those that name an adapted module: PEFT warns of others."""
+    return {key: n for key, n in patterns.items() if any(pattern_value({key: True}, name, False) for name in modules)}
 
 
 def _whole(number: float) -> float | int:
@@ -126,6 +139,8 @@ def adapter_shapes(config: Config, settings: LoRA) -> dict[str, tuple[int, ...]]
         if module == EMBED:
             rows, columns = columns, rows
         expected |= zip(adapter_names(module), ((place.rank, columns), (rows, place.rank)), strict=True)
+        if settings.dora:
+            expected[magnitude_name(module)] = (rows,)
     for module in settings.saved(config):
         expected |= {name: shapes[name] for name in (f"{module}.weight", f"{module}.bias") if name in shapes}
     return expected
@@ -135,10 +150,11 @@ def check_copies(folder: Path, copies: Mapping[str, HostArray], weights: Mapping
     """ValueError where a base weight that PEFT saved beside an adapter is not the base model's.
 
     PEFT saves embedding and head along when they are adapted. Had they been changed, passing over them would be wrong.
+    Rounded alike they must be equal: the adapter may have been trained on a base in bfloat16.
     """
     for name, copy in copies.items():
         own = weights[name if name in weights else f"{EMBED}.weight"]
-        if not np.array_equal(copy, own.astype(np.float32)):
+        if not np.array_equal(copy, own.astype(copy.dtype)):
             raise ValueError(
                 f"{folder / TENSORS}: holds a {name} of its own that differs from the base model's: "
                 "the adapter belongs to another base, or one whose vocabulary was changed"
@@ -166,35 +182,41 @@ def _settings(path: Path, raw: Mapping[str, Any], config: Config) -> LoRA:
     layers = raw.get("layers_to_transform")
     if isinstance(layers, int):
         layers = [layers]
-    if layers and not all(isinstance(layer, int) for layer in layers):
+    if layers and not (isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)):
         raise ValueError(f"{path}: layers_to_transform is {layers!r}, expected layer numbers")
-    targets = _targets(path, raw, config)
-    if layers and isinstance(targets, str):
-        raise ValueError(f"{path}: layers_to_transform does not go with the pattern {targets!r} as target_modules")
-    ranks, alphas = f"{path}: rank_pattern", f"{path}: alpha_pattern"
     return LoRA(
         rank=_rank(path, raw, "r", 8),
         alpha=_number(path, raw, "lora_alpha", 8),
         dropout=_number(path, raw, "lora_dropout", 0),
-        target_modules=targets,
+        target_modules=_targets(path, raw, config),
         init=INITIALISATIONS[raw.get("init_lora_weights", True)],
         rslora=bool(raw.get("use_rslora")),
+        dora=bool(raw.get("use_dora")),
         exclude_modules=_names(path, raw, "exclude_modules"),
         layers_to_transform=tuple(layers) if layers else None,
-        rank_pattern={key: _rank(ranks, raw["rank_pattern"], key, 0) for key in raw.get("rank_pattern") or {}},
-        alpha_pattern={key: _number(alphas, raw["alpha_pattern"], key, 0) for key in raw.get("alpha_pattern") or {}},
+        rank_pattern=_by_pattern(path, raw, "rank_pattern", _rank),
+        alpha_pattern=_by_pattern(path, raw, "alpha_pattern", _number),
         modules_to_save=tuple(_names(path, raw, "modules_to_save")),
     )
 
 
-def _number(place: object, raw: Mapping[str, Any], field: str, default: float) -> float:
+def _by_pattern(path: Path, raw: Mapping[str, Any], field: str, read: Callable[..., Number]) -> dict[str, Number]:
+    values = raw.get(field) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: {field} is {values!r}, expected an object in braces")
+    for pattern in values:
+        _check_pattern(path, field, pattern)
+    return {pattern: read(f"{path}: {field}", values, pattern) for pattern in values}
+
+
+def _number(place: object, raw: Mapping[str, Any], field: str, default: float = 0) -> float:
     value = raw.get(field, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{place}: {field} is {value!r}, expected a number")
     return float(value)
 
 
-def _rank(place: object, raw: Mapping[str, Any], field: str, default: int) -> int:
+def _rank(place: object, raw: Mapping[str, Any], field: str, default: int = 0) -> int:
     rank = _number(place, raw, field, default)
     if rank < 1 or rank != int(rank):
         raise ValueError(f"{place}: {field} is {rank}, expected a whole number of at least 1")
@@ -206,12 +228,12 @@ def _names(path: Path, raw: Mapping[str, Any], field: str) -> Names:
     if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
         return tuple(value)
     if isinstance(value, str) and field != "modules_to_save":
-        _pattern(path, field, value)
+        _check_pattern(path, field, value)
         return value
     raise ValueError(f"{path}: {field} {value!r} is neither a list of names nor a text")
 
 
-def _pattern(path: Path, field: str, value: str) -> None:
+def _check_pattern(path: Path, field: str, value: str) -> None:
     try:
         re.compile(value)
     except re.error as error:
@@ -240,14 +262,19 @@ def _read_tensors(
     if not path.exists() and (folder / "adapter_model.bin").exists():
         raise FileNotFoundError(f"{path}: no such file; convert adapter_model.bin to safetensors with PEFT")
     vocabulary = parameter_shapes(config)[f"{EMBED}.weight"]
-    copied = {f"{PREFIX}{module}.base_layer.weight": f"{module}.weight" for module in (EMBED, HEAD)}
     with open_safetensors(path) as file:
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        copies = {key: name for key, name in copied.items() if key in found}
-        whole = {PREFIX + name: shape for name, shape in expected.items()} | dict.fromkeys(copies, vocabulary)
-        check_shapes(path, whole, found, f"The adapter does not fit its {CONFIG} and this base model.")
-
-        def read(key: str) -> HostArray:
-            return np.asarray(file.get_tensor(key).astype(np.float32, copy=False))
-
-        return {name: read(PREFIX + name) for name in expected}, {name: read(key) for key, name in copies.items()}
+        found = {name: file.get_slice(name) for name in file.keys()}
+        for name, header in found.items():
+            if header.get_dtype() not in STORED:
+                raise ValueError(f"{path}: {name} is stored as {header.get_dtype()}, not as {', '.join(STORED)}")
+        whole = {PREFIX + name: shape for name, shape in expected.items()}
+        copies: dict[str, str] = {}
+        for module, rest in product((EMBED, HEAD), ("base_layer.weight", "weight")):
+            key = f"{PREFIX}{module}.{rest}"
+            if key in found and key not in whole:
+                copies.setdefault(f"{module}.weight", key)
+        shapes = {name: tuple(header.get_shape()) for name, header in found.items()}
+        hint = f"The adapter does not fit its {CONFIG} and this base model."
+        check_shapes(path, whole | dict.fromkeys(copies.values(), vocabulary), shapes, hint)
+        tensors = {name: file.get_tensor(PREFIX + name).astype(np.float32, copy=False) for name in expected}
+        return tensors, {name: file.get_tensor(key) for name, key in copies.items()}

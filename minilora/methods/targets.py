@@ -38,25 +38,26 @@ def target_module_names(
     """Full names of the modules to adapt, in the model's order. ValueError for a target that matches none.
 
     A name such as "q_proj" or "mlp.up_proj" means every module that ends so, "all-linear" the seven projections, and a
-    single string is a regular expression. `exclude` is taken away again; `layers` keeps only those layers.
+    single string is a regular expression. `exclude` is taken away again. `layers` keeps only those layers, and what is
+    named in full, as PEFT does.
     """
     known = [EMBED, *projections(config), HEAD]
     if targets == ALL_LINEAR:
         targets = (ALL_LINEAR,)
+    if layers is not None and isinstance(targets, str):
+        raise ValueError(f"layers_to_transform goes with a list of target_modules, not with the pattern {targets!r}")
+    entries: list[Names] = [targets] if isinstance(targets, str) else [(name,) for name in targets]
+    kept = set(known) if layers is None else {layer_module(layer, role) for layer in layers for role in LINEAR}
     chosen: set[str] = set()
-    for target in (targets,) if isinstance(targets, str) else tuple(targets):
-        if target == ALL_LINEAR:
-            matches = projections(config)
-        else:
-            matches = [name for name in known if is_named(name, targets if isinstance(targets, str) else (target,))]
+    for entry in entries:
+        matches = projections(config) if entry == (ALL_LINEAR,) else [name for name in known if is_named(name, entry)]
         if not matches:
             ends = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in known))
             raise ValueError(
-                f"target module {target!r} matches no linear map of the model: choose from {ends}, all-linear"
+                f"target module {entry if isinstance(entry, str) else entry[0]!r} matches no linear map of the model: "
+                f"choose from {ends}, all-linear"
             )
-        chosen.update(matches)
-    if layers is not None:
-        chosen &= {layer_module(layer, role) for layer in layers for role in LINEAR}
+        chosen.update(name for name in matches if name in kept or entry == (name,))
     names = [name for name in known if name in chosen and not is_named(name, exclude)]
     if not names:
         raise ValueError(

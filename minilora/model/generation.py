@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -91,3 +91,54 @@ def complete(
         if not running:
             break
     return answers
+
+
+class Seen(NamedTuple):
+    """Tokens that the model has run on, and what it remembers of them."""
+
+    tokens: list[int]
+    past: Past | None
+
+
+class Memory:
+    """One text after the other, where each often continues the last, as in a conversation: what they have in common is
+    computed once. (docs: M12)
+
+    Keys and values depend on nothing that comes later. So those of the longest common beginning stay right, whatever
+    the texts are; the rest is forgotten.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.seen = Seen([], None)
+
+    def stream(self, prompt: Sequence[int], choose: Choose = greedy) -> Iterator[int]:
+        """Yield the next token after the prompt, without end. May be left at any point."""
+        if not prompt:
+            raise ValueError("an empty prompt: generation needs at least one token to start from")
+        self.keep(common_length(self.seen.tokens, prompt[:-1]))  # the last token is run again: its logits are needed
+        new = list(prompt[len(self.seen.tokens) :])
+        while True:
+            start = len(self.seen.tokens)
+            tokens = to_device(np.array([new]))
+            positions = to_device(np.arange(start, start + len(new))[None])
+            ones = to_device(np.ones((1, len(new)), np.int64))
+            hidden, past, _ = forward(self.model, tokens, positions, ones, self.seen.past, keep=False)
+            self.seen = Seen(self.seen.tokens + new, past)  # at once: an interrupt finds both or neither
+            new = choose(to_host(last_logits(self.model, hidden, 1))).tolist()
+            yield new[0]
+
+    def keep(self, count: int) -> None:
+        """Forget all but the first `count` tokens, and what the method puts before them."""
+        tokens, past = self.seen
+        if count == 0 or past is None:
+            self.seen = Seen([], None)
+        elif count < len(tokens):
+            end = self.model.virtual_tokens + count
+            layers = [(k[:, :end], v[:, :end]) for k, v in past.layers]
+            self.seen = Seen(tokens[:count], Past(layers, past.positions[:, :end], past.segments[:, :end]))
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -34,7 +34,7 @@ class Model:
 
     @property
     def lowest_trained_layer(self) -> int:
-        """The first layer with a site that trains; what lies below needs no backward and saves nothing. (docs: M5)"""
+        """The first layer that what trains acts in; those below need no backward and save nothing. (docs: M5)"""
         if self.sites[EMBED].trains or self.virtual_tokens:
             return 0
         for layer in range(self.config.num_hidden_layers):
@@ -54,6 +54,8 @@ class Past(NamedTuple):
 class ForwardCache(NamedTuple):
     context: Context
     past: Past | None
+    prefix: Prefix | None  # what came first in this call: nothing where it went on from a past
+    prompt: Prompt | None
     embed: Any
     inputs: dict[int, Array]  # layer → its input x, where the layer is to be run again (activation checkpointing)
     blocks: dict[int, BlockCache]  # layer → its cache
@@ -72,18 +74,20 @@ def forward(
     keep: bool = True,
 ) -> tuple[Array, Past, ForwardCache]:
     """tokens, positions, segments (B, T) → the hidden states after the last norm (N, D), the past including these
-    tokens, and the cache. (docs: M3)
+    tokens, and the cache. (docs: M3, M13)
+
+    A model with a prefix or a prompt has it before every example, unless a past is given, which begins with it: tokens
+    still count their positions from 0, and get hidden states for themselves only.
 
     `checkpointing` saves only each layer's input, and the backward runs the layer again; `keep=False` saves nothing,
     for when no backward will follow.
     """
     config, sites = model.config, model.sites
-    rows, prompt = len(tokens), None
+    rows = len(tokens)
+    prefix, prompt = (model.prefix, model.prompt) if past is None else (None, None)  # a past has them in it already
     positions = positions + model.virtual_tokens
-    if past is None:  # else what comes first is in it already
-        prompt = model.prompt
-        if model.prefix:
-            past = Past(model.prefix.forward(rows), *_before(rows, 0, model.prefix.length))
+    if prefix:
+        past = Past(prefix.forward(rows), *_before(rows, 0, prefix.length))
     x, c_embed = sites[EMBED].forward(tokens.reshape(-1), seed)
     if prompt:
         x = _put_first(prompt.forward(rows), x)
@@ -117,7 +121,7 @@ def forward(
     return (
         x,
         Past(keys_values, past_positions, past_segments),
-        ForwardCache(context, past, c_embed, inputs, blocks, c_norm, seed),
+        ForwardCache(context, past, prefix, prompt, c_embed, inputs, blocks, c_norm, seed),
     )
 
 
@@ -143,7 +147,7 @@ def _take_first(x: Array, rows: int, length: int) -> tuple[Array, Array]:
 def backward(model: Model, dx: Array, cache: ForwardCache) -> Gradients:
     """The gradient of every parameter that trains below the head, from dx, that of the hidden states (N, D).
 
-    It stops at the lowest layer that trains, and runs a layer again whose input alone was kept. (docs: M4, M7)
+    It stops at the lowest layer that trains, and runs a layer again whose input alone was kept. (docs: M4, M7, M13)
     """
     config, sites = model.config, model.sites
     grads: Gradients = {}
@@ -152,7 +156,7 @@ def backward(model: Model, dx: Array, cache: ForwardCache) -> Gradients:
         return grads
     dx, site_grads = sites[NORM].backward(dx, cache.norm)
     add_gradients(grads, site_grads, f"{NORM}.")
-    rows, prompt = len(cache.context.visible), model.prompt
+    rows, prefix, prompt = len(cache.context.visible), cache.prefix, cache.prompt
     if prompt:  # its hidden states went no further: their gradient is zero
         dx = _put_first(xp.zeros((rows, prompt.length, dx.shape[-1]), dx.dtype), dx)
     dpast = []
@@ -166,8 +170,8 @@ def backward(model: Model, dx: Array, cache: ForwardCache) -> Gradients:
         dx, dkeys_values, block_grads = block_backward(dx, site, use_rope, cache.context, block_cache)
         dpast.append(dkeys_values)
         add_gradients(grads, block_grads, f"model.layers.{layer}.")
-    if model.prefix:
-        add_gradients(grads, model.prefix.backward(dpast[::-1]))
+    if prefix:
+        add_gradients(grads, prefix.backward(dpast[::-1]))
     if prompt:
         dfirst, dx = _take_first(dx, rows, prompt.length)
         add_gradients(grads, prompt.backward(dfirst))

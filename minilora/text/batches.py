@@ -22,6 +22,11 @@ class Batch(NamedTuple):
     segments: Ints  # 0 is padding; 1, 2, … are the examples of the row, which must not see each other
 
 
+def row_length(row: Sequence[Example]) -> int:
+    """Tokens of a row, all its examples together."""
+    return sum(len(example.tokens) for example in row)
+
+
 def collate(rows: Rows, pad_id: int, left: bool = False) -> Batch:
     """One batch row for each of `rows`, its examples end to end, filled up with `pad_id`.
 
@@ -30,7 +35,7 @@ def collate(rows: Rows, pad_id: int, left: bool = False) -> Batch:
     """
     if not rows:
         raise ValueError("a batch needs at least one row")
-    lengths = [sum(len(example.tokens) for example in row) for row in rows]
+    lengths = [row_length(row) for row in rows]
     shape = len(rows), max(lengths)
     batch = Batch(
         tokens=np.full(shape, pad_id, np.int64),
@@ -74,13 +79,24 @@ def pack(examples: Sequence[Example], length: int) -> list[list[int]]:
     return rows
 
 
-def batches_of(rows: Rows, batch_size: int, pad_id: int) -> list[Batch]:
-    """All rows in batches of `batch_size`, rows of like length together, so that little of a batch is padding.
+def of_like_length(rows: Rows, batch_size: int) -> list[Rows]:
+    """All rows in groups of `batch_size`, rows of like length together, so that little of a batch is padding.
 
     The loss is a sum over tokens: the order of the rows, and which of them share a batch, change nothing.
     """
-    ordered = sorted(rows, key=lambda row: sum(len(example.tokens) for example in row))
-    return [collate(ordered[i : i + batch_size], pad_id) for i in range(0, len(ordered), batch_size)]
+    ordered = sorted(rows, key=row_length)
+    return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+
+
+def batches_of(rows: Rows, batch_size: int, pad_id: int) -> list[Batch]:
+    """All rows in batches, as `of_like_length` groups them."""
+    return [collate(group, pad_id) for group in of_like_length(rows, batch_size)]
+
+
+def padding_share(groups: Sequence[Rows]) -> float:
+    """Which share of the batches of these groups is filler: 1 − tokens / (rows × the longest row of each batch)."""
+    lengths = [[row_length(row) for row in group] for group in groups]
+    return 1 - sum(map(sum, lengths)) / max(sum(len(group) * max(group) for group in lengths), 1)
 
 
 def count_labels(batch: Batch) -> int:

@@ -1,20 +1,18 @@
 """Text to tokens and back, and conversations to text, exactly as a model's own folder says."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import tokenizers
+
+from minilora.formats.files import read_json
+from minilora.text.chat_template import compile_template, read_templates
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -30,18 +28,22 @@ class Tokenizer:
     folder: Path
     backend: tokenizers.Tokenizer
     roles: dict[str, str]  # "eos_token" → "<|im_end|>", …: what a chat template may name
-    template: str | None
+    templates: dict[str, str]
     bos_id: int | None
     eos_id: int | None
     stop_ids: frozenset[int]  # any of these ends a generation
     pad_id: int  # only a filler: it may equal eos, so masks go by position and never by id
-    adds_bos: bool
+    prefix: list[int]  # what every text begins with: BOS, or nothing
+    remarks: list[str]  # for people: where the files of the folder contradict each other
+    now: datetime  # what a chat template is told that asks for the time
 
     @classmethod
-    def load(cls, folder: Path) -> "Tokenizer":
+    def load(cls, folder: Path, now: datetime | None = None) -> "Tokenizer":
         """Read a Hugging Face model folder.
 
-        Raises FileNotFoundError without tokenizer.json, ValueError where a file cannot be understood.
+        Whether BOS is added is decided by the post-processor in tokenizer.json, as in transformers 5. `now` is the time
+        of loading where it is not given. Raises FileNotFoundError without tokenizer.json, ValueError where a file
+        cannot be understood.
         """
         folder = Path(folder)
         file = folder / "tokenizer.json"
@@ -54,30 +56,36 @@ class Tokenizer:
         backend.no_truncation()  # a saved truncation would silently shorten every row
         backend.no_padding()
 
-        config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+        config = _read_if_there(folder / "special_tokens_map.json") | _read_if_there(folder / "tokenizer_config.json")
         roles = {role: text for role in ROLES if (text := _token_text(config.get(role)))}
         ids = {role: backend.token_to_id(text) for role, text in roles.items()}
-        stops = _as_list(_read_json(folder / "generation_config.json").get("eos_token_id"))
+        stops = _as_list(_read_if_there(folder / "generation_config.json").get("eos_token_id"))
         if ids.get("eos_token") is None:
-            stops = stops or _as_list(_read_json(folder / "config.json").get("eos_token_id"))
+            stops = stops or _as_list(_read_if_there(folder / "config.json").get("eos_token_id"))
             if stops:
                 ids["eos_token"] = stops[0]
                 roles["eos_token"] = backend.id_to_token(stops[0]) or ""
         bos_id, eos_id, pad_id = (ids.get(role) for role in ("bos_token", "eos_token", "pad_token"))
 
-        adds_bos = config.get("add_bos_token")
-        if adds_bos is None:  # then the post-processor in tokenizer.json decides: ask it
-            adds_bos = backend.encode("").ids[:1] == [bos_id]
+        prefix = _prefix(backend)
+        remarks = []
+        if config.get("add_bos_token") not in (None, bool(prefix)):
+            remarks.append(
+                f"{folder}: tokenizer_config.json says add_bos_token {str(config['add_bos_token']).lower()}, the "
+                f"post-processor in tokenizer.json adds {'it' if prefix else 'none'}; that decides, as in transformers"
+            )
         return cls(
             folder=folder,
             backend=backend,
             roles=roles,
-            template=_read_template(folder, config),
+            templates=read_templates(folder, config),
             bos_id=bos_id,
             eos_id=eos_id,
             stop_ids=frozenset(stops) | ({eos_id} if eos_id is not None else set()),
             pad_id=next((i for i in (pad_id, eos_id) if i is not None), 0),
-            adds_bos=bos_id is not None and bool(adds_bos),
+            prefix=prefix,
+            remarks=remarks,
+            now=now or datetime.now(),
         )
 
     @property
@@ -98,40 +106,48 @@ class Tokenizer:
         """The text of `ids`, special tokens left out."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
+    def piece(self, token: int) -> str:
+        """One token to look at, special or not; a token that is no whole character is shown by its name."""
+        text = self.backend.decode([token], skip_special_tokens=False)
+        return text if text and "\N{REPLACEMENT CHARACTER}" not in text else self.backend.id_to_token(token) or "?"
+
     def with_bos(self, ids: Sequence[int]) -> list[int]:
         """`ids` as the model expects a text to begin: BOS first if this tokenizer adds one, never two."""
-        if self.adds_bos and self.bos_id is not None and list(ids[:1]) != [self.bos_id]:
-            return [self.bos_id, *ids]
-        return list(ids)
+        if list(ids[: len(self.prefix)]) == self.prefix:
+            return list(ids)
+        return [*self.prefix, *ids]
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        """The conversation as the model's chat template writes it; ValueError without one or on refusal."""
-        try:
-            return self._compiled.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self.roles,
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"{self.folder}: the chat template refuses the messages: {error}") from error
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The conversation as the model's chat template writes it, and as `apply_chat_template` of transformers does.
 
-    @cached_property
-    def _compiled(self) -> jinja2.Template:
-        if self.template is None:
+        The text is complete: no BOS is to be added. `tools` are JSON schemas; `variables` are what else the template
+        asks for, as SmolLM3's does for `enable_thinking`. Raises ValueError without a template or on its refusal.
+        """
+        name = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
+        if name not in self.templates:
             raise ValueError(
                 f"{self.folder} has no chat template (chat_template.jinja or in tokenizer_config.json); "
                 "take the model's instruct version, or use rows of text or of prompt and completion"
             )
-        # The same environment as transformers': templates come from the internet, hence the sandbox.
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        return environment.from_string(self.template)
+        given = {
+            "messages": [{k: v for k, v in message.items() if v is not None} for message in messages],
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return _compiled(self.templates[name], self.now).render(self.roles | variables | given)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"{self.folder}: the chat template refuses the messages: {error}") from error
+
+
+_compiled = cache(compile_template)
 
 
 def save_tokenizer_files(source: Path, target: Path) -> None:
@@ -142,48 +158,16 @@ def save_tokenizer_files(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks the assistant's words in some templates: render them."""
-
-    tags = {"generation"}  # noqa: RUF012 (Jinja declares it so)
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
+def _prefix(backend: tokenizers.Tokenizer) -> list[int]:
+    """The tokens that the post-processor puts before a text; asked with a text, as those after it may be the same."""
+    plain = backend.encode("a", add_special_tokens=False).ids
+    whole = backend.encode("a").ids
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """JSON as it is; Jinja's own filter would escape < > & for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_if_there(file: Path) -> dict[str, Any]:
     """A JSON object; empty if there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); the download may be incomplete") from error
-    if type(content) is not dict:
-        raise ValueError(f"{file}: must hold a JSON object, not a {type(content).__name__}")
-    return content
-
-
-def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """The file wins over the configuration's entry: one template, or several of which "default" is meant."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    entry = config.get("chat_template")
-    if isinstance(entry, list):
-        entry = {one["name"]: one["template"] for one in entry}.get("default")
-    return entry
+    return read_json(file) if file.is_file() else {}
 
 
 def _token_text(token: Any) -> str | None:

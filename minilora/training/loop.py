@@ -35,6 +35,7 @@ class Plan:
     eval_every: int = 0
     patience: int = 0
     save_every: int = 0
+    report_to: str = "none"
 
 
 class Diverged(ArithmeticError):
@@ -57,7 +58,7 @@ def train(
     `folder/metrics.jsonl`, the resumable state to `folder/state.safetensors`; `on_save` may write more beside it.
     Raises Diverged, leaving the last saved state in place.
     """
-    metrics = MetricsFile(folder, state.step)
+    metrics = MetricsFile(folder, state.step, plan.report_to)
     bar = tqdm(total=plan.steps, initial=state.step, desc="training", unit="step", dynamic_ncols=True)
     started = time.perf_counter() - state.seconds
 

@@ -1,14 +1,27 @@
-"""`metrics.jsonl`: one JSON object a line, as training goes."""
+"""`metrics.jsonl`: one JSON object a line, as training goes; and the same for TensorBoard, where it is asked for.
+
+In pandas: `pandas.read_json("runs/rows-1/metrics.jsonl", lines=True)`.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from minilora.formats.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
+TENSORBOARD = "tensorboard"  # the folder beside it
+
+
+def check_report_to(report_to: str) -> None:
+    """ValueError if that needs a package which is missing."""
+    if report_to == TENSORBOARD and importlib.util.find_spec("tensorboardX") is None:
+        raise ValueError("--report-to tensorboard needs one more package: pip install 'minilora[tensorboard]'")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -21,16 +34,41 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 class MetricsFile:
-    """Appends lines; on resuming, lines of steps that will be run again are dropped first."""
+    """Appends lines; on resuming, lines of steps that will be run again are dropped first.
 
-    def __init__(self, folder: Path, step: int) -> None:
+    TensorBoard's files can only grow. So they are written anew from the lines that are left: no step is there twice.
+    """
+
+    def __init__(self, folder: Path, step: int, report_to: str = "none") -> None:
         kept = [line for line in read_metrics(folder) if line["step"] <= step]
         write_text(folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self.board: Any = None
+        if report_to == TENSORBOARD:
+            from tensorboardX import SummaryWriter
+
+            for old in (folder / TENSORBOARD).glob("events.out.tfevents.*"):
+                old.unlink()
+            self.board = SummaryWriter(str(folder / TENSORBOARD), flush_secs=10)
+            for line in kept:
+                self._show(line)
 
     def write(self, **values: float | int) -> None:
-        self.file.write(json.dumps(values) + "\n")
+        """Values of one step. What is no finite number is null in the file: JSON has no NaN."""
+        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(json.dumps(line) + "\n")
         self.file.flush()
+        self._show(line)
+
+    def _show(self, line: Mapping[str, Any]) -> None:
+        """To TensorBoard, under the names that transformers gives: train/loss, eval/loss."""
+        if self.board is not None:
+            for name, value in line.items():
+                if name != "step" and value is not None:
+                    tag = "eval/loss" if name == "valid_loss" else f"train/{name}"
+                    self.board.add_scalar(tag, value, line["step"])
 
     def close(self) -> None:
         self.file.close()
+        if self.board is not None:
+            self.board.close()

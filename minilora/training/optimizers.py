@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from minilora.backend import Array, xp
 
 Arrays = Mapping[str, Array]
+Factors = Mapping[str, float]  # by name, what a parameter's learning rate is multiplied by
 
 
 class Optimizer(Protocol):
@@ -26,13 +27,21 @@ class AdamW:
         v ← β₂ v + (1 − β₂) g²       v̂ = v / (1 − β₂ᵗ)
         p ← p − η (m̂ / (√v̂ + ε) + λ p)
 
-    Decay acts on matrices only: shrinking a norm's gain or a bias has no purpose. m and v are float32 like p.
+    Decay acts on matrices only: shrinking a norm's gain or a bias has no purpose. m and v are float32 like p. Where
+    `factors` names a parameter, its η is so many times the others'.
     """
 
     def __init__(
-        self, parameters: Arrays, weight_decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8
+        self,
+        parameters: Arrays,
+        weight_decay: float = 0.0,
+        factors: Factors | None = None,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
     ) -> None:
         self.weight_decay = weight_decay
+        self.factors = dict.fromkeys(parameters, 1.0) | dict(factors or {})
         self.beta1 = beta1
         self.beta2 = beta2
         self.eps = eps
@@ -43,18 +52,18 @@ class AdamW:
     def update(self, parameters: Arrays, gradients: Arrays, learning_rate: float) -> None:
         self.steps += 1
         t = int(self.steps)
-        step_size = learning_rate / (1 - self.beta1**t)
+        m_weight = 1 - self.beta1**t
         v_scale = 1 / math.sqrt(1 - self.beta2**t)
         for name, p in parameters.items():
-            g, m, v = gradients[name], self.m[name], self.v[name]
+            g, m, v, rate = gradients[name], self.m[name], self.v[name], learning_rate * self.factors[name]
             m += (1 - self.beta1) * (g - m)
             v += (1 - self.beta2) * (g * g - v)
             if p.ndim >= 2:
-                p *= 1 - learning_rate * self.weight_decay
+                p *= 1 - rate * self.weight_decay
             denominator = xp.sqrt(v)
             denominator *= v_scale
             denominator += self.eps
-            p -= step_size * m / denominator
+            p -= rate / m_weight * m / denominator
 
     def state(self) -> dict[str, Array]:
         """m, v and t. (docs: T10)"""
@@ -63,22 +72,36 @@ class AdamW:
 
 
 class SGD:
-    """p ← p − η (g + λ p): plain gradient descent, with decay on matrices only. It has no state. (docs: L9, T2)"""
+    """p ← p − η (g + λ p): plain gradient descent, with decay on matrices only. It has no state. (docs: L9, T2)
 
-    def __init__(self, parameters: Arrays, weight_decay: float = 0.0) -> None:
+    Where `factors` names a parameter, its η is so many times the others'.
+    """
+
+    def __init__(self, parameters: Arrays, weight_decay: float = 0.0, factors: Factors | None = None) -> None:
         self.weight_decay = weight_decay
+        self.factors = dict.fromkeys(parameters, 1.0) | dict(factors or {})
 
     def update(self, parameters: Arrays, gradients: Arrays, learning_rate: float) -> None:
         for name, p in parameters.items():
+            rate = learning_rate * self.factors[name]
             if p.ndim >= 2:
-                p *= 1 - learning_rate * self.weight_decay
-            p -= learning_rate * gradients[name]
+                p *= 1 - rate * self.weight_decay
+            p -= rate * gradients[name]
 
     def state(self) -> dict[str, Array]:
         return {}
 
 
 OPTIMIZERS = {"adamw": AdamW, "sgd": SGD}
+
+
+def loraplus(parameters: Iterable[str], ratio: float) -> Factors:
+    """LoRA+: the learning rate of every B is `ratio` times that of all else. (docs: T11)
+
+    A and B enter the output in different ways, so one rate is too low for B or too high for A, the more the wider the
+    model (Hayou et al., 2024, arXiv:2402.12354, section 4). The ratio is PEFT's `loraplus_lr_ratio`.
+    """
+    return {name: ratio for name in parameters if name.endswith(".lora_B.weight")}
 
 
 def global_norm(gradients: Arrays) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -34,7 +35,7 @@ def plot_loss(folder: Path) -> Path:
     if valid:
         above.plot(
             [line["step"] for line in valid],
-            [line["valid_loss"] for line in valid],
+            [math.nan if line["valid_loss"] is None else line["valid_loss"] for line in valid],
             color="#d94801",
             marker="o",
             markersize=4,

@@ -5,25 +5,28 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from minilora.backend import Array, peak_memory_bytes, to_device, to_host
-from minilora.formats.checkpoint import read_weights, write_checkpoint
+from minilora.backend import peak_memory_bytes, to_host
+from minilora.formats.adapters import read_method, write_method
+from minilora.formats.checkpoint import write_checkpoint
 from minilora.formats.hub import Source, find_adapter, find_model
-from minilora.formats.load import load_model, load_trainable
-from minilora.formats.peft import write_adapter
-from minilora.methods.full import full_model
+from minilora.formats.load import load_model
+from minilora.methods import Method
+from minilora.methods.full import Full
 from minilora.methods.lora import LoRA
 from minilora.model.model import Model
 from minilora.model.names import parameter_count
 from minilora.text.tokenizer import Tokenizer, save_tokenizer_files
 from minilora.training.evaluation import answers, can_be_matched, drift, exact_match, outside_text
 from minilora.training.loop import Plan, steps_per_epoch, train
-from minilora.training.optimizers import OPTIMIZERS
+from minilora.training.method import make_method
+from minilora.training.optimizers import OPTIMIZERS, loraplus
 from minilora.training.order import Order
 from minilora.training.schedules import warmup_steps
 from minilora.training.settings import Settings
@@ -43,7 +46,7 @@ class Run:
     task: Task
     tokenizer: Tokenizer
     raw_config: dict[str, Any]
-    lora: LoRA
+    method: Method
     base: Model
     adapted: Model
     state: State
@@ -62,42 +65,38 @@ def prepare(settings: Settings, folder: Path) -> Run:
     """Everything up to the first step. ValueError or OSError for what the user can mend."""
     source = find_model(settings.model, settings.revision)
     # pinned: --resume takes the very same
-    settings = replace(settings, model=source.hub_id or settings.model, revision=source.revision)
+    day = settings.date or date.today().isoformat()
+    settings = replace(settings, model=source.hub_id or settings.model, revision=source.revision, date=day)
     model_folder = source.folder
-    base, raw_config = load_model(model_folder, settings.dtype, stored=settings.frozen == "stored")
-    tokenizer = Tokenizer.load(model_folder)
+    base, raw_config = load_model(model_folder, settings.dtype, settings.frozen)
+    tokenizer = Tokenizer.load(model_folder, datetime.fromisoformat(settings.date))
     if tokenizer.vocab_size > base.config.vocab_size:
         raise ValueError(
             f"{model_folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {base.config.vocab_size}"
         )
-    task = load_task(settings, tokenizer, settings.max_length or default_max_length(base))
 
     rng = np.random.default_rng(settings.seed)
-    lora = LoRA(settings.rank, settings.alpha, settings.dropout, settings.target_modules, settings.init)
-    trainable: dict[str, Array]
-    if settings.method == "full":
-        weights = read_weights(model_folder, base.config)
-        trainable = {name: to_device(array.astype(settings.dtype)) for name, array in weights.items()}
-        adapted = full_model(base.config, trainable)
-    elif settings.adapter:
+    if settings.adapter:
         start = find_adapter(settings.adapter)
         settings = replace(settings, adapter=start.name)
-        lora, trainable = load_trainable(start.folder, base, settings.dtype)
-        adapted = lora.attach(base, trainable)
+        method, trainable = read_method(start.folder, base, settings.dtype)
     else:
-        trainable = lora.start(base, rng, settings.dtype)
-        adapted = lora.attach(base, trainable)
+        method = make_method(settings, tokenizer)
+        trainable = method.start(base, rng, settings.dtype)
+    adapted = method.attach(base, trainable)
+    task = load_task(settings, tokenizer, settings.max_length or default_max_length(adapted))
 
-    optimizer = OPTIMIZERS[settings.optimizer](trainable, settings.weight_decay)
+    factors = loraplus(trainable, settings.loraplus_lr_ratio)
+    optimizer = OPTIMIZERS[settings.optimizer](trainable, settings.weight_decay, factors)
     state = State(trainable, optimizer, Order(len(task.rows)), rng, data=task.digest)
     return Run(
-        settings, source, folder, make_plan(settings, task), task, tokenizer, raw_config, lora, base, adapted, state
+        settings, source, folder, make_plan(settings, task), task, tokenizer, raw_config, method, base, adapted, state
     )
 
 
 def default_max_length(model: Model) -> int:
-    """`--max-length` where it is not given: what the model was made for, but no more than 1024."""
-    return min(model.config.max_position_embeddings, 1024)
+    """`--max-length` where it is not given: what the model was made for, without virtual tokens, but at most 1024."""
+    return min(model.config.max_position_embeddings - model.virtual_tokens, 1024)
 
 
 def make_plan(settings: Settings, task: Task) -> Plan:
@@ -116,6 +115,7 @@ def make_plan(settings: Settings, task: Task) -> Plan:
         eval_every=settings.eval_every or max(1, math.ceil(steps / 10)),
         patience=settings.patience,
         save_every=settings.save_every,
+        report_to=settings.report_to,
     )
 
 
@@ -123,7 +123,7 @@ def train_run(run: Run) -> None:
     """Train, and leave the outcome in the run folder."""
 
     def on_save(state: State) -> None:
-        if run.settings.method == "lora":  # small: the folder always holds an adapter that can be used
+        if not isinstance(run.method, Full):  # small: the folder always holds an adapter that can be used
             write_outcome(run, state.best or {name: to_host(p) for name, p in state.trainable.items()})
 
     train(run.adapted, run.state, run.task.rows, run.task.valid, run.plan, run.folder, run.tokenizer.pad_id, on_save)
@@ -132,11 +132,14 @@ def train_run(run: Run) -> None:
 
 def write_outcome(run: Run, tensors: dict[str, np.ndarray[Any, Any]]) -> None:
     """The adapter in PEFT's format; after full fine-tuning, a whole checkpoint."""
-    if run.settings.method == "full":
+    if isinstance(run.method, Full):
         write_checkpoint(run.folder, run.raw_config, tensors)
         save_tokenizer_files(run.source.folder, run.folder)
     else:
-        write_adapter(run.folder, run.lora, tensors, run.settings.model, run.source.revision or None)
+        method: Method = run.method
+        if isinstance(method, LoRA):
+            method, tensors = method.saved_form(run.adapted, tensors)
+        write_method(run.folder, method, tensors, run.base.config, run.settings.model, run.source.revision or None)
 
 
 def judge(run: Run, model: Model) -> Judgement:
@@ -158,6 +161,7 @@ def summarize(run: Run, before: Judgement, after: Judgement, started: float) -> 
         "base_exact_match": before.exact_match,
         "adapted_exact_match": after.exact_match,
         "drift_kl": drift(run.base, run.adapted, outside_text(run.tokenizer)),
+        "data": run.task.figures,
         "trainable_parameters": sum(p.size for p in run.state.trainable.values()),
         "total_parameters": parameter_count(run.base.config),
         "steps": run.state.step,

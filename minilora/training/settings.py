@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from minilora.formats.files import read_json, write_json
 from minilora.formats.load import SHIPPED_MODEL
+from minilora.methods.base import FROZEN
 from minilora.methods.lora import INITIALISATIONS
+from minilora.text.conversations import TRAIN_ON
+from minilora.training.metrics import TENSORBOARD, check_report_to
 from minilora.training.optimizers import OPTIMIZERS
 from minilora.training.schedules import SCHEDULES
 
@@ -22,14 +25,25 @@ SETTINGS_FILE = "settings.json"
 class Settings:
     """One field for each flag of `train`, under the flag's name."""
 
-    model: str = str(SHIPPED_MODEL)
+    model: str = str(SHIPPED_MODEL)  # a folder, or an id of the Hugging Face Hub
+    revision: str = ""  # of the latter; in a run's settings.json, always the commit
     data: str = ""  # "" is the built-in task
+    prompt_feature: str = ""  # "" is the usual key: prompt, completion, text, messages
+    completion_feature: str = ""
+    text_feature: str = ""
+    chat_feature: str = ""
+    train_on: str = TRAIN_ON[0]
+    date: str = ""  # what chat templates are told; in a run's settings.json, never ""
     method: str = "lora"
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ("all-linear",)
     init: str = "kaiming"
+    rslora: bool = False
+    loraplus_lr_ratio: float = 1.0
+    num_virtual_tokens: int = 20
+    init_text: str = ""  # "": words drawn at random
     adapter: str = ""
     steps: int = 0
     epochs: float = 3.0
@@ -48,6 +62,7 @@ class Settings:
     eval_rows: int = 100
     patience: int = 0
     save_every: int = 50
+    report_to: str = "none"
     seed: int = 0
     device: str = "auto"
     dtype: str = "float32"
@@ -69,24 +84,34 @@ class Settings:
             raise ValueError(f"--dropout {self.dropout} is not in [0, 1)")
         if self.steps == 0 and self.epochs == 0:
             raise ValueError("both --steps and --epochs are 0: there is nothing to do")
+        check_report_to(self.report_to)
+        if self.date and not re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])", self.date):
+            raise ValueError(f"--date {self.date!r}: write it as 2025-06-30")
         if self.adapter and self.method != "lora":
             raise ValueError(f"--adapter goes with --method lora, not {self.method}")
+        if self.loraplus_lr_ratio != 1 and self.method not in ("lora", "dora"):
+            raise ValueError(f"--loraplus-lr-ratio is for the B of --method lora or dora; {self.method} has none")
+        if self.frozen == "nf4" and self.method == "full":
+            raise ValueError("--frozen nf4: weights in 4 bits cannot be trained themselves; take another --method")
 
     def save(self, folder: Path) -> None:
         write_json(folder / SETTINGS_FILE, asdict(self))
 
 
+NAMES = tuple(field.name for field in fields(Settings))
 CHOICES = {
-    "method": ("lora", "full"),
+    "method": ("lora", "dora", "full", "prefix", "prompt"),
     "init": tuple(INITIALISATIONS),
+    "train_on": TRAIN_ON,
     "optimizer": tuple(OPTIMIZERS),
     "schedule": SCHEDULES,
+    "report_to": ("none", TENSORBOARD),
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("float32", "float64"),
-    "frozen": ("widened", "stored"),
+    "frozen": FROZEN,
 }
 AT_LEAST = {
-    **{"rank": 1, "batch_size": 1, "grad_accumulation": 1},
+    **{"rank": 1, "loraplus_lr_ratio": 1, "batch_size": 1, "grad_accumulation": 1, "num_virtual_tokens": 1},
     **{"steps": 0, "epochs": 0, "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "max_length": 0, "seed": 0},
     **{"eval_every": 0, "eval_rows": 0, "patience": 0, "save_every": 0, "learning_rate": 0},
 }
@@ -108,27 +133,20 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def make_settings(values: Mapping[str, Any], where: str) -> Settings:
-    """Settings from names and values, of flags or of a file. An unknown name or a value of another type is an error."""
-    known = {field.name: type(field.default) for field in fields(Settings)}
-    checked: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in known:
-            raise ValueError(f"{where}: {name!r} is not a setting; there are {', '.join(known)}")
-        kind = known[name]
-        if kind is tuple:
-            names = [value] if isinstance(value, str) else value
-            if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
-                raise ValueError(f"{where}: {name} must be a list of names, not {json.dumps(value)}")
-            value = tuple(names)
-        elif kind is float and type(value) is int:
-            value = float(value)
-        elif type(value) is not kind:
-            raise ValueError(f"{where}: {name} must be {kind.__name__}, not {json.dumps(value)}")
-        checked[name] = value
-    settings = Settings(**checked)
-    settings.check()
-    return settings
+def typed(name: str, value: Any, where: str) -> Any:
+    """The value as the type of the setting `name`; `where` says how the user gave it, for the error."""
+    kind = type(getattr(Settings, name))
+    shown = json.dumps(value, default=str)
+    if kind is tuple:
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
+            raise ValueError(f"{where} must be a list of names, not {shown}")
+        return tuple(names)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where} must be {kind.__name__}, not {shown}")
+    return value
 
 
 def read_settings(folder: Path) -> Settings:
@@ -136,26 +154,10 @@ def read_settings(folder: Path) -> Settings:
     path = folder / SETTINGS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no run to resume: {path} is missing")
-    return make_settings(read_json(path), str(path))
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The settings in a .json or .toml file, with flags' names written with - or _."""
-    if path.suffix == ".json":
-        values = read_json(path)
-    elif path.suffix == ".toml":
-        values = _read_toml(path)
-    else:
-        raise ValueError(f"--config {path}: must end in .json or .toml")
-    return {name.replace("-", "_"): value for name, value in values.items()}
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        raise ValueError(f"--config {path}: TOML needs Python 3.11 or later; write the settings as .json") from None
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not valid TOML ({error})") from error
+    values = read_json(path)
+    for name in values:
+        if name not in NAMES:
+            raise ValueError(f"{path}: {name!r} is not a setting; there are {', '.join(NAMES)}")
+    settings = Settings(**{name: typed(name, value, f"{path}: {name}") for name, value in values.items()})
+    settings.check()
+    return settings

@@ -1,0 +1,126 @@
+"""Talk with a model in the terminal, and switch between its adapters while doing so.
+
+Its words appear as they are made; Ctrl-C stops them. /help tells the commands. What is piped in is read line by line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import sys
+
+from minilora import cli
+from minilora.answering import Loaded, add_flags, check, load, pieces, room
+from minilora.flags import dashed
+from minilora.formats.library import BASE
+from minilora.model.generation import Memory
+from minilora.text.prompts import end_of_turn
+
+HELP = """\
+/adapter NAME   go on with this adapter; the conversation stays
+/base           go on without an adapter
+/list           the adapters, and which one answers
+/clear          forget the conversation
+/help           this
+/quit           leave, as does Ctrl-D; Ctrl-C stops an answer"""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m minilora.chat", description=__doc__)
+    add_flags(parser, max_tokens=256)
+    return parser.parse_args(dashed(argv))
+
+
+class Chat:
+    """One conversation, answered by whichever adapter is chosen.
+
+    Each model has a memory of its own, as keys and values are the model's: coming back to an adapter finds what it
+    had read so far. What a memory holds only saves work; every answer is that to the whole conversation.
+    """
+
+    def __init__(self, loaded: Loaded, system_prompt: str, max_tokens: int) -> None:
+        self.loaded = loaded
+        self.max_tokens = max_tokens
+        self.stop_ids = loaded.stop_ids | end_of_turn(loaded.tokenizer)
+        self.memories = {name: Memory(model) for name, model in loaded.models.items()}
+        self.adapter = loaded.adapters[0]
+        self.first = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        self.messages = list(self.first)
+
+    def say(self, text: str) -> None:
+        """Answer the user's message, word by word. An answer that is interrupted stays as far as it came."""
+        tokenizer, memory = self.loaded.tokenizer, self.memories[self.adapter]
+        asked = [*self.messages, {"role": "user", "content": text}]
+        prompt = tokenizer.encode(tokenizer.chat(asked, add_generation_prompt=True))
+        try:
+            left = room(memory.model, len(prompt))
+        except ValueError as error:
+            print(f"no room for an answer: {error}. /clear begins anew")
+            return
+        tokens = itertools.takewhile(lambda token: token not in self.stop_ids, memory.stream(prompt, self.loaded.choose))
+        limited = itertools.islice(tokens, min(self.max_tokens, left))
+        answer = ""
+        with contextlib.suppress(KeyboardInterrupt):
+            for piece in pieces(limited, tokenizer):
+                print(piece, end="", flush=True)
+                answer += piece
+        print()
+        if len(memory.seen.tokens) + 1 == len(prompt) + left:  # the last token said has not been read again
+            print("(the context is full: /clear begins anew)")
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+    def obey(self, line: str) -> bool:
+        """Carry out a command; False if it was the last one."""
+        command, _, name = line.partition(" ")
+        match command, name.strip():
+            case "/quit", "":
+                return False
+            case "/help", "":
+                print(HELP)
+            case "/clear", "":
+                self.messages = list(self.first)
+            case "/list", "":
+                for known in self.loaded.models:
+                    print(f"{'*' if known == self.adapter else ' '} {known}")
+            case "/base", "":
+                self.adapter = BASE
+            case "/adapter", name if name in self.loaded.models:
+                self.adapter = name
+            case "/adapter", name:
+                print(f"no adapter {name!r}: there are {', '.join(self.loaded.models)}")
+            case _:
+                print(f"no command {line}: /help tells them")
+        return True
+
+
+def chat_command(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    check(args)
+    chat = Chat(load(args), args.system_prompt, args.max_tokens)
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):  # there is none on Windows
+            import readline  # noqa: F401 (input() can then be edited)
+        print("/help tells the commands")
+    while True:
+        try:
+            line = input(f"{chat.adapter}> " if terminal else "").strip()
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            print("\n/quit leaves")
+            continue
+        if line.startswith("/"):
+            if not chat.obey(line):
+                break
+        elif line:
+            chat.say(line)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(chat_command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

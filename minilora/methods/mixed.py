@@ -1,0 +1,106 @@
+"""One batch whose rows use different adapters. Each row gets what its own model gives it; the base is shared.
+
+An adapter is a few thin matrices beside a frozen weight, so the costly product x Wᵀ is one for all rows, and only the
+thin ones are done adapter by adapter (Sheng et al., 2023, S-LoRA, arXiv:2311.03285; Chen et al., 2023, Punica,
+arXiv:2310.18547).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from minilora.backend import Array, to_device, xp
+from minilora.methods.lora import LoRALinear
+from minilora.model.model import Model
+from minilora.model.names import HEAD
+from minilora.model.sites import FrozenLinear, Gradients, Site
+
+
+def mixed(models: Sequence[Model]) -> Model:
+    """The model of a batch in which row b is to be computed by models[b], all of them on one base.
+
+    It only computes: nothing in it trains. ValueError where models cannot share a batch, see `shares_batches`.
+    """
+    first = models[0]
+    if all(model is first for model in models):
+        return first
+    if not all(shares_batches(model, first) for model in models):
+        raise ValueError(
+            "these models cannot share a batch: they are on different bases, or one changes the head or puts "
+            "virtual tokens first. Give each a batch of its own"
+        )
+    return Model(first.config, {name: _site([model.sites[name] for model in models]) for name in first.sites})
+
+
+def shares_batches(model: Model, other: Model) -> bool:
+    """Whether rows of both may stand in one batch.
+
+    Virtual tokens would shift some rows and not others. The head is given chosen tokens, the last ones or those with a
+    label, from which it cannot be told whose row they are of: it has to be one and the same.
+    """
+    return not model.virtual_tokens and not other.virtual_tokens and model.sites[HEAD] is other.sites[HEAD]
+
+
+def _site(sites: Sequence[Site]) -> Site:
+    """One site for the batch, from that of each row."""
+    first = sites[0]
+    if all(site is first for site in sites):
+        return first
+    bases = [site.base if isinstance(site, LoRALinear) else site for site in sites]
+    base = bases[0]
+    if isinstance(base, FrozenLinear) and all(other is base for other in bases):
+        return MixedLoRA(base, sites)
+    return MixedSite(sites)
+
+
+class MixedLoRA:
+    """A frozen linear map with a LoRA of its own for each row of the batch, or none. There is no dropout.
+
+    For the tokens x of a row with A, B, s: y = x Wᵀ + s (x Aᵀ) Bᵀ. The first term is one product for all. (docs: A4)
+    """
+
+    trains = False
+
+    def __init__(self, base: FrozenLinear, sites: Sequence[Site]) -> None:
+        self.base = base
+        self.batch = len(sites)
+        self.loras = [(site, rows) for site, rows in _rows_of(sites) if isinstance(site, LoRALinear)]
+
+    def forward(self, x: Array, seed: int | None = None) -> tuple[Array, None]:
+        y, _ = self.base.forward(x)
+        x, y = x.reshape(self.batch, -1, x.shape[-1]), y.reshape(self.batch, -1, y.shape[-1])
+        for lora, rows in self.loras:
+            y[rows] += lora.scale * (x[rows] @ lora.A.T) @ lora.B.T
+        return y.reshape(-1, y.shape[-1]), None
+
+    def backward(self, dy: Array, cache: None) -> tuple[Array, Gradients]:
+        raise AssertionError("a mixed batch only computes: nothing in it trains")
+
+
+class MixedSite:
+    """Any sites: the rows of each pass through it together, apart from the others."""
+
+    trains = False
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self.batch = len(sites)
+        self.groups = _rows_of(sites)
+
+    def forward(self, x: Array, seed: int | None = None) -> tuple[Array, None]:
+        x = x.reshape(self.batch, -1, *x.shape[1:])  # tokens (B·T,) or activations (B·T, D), row by row
+        parts = [site.forward(x[rows].reshape(-1, *x.shape[2:]), seed)[0] for site, rows in self.groups]
+        y = xp.empty((*x.shape[:2], parts[0].shape[-1]), parts[0].dtype)
+        for part, (_, rows) in zip(parts, self.groups, strict=True):
+            y[rows] = part.reshape(len(rows), -1, part.shape[-1])
+        return y.reshape(-1, y.shape[-1]), None
+
+    def backward(self, dy: Array, cache: None) -> tuple[Array, Gradients]:
+        raise AssertionError("a mixed batch only computes: nothing in it trains")
+
+
+def _rows_of(sites: Sequence[Site]) -> list[tuple[Site, Array]]:
+    """Each different site, and the rows of the batch that are its own."""
+    rows: dict[int, list[int]] = {}
+    for row, site in enumerate(sites):
+        rows.setdefault(id(site), []).append(row)
+    return [(sites[some[0]], to_device(xp.asarray(some))) for some in rows.values()]

@@ -1,0 +1,76 @@
+"""Prefix tuning: keys and values that train, before every example in every layer (Li & Liang, 2021, arXiv:2101.00190).
+
+    k = [K_l, k]    v = [V_l, v]    in every layer l, before the attention of all examples
+
+The weights are frozen. A prefix cannot start as nothing: the softmax gives a key of zero the weight e⁰ = 1, not 0.
+So it starts as something: as the keys and values of real words, which the paper finds best (section 7.4). The model
+then computes what the base does after reading those words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from minilora.backend import Array, xp
+from minilora.methods.virtual_tokens import EMBEDDINGS, starting_words
+from minilora.model.block import KeysValues
+from minilora.model.config import Config
+from minilora.model.model import Model, forward
+from minilora.model.sites import Gradients
+
+
+class LearnedPrefix:
+    """n keys and n values in each of L layers, in one array P (n, 2·L·K·d), laid out as PEFT does: (n, L, 2, K, d).
+
+    Keys are learnt as attention sees them: RoPE does not turn them.
+    """
+
+    def __init__(self, P: Array, config: Config) -> None:
+        self.P = P
+        self.length = len(P)
+        self.shape = (self.length, config.num_hidden_layers, 2, config.num_key_value_heads, config.head_dim)
+
+    def forward(self, rows: int) -> list[KeysValues]:
+        """k and v (rows, n, K, d) for each layer, the same for every row. (docs: P1)"""
+        layers = self.P.reshape(self.shape).transpose(1, 2, 0, 3, 4)  # (L, 2, n, K, d)
+        return [(_for_every_row(k, rows), _for_every_row(v, rows)) for k, v in layers]
+
+    def backward(self, dkeys_values: list[KeysValues]) -> Gradients:
+        """dP. Forward gave every row the same keys and values, so the gradients of the rows add up. (docs: P2)"""
+        return {EMBEDDINGS: _laid_out([(dk.sum(axis=0), dv.sum(axis=0)) for dk, dv in dkeys_values])}
+
+
+def _for_every_row(x: Array, rows: int) -> Array:
+    return xp.broadcast_to(x, (rows, *x.shape))
+
+
+def _laid_out(keys_values: list[KeysValues]) -> Array:
+    """k and v (n, K, d) of each layer as one array (n, 2·L·K·d)."""
+    layers = [xp.stack([k, v], axis=1) for k, v in keys_values]  # each (n, 2, K, d)
+    return xp.stack(layers, axis=1).reshape(len(layers[0]), -1)
+
+
+@dataclass(frozen=True)
+class PrefixTuning:
+    """How many virtual tokens; `text`: the token ids whose keys and values they start as, () for words drawn at random.
+
+    The paper's reparametrisation of P by an MLP, which it drops after training, is not used: P itself trains.
+    """
+
+    num_virtual_tokens: int = 20
+    text: tuple[int, ...] = ()
+
+    def start(self, model: Model, rng: np.random.Generator, dtype: Any = np.float32) -> dict[str, Array]:
+        """P as the model's own keys and values of the words: from there on it computes as if it had read them."""
+        words = starting_words(model.config, self.num_virtual_tokens, self.text, rng)[None]
+        positions = xp.arange(self.num_virtual_tokens)[None]
+        _, read, _ = forward(model, words, positions, xp.ones_like(words), keep=False)
+        return {EMBEDDINGS: _laid_out([(k[0], v[0]) for k, v in read.layers]).astype(dtype)}
+
+    def attach(self, model: Model, trainable: Mapping[str, Array]) -> Model:
+        """The model that sees P before every example, sharing the array of `trainable`."""
+        return replace(model, prefix=LearnedPrefix(trainable[EMBEDDINGS], model.config))

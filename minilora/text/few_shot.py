@@ -1,0 +1,66 @@
+"""Few-shot prompting: rows with their answers stand before each prompt, and nothing trains (Brown et al., 2020,
+arXiv:2005.14165, section 2.4)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from minilora.text.examples import Row, encode_row, row_shape
+from minilora.text.tokenizer import Tokenizer
+
+SEPARATOR = "\n\n"  # between the rows that stand in one text
+
+
+def few_shot_rows(
+    rows: Sequence[Row], shown: Sequence[Row], count: int, tokenizer: Tokenizer, max_length: int, seed: int
+) -> tuple[list[Row], float]:
+    """Every row with up to `count` of `shown` before it, and how many these are on average.
+
+    They are drawn anew for each row, without repetition. Where not all fit `max_length` tokens together with the row
+    itself, the last drawn are left out. ValueError where rows have no answers to show, or there are too few.
+    """
+    if count > len(shown):
+        raise ValueError(f"--few-shot {count}: there are only {len(shown)} training rows to show")
+    rng = np.random.default_rng(seed)
+    prompted, total = [], 0
+    for number, row in enumerate(rows, start=1):
+        shots = [shown[i] for i in rng.choice(len(shown), count, replace=False)]
+        try:
+            while shots and len(encode_row(with_shots(row, shots), tokenizer).tokens) > max_length:
+                shots.pop()
+            prompted.append(with_shots(row, shots))
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from error
+        total += len(shots)
+    return prompted, total / len(rows)
+
+
+def with_shots(row: Row, shots: Sequence[Row]) -> Row:
+    """The row with the shots before its prompt: as text, or as turns of one conversation, which has the row's own
+    system message. What is trained or judged is the row's answer, as without them."""
+    shapes = {row_shape(one) for one in (row, *shots)}
+    if shapes == {"prompt + completion"}:
+        before = "".join(shot["prompt"] + shot["completion"] + SEPARATOR for shot in shots)
+        return {**row, "prompt": before + row["prompt"]}
+    if not shapes <= {"messages", "prompt + completion as messages"}:
+        raise ValueError("--few-shot needs prompts with answers, all of one shape; rows of plain text have neither")
+    if not shots:
+        return row
+    prompt, completion = ([], row["messages"]) if "messages" in row else (row["prompt"], row["completion"])
+    opening = prompt or completion
+    system = [message for message in opening[:1] if message["role"] == "system"]
+    turns = [message for shot in shots for message in _messages(shot) if message["role"] != "system"]
+    rest = {key: value for key, value in row.items() if key != "messages"}
+    if prompt:
+        return {**rest, "prompt": [*system, *turns, *prompt[len(system) :]], "completion": completion}
+    return {**rest, "prompt": [*system, *turns], "completion": completion[len(system) :]}
+
+
+def _messages(row: Row) -> list[Any]:
+    return list(row["messages"] if "messages" in row else row["prompt"] + row["completion"])
+
+
+def first_answer(text: str, right: str) -> str:
+    """What a model wrote before going on to a row of its own: up to the separator, if the right answer has none."""
+    return SEPARATOR.join(text.split(SEPARATOR)[: 1 + right.count(SEPARATOR)])
