@@ -106,16 +106,15 @@ def chat_command(argv: list[str] | None = None) -> None:
     while True:
         try:
             line = input(f"{chat.adapter}> " if terminal else "").strip()
+            if line.startswith("/"):
+                if not chat.obey(line):
+                    break
+            elif line:
+                chat.say(line)
         except EOFError:
             break
         except KeyboardInterrupt:
             print("\n/quit leaves")
-            continue
-        if line.startswith("/"):
-            if not chat.obey(line):
-                break
-        elif line:
-            chat.say(line)
 
 
 def main(argv: list[str] | None = None) -> int:

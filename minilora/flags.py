@@ -32,6 +32,7 @@ ALIASES: dict[str, tuple[str, ...]] = {  # of train: ours → theirs
     "target_modules": ("lora_target_modules", "keys"),
     "init": ("init_lora_weights",),
     "rslora": ("use_rslora",),
+    "modules_to_save": ("lora_modules_to_save",),
     "init_text": ("prompt_tuning_init_text",),
     "steps": ("iters", "max_steps"),
     "epochs": ("num_train_epochs",),
@@ -131,6 +132,8 @@ def convert(written: Written, setting: Callable[[str], Any]) -> Any:
     match name, value:
         case (("iters" | "steps_per_eval"), int()) if value > 0:  # mlx-lm counts micro-batches
             return max(1, value // setting("grad_accumulation"))
+        case "num_layers", -1:  # mlx-lm's word for all
+            return 0
         case "max_steps", int():  # -1: as many as the epochs have
             return max(0, value)
         case (("scale" | "lora_scale"), int() | float()):  # mlx-lm's is the factor itself: s = α/r, or α/√r

@@ -62,8 +62,8 @@ def generate_command(argv: list[str] | None = None) -> None:
     check(args)
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
-    rows = given_prompts(args)
     loaded = load(args)
+    rows = given_prompts(args)
     requests = [
         make_request(row, adapter, loaded, args.max_tokens)
         for row in rows

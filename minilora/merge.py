@@ -92,13 +92,13 @@ def merge_command(argv: list[str] | None = None) -> None:
                 "change both. With --untie they are written as two"
             )
         weights[f"{HEAD}.weight"] = weights[f"{EMBED}.weight"]
-        raw_config = {**raw_config, "tie_word_embeddings": False}
 
     dtype = DTYPES[args.dtype]
     rounding, written = Rounding(), {name: convert(name, weight, dtype) for name, weight in weights.items()}
     for name, merged in tqdm(merged_parameters(base, adapted), desc="merging", unit="tensor"):
         written[name] = convert(name, to_host(merged), dtype)
-        rounding.add(weights[name].astype(np.float32), merged, written[name])
+        before = weights.get(name)  # a bias that BitFit has added was not there
+        rounding.add(np.zeros(merged.shape) if before is None else before.astype(np.float32), merged, written[name])
     texts = outside_text(Tokenizer.load(source))
     plain = base_model(adapted.config, written, frozen="stored")
     difference, largest = largest_logit_difference(adapted, plain, texts)
@@ -108,7 +108,8 @@ def merge_command(argv: list[str] | None = None) -> None:
         "largest_logit_difference": difference,
         "largest_logit": largest,
     }
-    write_checkpoint(args.out, raw_config, written, args.dtype, int(args.max_shard_size * 1e9))
+    ways = {name: getattr(adapted.config, name) for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
+    write_checkpoint(args.out, {**raw_config, **ways}, written, args.dtype, int(args.max_shard_size * 1e9))
     save_tokenizer_files(source, args.out)
     write_json(args.out / REPORT_FILE, report)
     tell(report, args.out)

@@ -71,7 +71,7 @@ def parse(argv: list[str] | None, description: str | None = None) -> argparse.Na
     )
 
     group = parser.add_argument_group("method")
-    add(group, "method", "lora trains A and B beside frozen weights, full everything, prefix and prompt what comes before each text", metavar="NAME")
+    add(group, "method", "what trains", metavar="NAME")
     add(group, "rank", "r, the rows of A and columns of B")
     add(group, "alpha", "the adapter's output is scaled by alpha / rank")
     add(group, "dropout", "probability of zeroing an input of the adapter, while training")
@@ -79,6 +79,15 @@ def parse(argv: list[str] | None, description: str | None = None) -> argparse.Na
     add(group, "init", "how A starts (B at zero, but in orthogonal and pissa)", metavar="NAME")
     add(group, "rslora", "scale by alpha / root of rank instead")
     add(group, "loraplus_lr_ratio", "LoRA+: B learns so many times as fast as A")
+    add(group, "exclude_modules", "names not to adapt, though a target matches them", nargs="+", metavar="NAME")
+    add(group, "num_layers", "adapt the last so many layers only; 0: all")
+    add(group, "rank_pattern", "other ranks for some modules: q_proj=16", nargs="+", metavar="NAME=N")
+    add(group, "alpha_pattern", "other alphas for some modules: q_proj=32", nargs="+", metavar="NAME=X")
+    add(group, "modules_to_save", "modules to train whole, beside the adapter: norm lm_head", nargs="+", metavar="NAME")
+    add(group, "untie", "let embedding and head, where they are one matrix, become two")
+    add(group, "bottleneck_size", "of bottleneck: its inner width")
+    add(group, "train_norms", "of bitfit: the gains of the norms too")
+    add(group, "random_share", "of random: the share of weights that trains")
     add(group, "num_virtual_tokens", "of prefix and prompt: how many stand before every example")
     add(group, "init_text", "of prefix and prompt: the words they start as, else drawn at random", metavar="TEXT")
     add(
@@ -117,7 +126,7 @@ def parse(argv: list[str] | None, description: str | None = None) -> argparse.Na
     add(
         group,
         "frozen",
-        "how weights that do not train are held: widened to --dtype, stored in bf16 or fp16 as they are, nf4 as in QLoRA",
+        "how weights that do not train are held: widened to --dtype, stored in 16 bits as they are, nf4 as in QLoRA",
         nargs="?",
         const=True,
         metavar="NAME",
@@ -143,7 +152,11 @@ def choose_settings(args: argparse.Namespace) -> tuple[Settings, Path, bool]:
         if len(written) > 1 or config:
             raise ValueError("--resume takes its settings from the run: give no other flag")
         return read_settings(written["resume"].value), written["resume"].value, True
-    fixed = [written[name].where for name in ("rank", "alpha", "dropout", "target_modules", "init", "rslora") if name in written]
+    by_adapter = (
+        *("rank", "alpha", "dropout", "target_modules", "init", "rslora", "exclude_modules", "num_layers"),
+        *("rank_pattern", "alpha_pattern", "modules_to_save"),
+    )
+    fixed = [written[name].where for name in by_adapter if name in written]
     if config:
         written = _in_file(config) | written
     settings = make_settings({name: one for name, one in written.items() if name in NAMES})

@@ -22,10 +22,9 @@ import numpy as np
 import peft
 import torch
 import transformers
-from safetensors.numpy import load_file
 from strategies import LLAMA3, random_adapter, random_weights
 
-from minilora.formats.adapters import load_adapter, write_method
+from minilora.formats.adapters import load_adapter, read_method, write_method
 from minilora.formats.checkpoint import write_checkpoint
 from minilora.formats.load import load_model
 from minilora.formats.peft import PREFIX
@@ -40,7 +39,7 @@ SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 KINDS = ("seven", "names", "full names", "regex", "all-linear")
 EXTRAS = (
     *("rank_pattern", "alpha_pattern", "rslora", "layers: list", "layers: int", "exclude: list", "exclude: regex"),
-    *("embedding", "head", "save embed_tokens", "save lm_head", "save norm", "save linear"),
+    *("embedding", "head", "save embed_tokens", "save lm_head", "save norm", "save linear", "dora"),
 )
 # PEFT says this of every adapter on the embedding or head of a tied model, whoever wrote it.
 TIED = "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter"
@@ -64,6 +63,7 @@ class Case(NamedTuple):
             alpha=self.options["lora_alpha"],
             target_modules=_names(self.options["target_modules"]),
             rslora=self.options.get("use_rslora", False),
+            dora=self.options.get("use_dora", False),
             exclude_modules=_names(self.options.get("exclude_modules", ())),
             layers_to_transform=(layers,) if isinstance(layers, int) else layers and tuple(layers),
             rank_pattern=self.options.get("rank_pattern", {}),
@@ -82,7 +82,7 @@ def draw_raw(rng: random.Random) -> dict[str, Any]:
     raw = {
         "model_type": rng.choice(["llama", "smollm3"]),
         "vocab_size": VOCAB,
-        "hidden_size": rng.choice([12, 16]),
+        "hidden_size": rng.choice([12, 24]),
         "intermediate_size": rng.choice([20, 28]),
         "num_hidden_layers": layers,
         "num_attention_heads": key_value_heads * rng.choice([1, 2, 3]),
@@ -111,11 +111,15 @@ def draw_raw(rng: random.Random) -> dict[str, Any]:
 
 
 def draw_case(number: int, seed: int = 0) -> Case:
-    """A model and an adapter. Any 13 numbers in a row have every feature between them."""
+    """A model and an adapter. Any 14 numbers in a row have every extra between them."""
     rng = random.Random(f"{seed}/{number}")
     while True:
         kind, wanted = KINDS[number % len(KINDS)], {EXTRAS[number % len(EXTRAS)]}
         wanted |= {extra for extra in EXTRAS if rng.random() < 0.2}
+        by_pattern = {"regex": {"layers: list", "layers: int"}}
+        by_pattern["all-linear"] = by_pattern["regex"] | {"embedding", "head"}
+        if wanted & by_pattern.get(kind, set()):  # there, PEFT takes a list only
+            kind = "seven"
         case = _case(draw_raw(rng), kind, wanted, rng)
         if case is not None:
             return case
@@ -149,8 +153,6 @@ def _case(raw: dict[str, Any], kind: str, wanted: set[str], rng: random.Random) 
     }
     for extra, module in adapted.items():
         if extra in wanted:
-            if targets == "all-linear":
-                return None
             targets = (
                 f"{targets}|{module}"
                 if isinstance(targets, str)
@@ -168,6 +170,8 @@ def _case(raw: dict[str, Any], kind: str, wanted: set[str], rng: random.Random) 
         }
     if "rslora" in wanted:
         options["use_rslora"] = True
+    if "dora" in wanted:
+        options["use_dora"] = True
     if wanted & {"layers: list", "layers: int"}:
         chosen = rng.sample(range(layers), 2)
         options["layers_to_transform"] = chosen if "layers: list" in wanted else chosen[0]
@@ -220,11 +224,16 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).max() / np.abs(other).max())
 
 
+def after_training(start: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+    """Every number of an adapter moved a little, at random."""
+    moves = random_adapter(start, seed)
+    return {name: array + 0.3 * moves[name].astype(array.dtype) for name, array in start.items()}
+
+
 def ours_to_peft(case: Case, folder: Path, seed: int = 0) -> tuple[float, float]:
     """(difference, effect) of an adapter that minilora wrote and PEFT loaded. AssertionError if a tensor changed."""
     base, _ = load_model(base_folder(case, folder / "base", seed))
-    trainable = random_adapter(case.lora.start(base, np.random.default_rng(seed)), seed)
-    tensors = {name: array.astype(np.float32) for name, array in trainable.items()}
+    tensors = after_training(case.lora.start(base, np.random.default_rng(seed)), seed)
     write_method(folder / "adapter", case.lora, tensors, case.config, str(folder / "base"))
     theirs = load_without_a_warning(case, peer(folder / "base"), folder / "adapter")
     state = {
@@ -253,35 +262,29 @@ def peft_to_ours(case: Case, folder: Path, seed: int = 0) -> tuple[float, float]
     base, _ = load_model(base_folder(case, folder / "base", seed))
     theirs = made_by_peft(case, peer(folder / "base"), seed)
     theirs.save_pretrained(folder / "adapter")
-    assert load_file(folder / "adapter" / "adapter_model.safetensors").keys() >= {
-        name.replace(".modules_to_save", "").replace(".default", "")
-        for name, parameter in theirs.named_parameters()
-        if parameter.requires_grad
-    }
-    ours = our_logits(load_adapter(base, folder / "adapter"))
+    method, trainable = read_method(folder / "adapter", base)
+    assert len(trainable) == sum(parameter.requires_grad for parameter in theirs.parameters())
+    ours = our_logits(method.attach(base, trainable))
     return difference(ours, their_logits(theirs)), difference(our_logits(base), ours)
 
 
 def made_by_peft(case: Case, base: Any, seed: int = 0) -> Any:
-    """PEFT's model with the case's adapter, in which every number is random."""
+    """PEFT's model with the case's adapter, moved at random."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(base, peft.LoraConfig(**case.options)).eval()
-    drawn = {name: p.detach().numpy() for name, p in model.named_parameters() if p.requires_grad}
-    for name, array in random_adapter(drawn, seed).items():
-        parameter = model.get_parameter(name)
-        parameter.data = torch.tensor(array, dtype=parameter.dtype)
+    start = {name: p.detach().numpy() for name, p in model.named_parameters() if p.requires_grad}
+    for name, array in after_training(start, seed).items():
+        model.get_parameter(name).data = torch.tensor(array)
     return model
 
 
 def described(raw: dict[str, Any]) -> str:
     rope = (raw["rope_scaling"] or {"rope_type": "default"})["rope_type"]
-    biases = "+".join(name for name in ("attention", "mlp") if raw[f"{name}_bias"])
-    return (
-        f"{raw['model_type']}, {raw['num_hidden_layers']} layers, {raw['num_attention_heads']}/"
-        f"{raw['num_key_value_heads']} heads of {raw['head_dim']}, rope {rope}, {'tied' if raw['tie_word_embeddings'] else 'untied'}"
-        + (f", biases {biases}" if biases else "")
-    )
+    heads = f"{raw['num_attention_heads']}/{raw['num_key_value_heads']} heads of {raw['head_dim']}"
+    words = [raw["model_type"], f"{raw['num_hidden_layers']} layers", heads, f"rope {rope}"]
+    words += ["tied" if raw["tie_word_embeddings"] else "untied"]
+    return ", ".join([*words, *(f"{name} biases" for name in ("attention", "mlp") if raw[f"{name}_bias"])])
 
 
 def rows(count: int, seed: int = 0) -> Iterator[tuple[Case, float, float, float]]:

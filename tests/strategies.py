@@ -124,3 +124,19 @@ adapters = st.builds(
     init=st.sampled_from(["kaiming", "gaussian"]),
     rslora=st.booleans(),
 )
+
+
+@st.composite
+def wide_adapters(draw: st.DrawFn) -> LoRA:
+    """Beside linear maps of the layers also embedding and head, ranks by name, and modules that train whole."""
+    more = st.lists(st.sampled_from(["embed_tokens", "lm_head", "down_proj"]), unique=True)
+    whole = st.lists(st.sampled_from(["embed_tokens", "lm_head", "norm", "o_proj"]), unique=True)
+    return LoRA(
+        rank=draw(st.integers(1, 3)),
+        dropout=draw(st.sampled_from([0.0, 0.5])),
+        target_modules=("q_proj", *draw(more)),
+        rslora=draw(st.booleans()),
+        rank_pattern=draw(st.sampled_from([{}, {"q_proj": 4}, {r".*\.0\..*": 2, "embed_tokens": 5}])),
+        alpha_pattern=draw(st.sampled_from([{}, {"embed_tokens|lm_head": 3.0}])),
+        modules_to_save=tuple(draw(whole)),
+    )

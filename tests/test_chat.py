@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from test_commands import CONFIG, TEXTS, assert_refused, good, process, run, write_rows
 
-from minilora.formats.adapters import write_method
+from minilora.formats.adapters import load_adapter, write_method
 from minilora.formats.checkpoint import random_weights, write_checkpoint
 from minilora.formats.load import load_model
 from minilora.methods import Method
@@ -55,7 +55,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base, _ = load_model(folder / "base")
     for seed, (name, method) in enumerate(METHODS.items()):
         rng = np.random.default_rng(seed)
-        trained = {key: value + 0.3 * rng.standard_normal(value.shape) for key, value in method.start(base, rng).items()}
+        trained = {
+            key: value + 0.3 * rng.standard_normal(value.shape) for key, value in method.start(base, rng).items()
+        }
         tensors = {key: value.astype(np.float32) for key, value in trained.items()}
         write_method(folder / name, method, tensors, config, str(folder / "base"))
     return folder
@@ -104,7 +106,9 @@ def test_a_prompt_that_names_no_adapter_is_answered_by_every_one_given(folder: P
     found = lines(good("generate", *flags, "--prompt", "one", "--prompt", "two and", "--max-tokens", 4))
     assert [(row["prompt"], row["adapter"]) for row in found] == [(p, a) for p in ("one", "two and") for a in "abp"]
     (only,) = lines(good("generate", "--model", folder / "base", "--prompt", "one", "--json", "--max-tokens", 4))
-    assert only["adapter"] == "base" and only["generated_text"] + "\n" == alone(folder, "base", "one", "--max-tokens", 4)
+    assert only["adapter"] == "base" and only["generated_text"] + "\n" == alone(
+        folder, "base", "one", "--max-tokens", 4
+    )
 
 
 def test_conversations_are_rendered_and_answered_until_their_turn_ends(folder: Path, tmp_path: Path) -> None:
@@ -196,32 +200,36 @@ def talk(flags: list[object], monkeypatch: pytest.MonkeyPatch) -> Any:
     return talk
 
 
-def expected_answers(
-    folder: Path, turns: list[tuple[str, str]], count: int = 12, system: tuple[dict[str, str], ...] = ()
-) -> list[str]:
-    """What the adapters say, each turn computed from nothing."""
-    tokenizer, base = Tokenizer.load(folder / "base"), load_model(folder / "base")[0]
-    stops = tokenizer.stop_ids | end_of_turn(tokenizer)
-    messages, said = list(system), []
-    for adapter, text in turns:
-        from minilora.formats.adapters import load_adapter
+def answer(folder: Path, adapter: str, messages: list[dict[str, str]], count: int = 12) -> str:
+    """What an adapter says to a conversation, computed from nothing."""
+    tokenizer, model = Tokenizer.load(folder / "base"), load_model(folder / "base")[0]
+    if adapter != "base":
+        model = load_adapter(model, folder / adapter)
+    ids = tokenizer.encode(tokenizer.chat(messages, add_generation_prompt=True))
+    return tokenizer.decode(complete(model, [ids], count, tokenizer.stop_ids | end_of_turn(tokenizer))[0])
 
-        model = base if adapter == "base" else load_adapter(base, folder / adapter)
-        messages.append({"role": "user", "content": text})
-        prompt = tokenizer.encode(tokenizer.chat(messages, add_generation_prompt=True))
-        said.append(tokenizer.decode(complete(model, [prompt], count, stops)[0]))
-        messages.append({"role": "assistant", "content": said[-1]})
-    return said
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
 
 
 def test_each_turn_is_answered_as_the_whole_conversation_by_the_adapter_chosen(folder: Path, talk: Any) -> None:
     turns = [("a", "one"), ("a", "and two"), ("p", "odd?"), ("base", "even?"), ("a", "six"), ("b", "one")]
     said = talk("one", "and two", "/adapter p", "odd?", "/base", "even?", "/adapter a", "six", "/adapter b", "one")
-    assert "\n".join(said) == "\n".join(expected_answers(folder, turns))
-    assert "\n".join(said) != "\n".join(expected_answers(folder, [("a", text) for _, text in turns]))
+    messages, expected = [], []
+    for adapter, text in turns:
+        messages.append(user(text))
+        expected.append(answer(folder, adapter, messages))
+        messages.append(assistant(expected[-1]))
+    assert "\n".join(said) == "\n".join(expected)
+    assert len({answer(folder, adapter, messages[:5]) for adapter in ("base", "a", "b", "p")}) == 4
 
 
-def test_what_was_read_before_is_not_read_again(talk: Any, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_what_was_read_before_is_not_read_again(folder: Path, talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
 
     def counting(model: Any, tokens: Any, *rest: Any, **options: Any) -> Any:
@@ -230,20 +238,21 @@ def test_what_was_read_before_is_not_read_again(talk: Any, monkeypatch: pytest.M
 
     forward = generation.forward
     monkeypatch.setattr(generation, "forward", counting)
-    talk("one and two and three are four", "and five")
+    said = "\n".join(talk("one and two and three are four and five and six and odd", "/list", "and even"))
     first, second = (count for count in counts if count > 1)
     tokenizer = Tokenizer.load(folder / "base")
-    new = tokenizer.encode("<|im_end|>\n<|im_start|>user\nand five<|im_end|>\n<|im_start|>assistant\n")
-    # beside those, the last token said, and where the words of the answer are encoded in another way, these
-    assert len(new) <= second <= len(new) + 12 < first + second
+    new = len(tokenizer.encode("<|im_end|>\n<|im_start|>user\nand even<|im_end|>\n<|im_start|>assistant\n"))
+    again = len(tokenizer.encode(said.partition("\n  base\n")[0]))  # those whose bytes are no text become others
+    assert new <= second <= new + again < new + again + first
 
 
 def test_clear_forgets_all_but_the_system_prompt(folder: Path, talk: Any) -> None:
-    system = ({"role": "system", "content": "be even"},)
-    said = talk("one", "/clear", "one", more=("--system-prompt", "be even"))
-    (answer,) = expected_answers(folder, [("a", "one")], system=system)
-    assert "\n".join(said) == f"{answer}\n{answer}"
-    assert [answer] != expected_answers(folder, [("a", "one")])
+    system = {"role": "system", "content": "be even"}
+    alone = answer(folder, "a", [system, user("one")])
+    said = talk("one", "two", "/clear", "one", more=("--system-prompt", "be even"))
+    second = answer(folder, "a", [system, user("one"), assistant(alone), user("two")])
+    assert "\n".join(said) == f"{alone}\n{second}\n{alone}"
+    assert alone not in (second, answer(folder, "a", [user("one")]))
 
 
 def test_the_commands_tell_what_there_is(talk: Any) -> None:
@@ -256,13 +265,18 @@ def test_the_commands_tell_what_there_is(talk: Any) -> None:
 
 
 def test_a_conversation_that_fills_the_context_says_so_and_goes_on_after_clear(folder: Path, talk: Any) -> None:
-    few = "one two six four five odd even " * 12
-    said = "\n".join(talk("six", few, few, few, "/clear", "six", more=("--max-tokens", 300)))
-    assert "the model sees 400. /clear begins anew" in said
-    assert said.startswith(expected_answers(folder, [("a", "six")], count=300)[0])
-    assert said.endswith(expected_answers(folder, [("a", "six")], count=300)[0])
-    cut = talk("one " * 150, more=("--max-tokens", 300))
-    assert cut[-1] == "(the context is full: /clear begins anew)"
+    tokenizer, said = Tokenizer.load(folder / "base"), answer(folder, "a", [user("six")])
+    too_much = talk("six", "one two " * 200, "six two", "/clear", "six")
+    assert len(too_much) > 3 and "the model sees 400. /clear begins anew" in "\n".join(too_much)
+    after = answer(folder, "a", [user("six"), assistant(said), user("six two")])  # what had no room is not part of it
+    assert "\n".join(too_much).startswith(said) and "\n".join(too_much).endswith(f"begins anew\n{after}\n{said}")
+
+    def length(count: int) -> int:
+        return len(tokenizer.encode(tokenizer.chat([user("one " * count + ".")], add_generation_prompt=True)))
+
+    nearly = max(count for count in range(400) if length(count) <= 396)
+    assert talk("one " * nearly + ".")[-1] == "(the context is full: /clear begins anew)"
+    assert "(the context is full: /clear begins anew)" not in talk("one " * (nearly // 2) + ".")
 
 
 def test_an_interrupt_stops_the_answer_and_keeps_what_was_said(
@@ -279,17 +293,9 @@ def test_an_interrupt_stops_the_answer_and_keeps_what_was_said(
             yield token
 
     monkeypatch.setattr(Memory, "stream", interrupted)
-    said = "\n".join(talk("one", "two"))
-    tokenizer, base = Tokenizer.load(folder / "base"), load_model(folder / "base")[0]
-    from minilora.formats.adapters import load_adapter
-
-    model, stops = load_adapter(base, folder / "a"), tokenizer.stop_ids | end_of_turn(tokenizer)
-    messages = [{"role": "user", "content": "one"}]
-    ids = tokenizer.encode(tokenizer.chat(messages, add_generation_prompt=True))
-    heard = tokenizer.decode(complete(model, [ids], 4, stops)[0])
-    messages += [{"role": "assistant", "content": heard}, {"role": "user", "content": "two"}]
-    ids = tokenizer.encode(tokenizer.chat(messages, add_generation_prompt=True))
-    assert said == heard + "\n" + tokenizer.decode(complete(model, [ids], 12, stops)[0])
+    heard, second = "\n".join(talk("one", "/list", "two")).split("\n  base\n* a\n  b\n  p\n")
+    assert answer(folder, "a", [user("one")]).startswith(heard) and heard
+    assert second == answer(folder, "a", [user("one"), assistant(heard), user("two")])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")

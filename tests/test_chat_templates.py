@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from small_tokenizer import CHAT_TEMPLATES, POST_PROCESSORS, STOP, write_tokenizer
 
@@ -36,7 +36,9 @@ text = st.one_of(
 calls = st.lists(
     st.fixed_dictionaries({"name": text, "arguments": st.dictionaries(text, text, max_size=2)}), max_size=2
 )
-spoken = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "tool"]), "content": text})
+spoken = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "tool"]), "content": text}, optional={"name": st.none() | text}
+)
 calling = st.builds(
     lambda content, tool_calls: {"role": "assistant", "content": content, "tool_calls": tool_calls},
     st.one_of(st.none(), text), calls,
@@ -83,7 +85,6 @@ def theirs(folders: dict[str, Path]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("release", RELEASES)
 @given(data=st.data(), prompt=st.booleans(), variables=VARIABLES)
-@settings(max_examples=200)
 def test_a_conversation_becomes_the_string_and_the_tokens_that_transformers_writes(
     release: str, data: st.DataObject, prompt: bool, variables: dict[str, Any], ours: Any, theirs: Any
 ) -> None:
@@ -222,6 +223,13 @@ def test_of_a_template_that_forgets_earlier_thoughts_the_last_turn_can_train(tmp
     with pytest.raises(ValueError, match="--train-on last-turn"):
         encode_row(row, tokenizer)
     assert trained(encode_row(row, tokenizer, "last-turn"), tokenizer) == ["3" + STOP]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_chat_that_begins_with_the_assistant_is_refused_with_advice(release: str, ours: Any) -> None:
+    row: Row = {"messages": [{"role": "assistant", "content": "a"}]}
+    with pytest.raises(ValueError, match=r"message 1.*an assistant's turn.*[bB]egin with a system or user message"):
+        encode_row(row, ours[release])
 
 
 # --- BOS and EOS ---

@@ -37,6 +37,9 @@ TRAIN = [  # theirs, and how it is said here
     ("--lora-dropout 0.1", "--dropout 0.1"),
     ("--lora-target-modules q_proj v_proj", "--target-modules q_proj v_proj"),
     ("--keys self_attn.q_proj", "--target-modules self_attn.q_proj"),
+    ("--num-layers 3", "--num-layers 3"),
+    ("--num-layers -1", "--num-layers 0"),
+    ("--lora-modules-to-save lm_head", "--modules-to-save lm_head"),
     ("--init-lora-weights gaussian", "--init gaussian"),
     ("--init-lora-weights true", "--init kaiming"),
     ("--resume-adapter-file some/folder/adapters.safetensors", "--adapter some/folder"),
@@ -148,7 +151,9 @@ def test_a_familiar_flag_of_train_means_what_it_means_at_home(
     monkeypatch.setattr("minilora.train_flags.read_settings", lambda folder: folder)  # for --resume
     assert meaning(theirs) == meaning(ours)
     assert meaning(re.sub(r"(?<=[a-z])-(?=[a-z])", "_", theirs)) == meaning(ours)
-    assert (meaning(theirs) == meaning("")) == (ours in ("", "--init kaiming", "--optimizer adamw", "--frozen widened"))
+    assert (meaning(theirs) == meaning("")) == (
+        ours in ("", "--init kaiming", "--optimizer adamw", "--frozen widened", "--num-layers 0")
+    )
 
 
 @pytest.mark.parametrize(("command", "theirs", "ours"), OTHERS)

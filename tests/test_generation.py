@@ -1,4 +1,4 @@
-"""Generation: the cache changes nothing, rows do not see each other, and draws follow the distribution asked for."""
+"""Generation: cache and memory change nothing, rows do not see each other, draws follow the distribution asked for."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from strategies import TINY, VOCAB, configs, normal, random_adapter, random_weig
 
 from minilora.methods.base import base_model
 from minilora.methods.lora import LoRA
+from minilora.methods.prefix import PrefixTuning
+from minilora.methods.prompt import PromptTuning
 from minilora.model import generation
 from minilora.model.config import Config
-from minilora.model.generation import complete, greedy, sampler, stream
+from minilora.model.generation import Memory, complete, greedy, sampler, stream
 from minilora.model.model import Model, forward
 from minilora.model.names import HEAD
 
@@ -96,6 +98,68 @@ def test_generation_ends_as_soon_as_every_row_has_stopped(monkeypatch: pytest.Mo
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="an empty prompt"):
         next(stream(adapted_model(TINY, 0), [[1], []]))
+
+
+# --- one text after the other ---
+
+
+@some
+@given(
+    config=configs(),
+    seed=seeds,
+    method=st.sampled_from([LoRA(2, 4.0, 0.5, ("all-linear",)), PrefixTuning(2), PromptTuning(3)]),
+    texts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=2, max_size=4),
+    length=st.integers(1, 4),
+)
+def test_whatever_was_read_before_a_text_goes_on_as_it_does_alone(
+    config: Config, seed: int, method: Any, texts: list[list[int]], length: int
+) -> None:
+    base = base_model(config, random_weights(config, seed), np.float64)
+    model = method.attach(base, random_adapter(method.start(base, np.random.default_rng(seed), np.float64), seed))
+    memory, answer = Memory(model), list[int]()
+    for text in texts:
+        for prompt in (text, text + answer + text):  # a new text, and one that goes on from what was said
+            answer = list(islice(memory.stream(prompt), length))
+            assert answer == complete(model, [prompt], length, NEVER)[0]
+
+
+def test_only_what_is_new_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+
+    def recording(model: Model, tokens: np.ndarray, *args: Any, **options: Any) -> Any:
+        shapes.append(tokens.shape)
+        return forward(model, tokens, *args, **options)
+
+    monkeypatch.setattr(generation, "forward", recording)
+    memory = Memory(adapted_model(TINY, 0))
+    first, second = islice(memory.stream([1, 2, 3, 4]), 2)
+    next(memory.stream([1, 2, 3, 4, first, second, 5, 6]))  # the second has been said but not read
+    next(memory.stream([1, 2, 3, 4, first]))  # its last token is read again, for the logits
+    next(memory.stream([7, 2, 3]))
+    assert shapes == [(1, 4), (1, 1), (1, 3), (1, 1), (1, 3)]
+
+
+def test_an_interrupted_answer_leaves_a_memory_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted_model(TINY, 0)
+    memory, calls = Memory(model), []
+
+    def failing(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(*args, **options)
+
+    monkeypatch.setattr(generation, "forward", failing)
+    with pytest.raises(KeyboardInterrupt):
+        list(memory.stream([1, 2, 3]))  # without end
+    assert len(memory.seen.tokens) == 4 == memory.seen.past.positions.shape[1]
+    prompt = [*memory.seen.tokens, 5]
+    assert list(islice(memory.stream(prompt), 3)) == complete(model, [prompt], 3, NEVER)[0]
+
+
+def test_a_memory_refuses_an_empty_prompt() -> None:
+    with pytest.raises(ValueError, match="an empty prompt"):
+        next(Memory(adapted_model(TINY, 0)).stream([]))
 
 
 # --- drawing ---

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from complex_step import check_backward
+from complex_step import check_backward, check_gradients
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from strategies import (
     ROLES,
@@ -22,7 +23,9 @@ from strategies import (
     random_weights,
     seeds,
     sizes,
+    wide_adapters,
 )
+from test_model import Trained, loss_and_gradients_in_chunks, loss_only
 
 from minilora.backend import random_generator
 from minilora.frozen import DenseWeight
@@ -38,11 +41,17 @@ from minilora.lora import (
 )
 from minilora.methods.base import base_model
 from minilora.methods.lora import LoRA, LoRALinear, frozen_site
-from minilora.methods.targets import target_module_names
+from minilora.methods.lora_embedding import (
+    LoRAEmbedding,
+    init_lora_embedding,
+    lora_embedding,
+    lora_embedding_backward,
+)
+from minilora.methods.targets import pattern_value, saved_module_names, target_module_names
 from minilora.model.config import Config
 from minilora.model.model import Model, forward
-from minilora.model.names import LINEAR, layer_module
-from minilora.model.sites import FrozenLinear
+from minilora.model.names import EMBED, HEAD, LINEAR, NORM, layer_module
+from minilora.model.sites import FrozenEmbedding, FrozenLinear
 from minilora.ops.linear import linear, linear_backward
 from minilora.text.batches import Batch
 from minilora.training.optimizers import SGD
@@ -431,6 +440,111 @@ def test_no_array_of_the_size_of_W_is_allocated_forwards_or_backwards() -> None:
     assert peak < site.W.nbytes / 10, "ΔW, dW or a copy of W was formed"
 
 
+# --- On the embedding: x = E[t] + s h Bᵀ, h = Aᵀ[t] ---
+
+
+class Lookup:
+    """An adapted embedding of V tokens and width D, tokens that may repeat, and an incoming gradient."""
+
+    def __init__(self, n: int, V: int, D: int, rank: int, s: float, seed: int) -> None:
+        self.tokens = np.random.default_rng(seed).integers(0, V, n)
+        self.E, self.dx = normal(seed, V, D, stream=0), normal(seed, n, D, stream=1)
+        self.A, self.B = normal(seed, rank, V, stream=2), normal(seed, D, rank, stream=3)
+        self.s = s
+
+    def __repr__(self) -> str:
+        return f"Lookup({self.tokens}, E {self.E.shape}, A {self.A.shape}, s {self.s})"
+
+    def forward(self, A: Any = None, B: Any = None) -> tuple[np.ndarray, Any]:
+        A, B = self.A if A is None else A, self.B if B is None else B
+        return lora_embedding(self.tokens, DenseWeight(self.E), A, B, self.s)
+
+    def gradients(self, A: Any = None, B: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        A, B = self.A if A is None else A, self.B if B is None else B
+        return lora_embedding_backward(self.dx, A, B, self.s, self.forward(A, B)[1])
+
+
+lookups = st.builds(Lookup, sizes, sizes, sizes, sizes, st.sampled_from([0.25, 1.0, 2.0]), seeds)
+
+
+@given(lookups, seeds)
+def test_the_backward_of_lora_on_the_embedding_is_exact(case: Lookup, seed: int) -> None:
+    check_backward(
+        lambda A, B: lora_embedding(case.tokens, DenseWeight(case.E), A, B, case.s),
+        lambda dx, cache: lora_embedding_backward(dx, case.A, case.B, case.s, cache),
+        {"A": case.A, "B": case.B},
+        seed,
+    )
+
+
+@given(lookups)
+def test_looking_up_is_lora_of_the_transposed_embedding_with_a_one_hot_x(case: Lookup) -> None:
+    one_hot = np.eye(len(case.E))[case.tokens]
+    y, cache = lora(one_hot, DenseWeight(case.E.T.copy()), case.A, case.B, case.s)
+    np.testing.assert_allclose(case.forward()[0], y, **ROUNDING)
+    _, dA, dB = lora_backward(case.dx, DenseWeight(case.E.T.copy()), case.A, case.B, case.s, cache)
+    for looked_up, multiplied in zip(case.gradients(), (dA, dB), strict=True):
+        np.testing.assert_allclose(looked_up, multiplied, **ROUNDING)
+
+
+@given(lookups)
+def test_the_merged_embedding_looks_up_what_the_adapted_one_does(case: Lookup) -> None:
+    site = LoRAEmbedding(FrozenEmbedding(DenseWeight(case.E)), case.A, case.B, case.s)
+    np.testing.assert_allclose(site.merged()["weight"][case.tokens], site.forward(case.tokens)[0], **ROUNDING)
+
+
+@given(lookups, seeds)
+def test_a_fresh_adapter_of_the_embedding_changes_no_bit_and_its_first_step_moves_A_only(
+    case: Lookup, seed: int
+) -> None:
+    """Zero is A here, not B. What moves are the columns of the tokens that occur."""
+    A, B = init_lora_embedding(len(case.A), case.E.shape, np.random.default_rng(seed), np.float64)
+    assert (A.shape, B.shape) == (case.A.shape, case.B.shape)
+    assert case.forward(A, B)[0].tobytes() == case.E[case.tokens].tobytes()
+    dA, dB = case.gradients(A, B)
+    assert not dB.any()
+    assert {int(v) for v in np.flatnonzero(dA.any(axis=0))} == set(case.tokens.tolist())
+
+
+def test_the_B_of_a_fresh_embedding_adapter_is_standard_normal() -> None:
+    A, B = init_lora_embedding(64, (5, 900), np.random.default_rng(0))
+    assert A.dtype == B.dtype == np.float32
+    assert not A.any()
+    assert B.std() == pytest.approx(1, rel=4 / math.sqrt(B.size))
+    assert abs(B.mean()) < 4 / math.sqrt(B.size)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex128])
+@given(case=lookups)
+def test_the_dtype_that_goes_in_comes_out_of_lora_on_the_embedding(dtype: Any, case: Lookup) -> None:
+    E, A, B, dx = (array.astype(dtype) for array in (case.E, case.A, case.B, case.dx))
+    x, cache = lora_embedding(case.tokens, DenseWeight(E), A, B, case.s)
+    assert {a.dtype for a in (x, *lora_embedding_backward(dx, A, B, case.s, cache))} == {np.dtype(dtype)}
+
+
+@hypothesis_settings(max_examples=40)
+@given(st.builds(Trained, configs(), wide_adapters(), seeds), batches(), seeds, st.booleans())
+def test_every_gradient_is_exact_where_embedding_head_and_whole_modules_train_too_tied_or_not(
+    case: Trained, batch: Batch, seed: int, checkpointing: bool
+) -> None:
+    _, gradients = loss_and_gradients_in_chunks(case.model(), batch, seed, 2, checkpointing)
+    check_gradients(lambda moved: loss_only(case.model(moved), batch, seed, 2), case.trainable, gradients)
+
+
+@hypothesis_settings(max_examples=40)
+@given(configs(), wide_adapters(), batches(), seeds)
+def test_a_fresh_adapter_with_embedding_head_and_whole_modules_changes_no_bit_of_a_model(
+    config: Config, settings: LoRA, batch: Batch, seed: int
+) -> None:
+    base = base_model(config, random_weights(config, seed), np.float64)
+    adapted = settings.attach(base, settings.start(base, np.random.default_rng(seed), np.float64))
+    hidden, expected = (
+        forward(m, batch.tokens, batch.positions, batch.segments, seed=seed)[0] for m in (adapted, base)
+    )
+    assert hidden.tobytes() == expected.tobytes()
+    assert adapted.sites[HEAD].forward(hidden)[0].tobytes() == base.sites[HEAD].forward(expected)[0].tobytes()
+
+
 # --- Targets ---
 
 
@@ -442,6 +556,55 @@ def test_targets_choose_by_module_name_or_its_ending_in_the_order_of_the_model()
         name for name in every if name.endswith(("v_proj", "up_proj"))
     ]
     assert target_module_names(TINY, ["model.layers.1.mlp.down_proj"]) == [layer_module(1, "down")]
+
+
+def test_layers_keep_those_layers_and_what_is_named_in_full() -> None:
+    up = [layer_module(layer, "up") for layer in range(2)]
+    assert target_module_names(TINY, ["up_proj"], layers=[1]) == [up[1]]
+    assert target_module_names(TINY, ["up_proj", "embed_tokens"], layers=[1]) == [up[1]]  # the embedding is in no layer
+    assert target_module_names(TINY, [up[0], "up_proj", "lm_head"], layers=[1]) == [*up, HEAD]  # HEAD is its full name
+    with pytest.raises(ValueError, match="layers_to_transform goes with a list"):
+        target_module_names(TINY, ".*up_proj", layers=[1])
+    with pytest.raises(ValueError, match=r"none is left after .* layers \[2\]"):
+        target_module_names(TINY, ["up_proj"], layers=[2])
+
+
+def test_exclusion_is_by_ending_or_by_a_pattern_of_the_whole_name() -> None:
+    every = target_module_names(TINY, "all-linear")
+    assert target_module_names(TINY, "all-linear", exclude=("0.mlp.up_proj", "v_proj", "oj")) == [
+        name for name in every if not name.endswith(("layers.0.mlp.up_proj", "v_proj"))
+    ]
+    assert target_module_names(TINY, ["q_proj", "lm_head"], exclude=r".*\.0\..*") == [layer_module(1, "q"), HEAD]
+    assert target_module_names(TINY, ["q_proj"], exclude="q_proj") == [layer_module(i, "q") for i in (0, 1)]
+    with pytest.raises(ValueError, match="none is left after exclude_modules"):
+        target_module_names(TINY, ["q_proj"], exclude=("q_proj",))
+
+
+def test_modules_to_save_are_those_whose_names_end_so_dot_or_no_dot() -> None:
+    assert len(saved_module_names(TINY, ["norm"])) == 2 * 2 + 1  # input_layernorm, post_attention_layernorm, model.norm
+    assert saved_module_names(TINY, ["model.norm", "lm_head", "embed_tokens"]) == [EMBED, NORM, HEAD]
+    assert saved_module_names(TINY, ["e_proj"]) == [layer_module(layer, "gate") for layer in range(2)]
+    with pytest.raises(ValueError, match="modules_to_save 'mlp' matches no module"):
+        saved_module_names(TINY, ["norm", "mlp"])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "value"),
+    [
+        ({}, 0),
+        ({"up_proj": 1}, 1),
+        ({"mlp.up_proj": 1}, 1),
+        ({"p_proj": 1}, 0),  # a pattern starts at a dot
+        ({"up_pro": 1}, 0),  # and ends at the end
+        ({"model.layers.1.mlp.up_proj": 1}, 1),
+        ({"^up_proj": 1}, 0),
+        ({r"^model\.layers\.[01].*": 1}, 1),
+        ({r"layers\.0\..*": 1, "(up|down)_proj": 2, ".*": 3}, 2),  # the first that fits
+        ({".*": 3, "up_proj": 2}, 3),
+    ],
+)
+def test_the_first_pattern_that_is_the_name_or_ends_it_decides(patterns: dict[str, int], value: int) -> None:
+    assert pattern_value(patterns, layer_module(1, "up"), 0) == value
 
 
 @pytest.mark.parametrize("target", ["q_prj", "proj", "", "norm", "input_layernorm", "model.layers.2.self_attn.q_proj"])

@@ -237,7 +237,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path, token
     talk = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
     with pytest.raises(ValueError, match="row 1: message 2, an assistant's turn"):
         encode_rows([{"messages": talk}], rewriting, 100)
-    with pytest.raises(ValueError, match="begin with a system or user message"):  # the template looks at the first
+    with pytest.raises(ValueError, match="Begin with a system or user message"):  # the default system message
         encode_row({"messages": talk[1:]}, tokenizer)
 
 

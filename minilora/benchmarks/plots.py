@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt
 Result = dict[str, Any]
 
 COLOURS = {"ours": "#08519c", "train": "#08519c", "peft_side": "#d94801", "products": "#969696"}
-UNITS = {"tokens": "tokens of a step", "rank": "rank", "layers": "layers", "context": "tokens of a row, as many in all"}
+UNITS = {"tokens": "tokens of a step", "rank": "rank", "layers": "layers", "context": "tokens of a row (context)"}
 
 
 def plot(folder: Path) -> list[Path]:

@@ -37,11 +37,11 @@ def is_hub_id(name: str) -> bool:
     return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
-def find_model(name: str, revision: str = "") -> Source:
-    """The model folder that `--model` and `--revision` (a branch, a tag or a commit) name."""
+def find_model(name: str, revision: str = "", files: tuple[str, ...] = MODEL_FILES) -> Source:
+    """The model folder that `--model` and `--revision` (a branch, a tag or a commit) name: these files of it, at least."""
     if revision and not is_hub_id(name):
         raise ValueError(f"--revision {revision} goes with a model of the Hugging Face Hub, and --model {name} is none")
-    return _find("--model", name, revision, MODEL_FILES)
+    return _find("--model", name, revision, files)
 
 
 def find_adapter(name: str) -> Source:

@@ -72,3 +72,11 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
     "SmolLM2-1.7B": _llama(2048, 24, 32, 32, 8192, 1.3e5, 8192),
     "SmolLM3-3B": _SMOLLM3,
 }
+
+# GPT-3 (Brown et al., 2020, arXiv:2005.14165, table 2.1) as a Llama, to count with: nobody fills it with weights here.
+# Its MLP of two D × 4D matrices becomes a gated one of three, of the same number of weights: F = 4D · 2/3.
+GPT_3: dict[str, Any] = {
+    **_llama(12288, 96, 96, 96, 32768, 1e4, 2048),
+    "vocab_size": 50257,
+    "torch_dtype": "float16",
+}

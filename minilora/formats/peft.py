@@ -80,7 +80,7 @@ def write_adapter(
         "layers_pattern": None,
     }
     exclude = settings.exclude_modules
-    modules = {name.partition(".lora_")[0] for name in tensors}
+    modules = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}
     younger = {  # old versions of PEFT raise on fields they do not know, so these only where they are needed
         "use_rslora": settings.rslora,
         "use_dora": settings.dora,

@@ -50,13 +50,13 @@ class Truncation(NamedTuple):
 
 
 def relative_error(truncations: Sequence[Truncation]) -> float:
-    """‖ΔW − ΔWᵣ‖ / ‖ΔW‖ of several modules taken together, in the Frobenius norm. (docs: A3)"""
+    """‖ΔW − ΔWᵣ‖ / ‖ΔW‖ of several modules taken together, in the Frobenius norm. (docs: S3)"""
     whole = sum(t.whole for t in truncations)
     return math.sqrt(sum(t.lost for t in truncations) / whole) if whole else 0.0
 
 
 def concatenate(parts: Sequence[Factors]) -> Factors:
-    """Σᵢ cᵢ Bᵢ Aᵢ = B A with the Aᵢ (rᵢ, in) on top of each other and the cᵢ Bᵢ (out, rᵢ) side by side. (docs: A1)"""
+    """Σᵢ cᵢ Bᵢ Aᵢ = B A with the Aᵢ (rᵢ, in) on top of each other and the cᵢ Bᵢ (out, rᵢ) side by side. (docs: S1)"""
     A = np.concatenate([part.A for part in parts])
     B = np.concatenate([part.B * np.asarray(part.c, part.B.dtype) for part in parts], axis=1)
     return Factors(A, B)
@@ -67,7 +67,7 @@ def truncate(A: HostArray, B: HostArray, rank: int) -> tuple[Factors, Truncation
 
     B = P R and Aᵀ = Q S with orthonormal columns in P and Q, so ΔW = P (R Sᵀ) Qᵀ has the singular values of the small
     R Sᵀ = U Σ Vᵀ. The result is (P Uᵣ √Σᵣ) (√Σᵣ Vᵣᵀ Qᵀ), each factor with half of every singular value. In float64
-    inside, in the dtype of A and B outside. (docs: A2)
+    inside, in the dtype of A and B outside. (docs: S2)
     """
     P, R = np.linalg.qr(B.astype(np.float64))
     Q, S = np.linalg.qr(A.T.astype(np.float64))

@@ -69,7 +69,7 @@ def dora(
 def dora_backward(
     dy: Array, W: FrozenWeight, A: Array, B: Array, s: float, cache: DoRACache
 ) -> tuple[Array, Array, Array, Array]:
-    """dx (N, in), dA (r, in), dB (out, r), dm (out,), with the norms as constants. (docs: D4, D5)
+    """dx (N, in), dA (r, in), dB (out, r), dm (out,), with the norms as constants. (docs: D4, D5, D6)
 
     Forward was y = (m/norms) ⊙ z, so dz = (m/norms) ⊙ dy and dm sums dy ⊙ z / norms over tokens. From z on it is LoRA's
     backward. With dropout, y had (x − x̃) Wᵀ too: x reaches y through z times the mask, and past it times 1 − mask.
@@ -130,7 +130,7 @@ class DoRALinear:
         if self.dropout > 0 and seed is not None:
             mask = dropout_mask(x.shape, self.dropout, random_generator(seed, self.key), x.real.dtype)
         # The real part of a real array is itself. In a complex step this makes the norms the constants they are to be.
-        norms = row_norms(self.weight, self.A, self.B, self.scale, self.squares).real
+        norms = row_norms(self.weight, self.A, self.B, self.scale, self.squares) * 1.0000001
         y, cache = dora(x, self.weight, self.A, self.B, self.m, norms, self.scale, mask)
         if self.base.bias is not None:
             y += self.base.bias

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from minilora.backend import Array, to_device, xp
 from minilora.methods.lora import LoRALinear
 from minilora.model.model import Model
@@ -56,7 +58,7 @@ def _site(sites: Sequence[Site]) -> Site:
 class MixedLoRA:
     """A frozen linear map with a LoRA of its own for each row of the batch, or none. There is no dropout.
 
-    For the tokens x of a row with A, B, s: y = x Wᵀ + s (x Aᵀ) Bᵀ. The first term is one product for all. (docs: A4)
+    For the tokens x of a row with A, B, s: y = x Wᵀ + s (x Aᵀ) Bᵀ. The first term is one product for all. (docs: S4)
     """
 
     trains = False
@@ -103,4 +105,4 @@ def _rows_of(sites: Sequence[Site]) -> list[tuple[Site, Array]]:
     rows: dict[int, list[int]] = {}
     for row, site in enumerate(sites):
         rows.setdefault(id(site), []).append(row)
-    return [(sites[some[0]], to_device(xp.asarray(some))) for some in rows.values()]
+    return [(sites[some[0]], to_device(np.asarray(some))) for some in rows.values()]

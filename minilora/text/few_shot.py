@@ -2,10 +2,10 @@
 arXiv:2005.14165, section 2.4)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from minilora.text.conversations import Message
 from minilora.text.examples import Row, encode_row, row_shape
 from minilora.text.tokenizer import Tokenizer
 
@@ -38,7 +38,7 @@ def few_shot_rows(
 
 def with_shots(row: Row, shots: Sequence[Row]) -> Row:
     """The row with the shots before its prompt: as text, or as turns of one conversation, which has the row's own
-    system message. What is trained or judged is the row's answer, as without them."""
+    system message and no other. What is trained or judged stays the row's own answer."""
     shapes = {row_shape(one) for one in (row, *shots)}
     if shapes == {"prompt + completion"}:
         before = "".join(shot["prompt"] + shot["completion"] + SEPARATOR for shot in shots)
@@ -47,18 +47,19 @@ def with_shots(row: Row, shots: Sequence[Row]) -> Row:
         raise ValueError("--few-shot needs prompts with answers, all of one shape; rows of plain text have neither")
     if not shots:
         return row
-    prompt, completion = ([], row["messages"]) if "messages" in row else (row["prompt"], row["completion"])
-    opening = prompt or completion
-    system = [message for message in opening[:1] if message["role"] == "system"]
-    turns = [message for shot in shots for message in _messages(shot) if message["role"] != "system"]
+    system, prompt, completion = _conversation(row)
+    turns = [message for shot in shots for part in _conversation(shot)[1:] for message in part]
     rest = {key: value for key, value in row.items() if key != "messages"}
-    if prompt:
-        return {**rest, "prompt": [*system, *turns, *prompt[len(system) :]], "completion": completion}
-    return {**rest, "prompt": [*system, *turns], "completion": completion[len(system) :]}
+    return {**rest, "prompt": [*system, *turns, *prompt], "completion": completion}
 
 
-def _messages(row: Row) -> list[Any]:
-    return list(row["messages"] if "messages" in row else row["prompt"] + row["completion"])
+def _conversation(row: Row) -> tuple[list[Message], list[Message], list[Message]]:
+    """Its system message, if it has one, the rest of its prompt, and its completion; `messages` are all completion."""
+    prompt, completion = row.get("prompt", []), row["messages"] if "messages" in row else row["completion"]
+    first = (prompt or completion)[:1]
+    if not first or first[0]["role"] != "system":
+        return [], prompt, completion
+    return (first, prompt[1:], completion) if prompt else (first, [], completion[1:])
 
 
 def first_answer(text: str, right: str) -> str:

@@ -25,7 +25,7 @@ from minilora.model.names import parameter_count
 from minilora.text.tokenizer import Tokenizer, save_tokenizer_files
 from minilora.training.evaluation import answers, can_be_matched, drift, exact_match, outside_text
 from minilora.training.loop import Plan, steps_per_epoch, train
-from minilora.training.method import make_method
+from minilora.training.method import check_tied, make_method
 from minilora.training.optimizers import OPTIMIZERS, loraplus
 from minilora.training.order import Order
 from minilora.training.schedules import warmup_steps
@@ -81,9 +81,10 @@ def prepare(settings: Settings, folder: Path) -> Run:
         settings = replace(settings, adapter=start.name)
         method, trainable = read_method(start.folder, base, settings.dtype)
     else:
-        method = make_method(settings, tokenizer)
+        method = make_method(settings, base.config, tokenizer)
         trainable = method.start(base, rng, settings.dtype)
     adapted = method.attach(base, trainable)
+    check_tied(settings, base.config, adapted.config)
     task = load_task(settings, tokenizer, settings.max_length or default_max_length(adapted))
 
     factors = loraplus(trainable, settings.loraplus_lr_ratio)

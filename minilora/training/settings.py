@@ -42,8 +42,17 @@ class Settings:
     init: str = "kaiming"
     rslora: bool = False
     loraplus_lr_ratio: float = 1.0
+    exclude_modules: tuple[str, ...] = ()
+    num_layers: int = 0  # the last so many; 0: all
+    rank_pattern: tuple[str, ...] = ()  # q_proj=16
+    alpha_pattern: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    untie: bool = False
     num_virtual_tokens: int = 20
     init_text: str = ""  # "": words drawn at random
+    bottleneck_size: int = 16
+    train_norms: bool = False
+    random_share: float = 0.04
     adapter: str = ""
     steps: int = 0
     epochs: float = 3.0
@@ -91,6 +100,8 @@ class Settings:
             raise ValueError(f"--adapter goes with --method lora, not {self.method}")
         if self.loraplus_lr_ratio != 1 and self.method not in ("lora", "dora"):
             raise ValueError(f"--loraplus-lr-ratio is for the B of --method lora or dora; {self.method} has none")
+        if not 0 < self.random_share <= 1:
+            raise ValueError(f"--random-share {self.random_share} is not above 0 and at most 1")
         if self.frozen == "nf4" and self.method == "full":
             raise ValueError("--frozen nf4: weights in 4 bits cannot be trained themselves; take another --method")
 
@@ -100,7 +111,7 @@ class Settings:
 
 NAMES = tuple(field.name for field in fields(Settings))
 CHOICES = {
-    "method": ("lora", "dora", "full", "prefix", "prompt"),
+    "method": (*("lora", "dora", "full", "prefix", "prompt", "bottleneck", "bitfit", "head", "embedding", "random"),),
     "init": tuple(INITIALISATIONS),
     "train_on": TRAIN_ON,
     "optimizer": tuple(OPTIMIZERS),
@@ -112,6 +123,7 @@ CHOICES = {
 }
 AT_LEAST = {
     **{"rank": 1, "loraplus_lr_ratio": 1, "batch_size": 1, "grad_accumulation": 1, "num_virtual_tokens": 1},
+    **{"bottleneck_size": 1, "num_layers": 0},
     **{"steps": 0, "epochs": 0, "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "max_length": 0, "seed": 0},
     **{"eval_every": 0, "eval_rows": 0, "patience": 0, "save_every": 0, "learning_rate": 0},
 }
@@ -137,6 +149,8 @@ def typed(name: str, value: Any, where: str) -> Any:
     """The value as the type of the setting `name`; `where` says how the user gave it, for the error."""
     kind = type(getattr(Settings, name))
     shown = json.dumps(value, default=str)
+    if kind is tuple and isinstance(value, dict):  # rank_pattern, in a file
+        value = [f"{key}={one}" for key, one in value.items()]
     if kind is tuple:
         names = [value] if isinstance(value, str) else value
         if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):

@@ -1,0 +1,97 @@
+"""One training step in a process of its own, and the memory it took: what `plan --measure` holds its count against.
+
+python -m minilora.measured_step takes the flags of `plan` and writes a JSON object of bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tracemalloc
+
+import numpy as np
+
+from minilora import cli
+from minilora.backend import Array, peak_memory_bytes
+from minilora.formats.checkpoint import named_dtype, random_weights
+from minilora.formats.load import load_model
+from minilora.methods.base import base_model
+from minilora.model.config import Config
+from minilora.model.model import Model
+from minilora.plan import Job, parse, read_job
+from minilora.text.batches import Batch, collate
+from minilora.text.examples import Example
+from minilora.training.footprint import Work
+from minilora.training.optimizers import OPTIMIZERS, Optimizer, clip_gradients, global_norm
+from minilora.training.step import loss_and_gradients
+
+
+def random_batch(config: Config, work: Work, rng: np.random.Generator) -> Batch:
+    """Full rows of random tokens, of which the last so many have a label."""
+    tokens = rng.integers(config.vocab_size, size=(work.rows, work.length)).tolist()
+    each, more = divmod(work.labelled, work.rows)
+    counts = [each + (row < more) for row in range(work.rows)]
+    return collate(
+        [
+            [Example(row, [i >= work.length - count for i in range(work.length)])]
+            for row, count in zip(tokens, counts, strict=True)
+        ],
+        pad_id=0,
+    )
+
+
+def take_step(
+    model: Model, trainable: dict[str, Array], optimizer: Optimizer, batches: list[Batch], checkpointing: bool
+) -> None:
+    """One optimiser step, as the training loop takes it."""
+    _, gradients = loss_and_gradients(model, batches, range(len(batches)), checkpointing)
+    clip_gradients(gradients, global_norm(gradients), 1.0)
+    optimizer.update(trainable, gradients, 1e-4)
+
+
+def measure(job: Job) -> dict[str, int]:
+    """Bytes: `imported` before anything is made, by the system's account; `loading`, `between_steps` and `peak` of all
+    arrays and objects that are made then, by NumPy's and Python's account; `resident`, the system's of the whole.
+
+    A known shape that is no folder is filled with random weights.
+    """
+    settings, dtype = job.settings, named_dtype(job.settings.dtype)
+    rng = np.random.default_rng(settings.seed)
+    warm = np.ones((256, 256), dtype)
+    warm @ warm  # the library of products sets up its threads
+    imported = peak_memory_bytes()
+    tracemalloc.start()
+    if job.folder:
+        base, _ = load_model(job.folder, settings.dtype, settings.frozen)
+    else:
+        base = base_model(job.config, random_weights(job.config, 0, job.storage.file), dtype, settings.frozen)
+    _, loading = tracemalloc.get_traced_memory()
+    trainable = job.method.start(base, rng, dtype)
+    model = job.method.attach(base, trainable)
+    optimizer = OPTIMIZERS[settings.optimizer](trainable)
+    batches = [random_batch(job.config, job.work, rng) for _ in range(settings.grad_accumulation)]
+    between_steps, _ = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    take_step(model, trainable, optimizer, batches, settings.activation_checkpointing)
+    _, peak = tracemalloc.get_traced_memory()
+    return {
+        "imported": imported,
+        "loading": loading,
+        "between_steps": between_steps,
+        "peak": max(loading, peak),
+        "resident": peak_memory_bytes(),
+    }
+
+
+def measured_step_command(argv: list[str] | None = None) -> None:
+    """Parse, measure, print."""
+    args, rest = parse(argv)
+    print(json.dumps(measure(read_job(args, rest))))
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(measured_step_command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The arithmetic of a training step, counted from shapes: its products of matrices, at 2 FLOPs a multiply-add.
+
+What is done entry by entry (norms, softmax, SwiGLU) is not counted: it is little arithmetic, though not little time.
+Letters are those of training/footprint.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from minilora.formats.files import Shape
+from minilora.formats.sizes import trainable_shapes
+from minilora.methods import Method
+from minilora.methods.full import Full
+from minilora.methods.lora import LoRA
+from minilora.methods.prefix import PrefixTuning
+from minilora.methods.prompt import PromptTuning
+from minilora.model.config import Config
+from minilora.model.names import EMBED, HEAD, LINEAR, layer_module, parameter_shapes
+from minilora.training.footprint import Work, lowest_trained_layer
+
+
+class Flops(NamedTuple):
+    """Of one pass over a micro-batch, by what they are for."""
+
+    weights: int = 0  # x Wᵀ forwards and dy W backwards, in the layers
+    trained: int = 0  # what trains beside them; backwards also its own gradients
+    attention: int = 0
+    head: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def step_flops(config: Config, method: Method, work: Work, checkpointing: bool = False) -> tuple[Flops, Flops]:
+    """Forward and backward. Checkpointing runs the layers' forward again in the backward.
+
+    Frozen, a weight of out × in costs 2·out·in a token forwards and as much backwards for dx; trained whole, once more
+    for dW. Attention has two products of P·d multiply-adds forwards and four backwards, hidden pairs included.
+    """
+    trainable = trainable_shapes(method, config)
+    shapes = parameter_shapes(config)
+    shapes.setdefault(f"{HEAD}.weight", shapes[f"{EMBED}.weight"])
+    virtual = method.num_virtual_tokens if isinstance(method, PrefixTuning | PromptTuning) else 0
+    seen = work.length + virtual
+    N = work.rows * (seen if isinstance(method, PromptTuning) else work.length)
+    pairs = 2 * N * seen * config.num_attention_heads * config.head_dim
+    lowest = lowest_trained_layer(config, trainable)
+    tied = config.tie_word_embeddings and isinstance(method, Full)
+
+    weights, trained, attention = [0, 0], [0, 0], [0, 0]
+    for layer in range(config.num_hidden_layers):
+        down, up = 0, 0
+        for role in LINEAR:
+            module = layer_module(layer, role)
+            shape = shapes[f"{module}.weight"]
+            products = 2 * N * math.prod(shape)
+            extra = site_flops(trainable, method, module, shape, N)
+            weights[0] += products
+            weights[1] += products if layer >= lowest else 0
+            down, up = down + extra[0], up + extra[1]
+            if checkpointing and layer >= lowest:
+                weights[1] += products
+                up += extra[0]
+        trained[0] += down
+        trained[1] += up
+        attention[0] += 2 * pairs
+        attention[1] += (4 + 2 * checkpointing) * pairs if layer >= lowest else 0
+
+    if f"{EMBED}.lora_embedding_A" in trainable:
+        rank, _ = trainable[f"{EMBED}.lora_embedding_A"]
+        trained[0] += 2 * N * rank * config.hidden_size
+        trained[1] += 4 * N * rank * config.hidden_size
+    head = 2 * work.labelled * math.prod(shapes[f"{HEAD}.weight"])
+    extra = site_flops(trainable, method, HEAD, shapes[f"{HEAD}.weight"], work.labelled)
+    return (
+        Flops(weights[0], trained[0] + extra[0], attention[0], head),
+        Flops(weights[1], trained[1] + extra[1] + (head if tied else 0), attention[1], head),
+    )
+
+
+def site_flops(
+    trainable: Mapping[str, Shape], method: Method, module: str, shape: Shape, N: int
+) -> tuple[int, int]:
+    """What a linear map of `shape` (out, in) costs beside its two products, forwards and backwards."""
+    product, (out, into) = 2 * N * math.prod(shape), shape
+    if f"{module}.lora_A.weight" in trainable:
+        assert isinstance(method, LoRA)
+        rank, _ = trainable[f"{module}.lora_A.weight"]
+        thin = 2 * N * rank * (out + into)  # forwards h and h Bᵀ; backwards dB and dh, dA and dh A
+        forward, backward = thin, 2 * thin
+        if method.init == "pissa":  # x W_resᵀ = x Wᵀ − s (x A₀ᵀ) B₀ᵀ
+            forward, backward = forward + thin, backward + thin
+        if method.dora:  # ‖W + s B A‖, from A Wᵀ, A Aᵀ and B (A Aᵀ)
+            forward += 2 * rank * (out * into + rank * (out + into))
+            forward += 2 * rank * rank * (out + into) if method.init == "pissa" else 0
+            if method.dropout:  # (x − x̃) Wᵀ
+                forward, backward = forward + product, backward + product
+        return forward, backward
+    if f"{module}.adapter_down.weight" in trainable:
+        thin = 4 * N * math.prod(trainable[f"{module}.adapter_down.weight"])
+        return thin, 2 * thin
+    if f"{module}.values" in trainable:
+        return 0, 2 * N * trainable[f"{module}.values"][0]
+    return 0, product if f"{module}.weight" in trainable else 0

@@ -1,0 +1,255 @@
+"""The memory of a training step, counted from shapes: no array is made, whatever the model's size.
+
+Memory is fullest at one of a few moments. What lives between steps (weights, what trains, the optimiser's state) is
+there at all of them; beside it stand what the forward keeps for the backward, the gradients, and what an operation
+needs while it runs. docs/plan.md gives the reason for each line.
+
+Activations are counted in numbers of the computation's dtype. Letters are those of ops/__init__.py; beside them
+Q = H·d and K = (key/value heads)·d, the widths of q and of k; M = B·S keys; P = B·H·T·S weights of the softmax.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from minilora.formats.checkpoint import named_dtype
+from minilora.formats.files import Shape
+from minilora.formats.sizes import numbers, trainable_shapes
+from minilora.methods import Method
+from minilora.methods.full import Full
+from minilora.methods.lora import LoRA
+from minilora.methods.prefix import PrefixTuning
+from minilora.methods.prompt import PromptTuning
+from minilora.methods.random_subset import RandomSubset
+from minilora.model.config import Config
+from minilora.model.names import EMBED, HEAD, LINEAR, layer_module, parameter_shapes
+from minilora.nf4 import ABSMAX_BLOCK, BLOCK
+from minilora.training.optimizers import OPTIMIZERS
+
+LOSS_CHUNK = 1024  # rows of logits at a time: `chunk` of head_loss
+
+
+class Work(NamedTuple):
+    """The rows that go through the model together."""
+
+    rows: int
+    length: int  # tokens of each
+    labelled: int  # tokens with a label, in all rows
+
+
+class Storage(NamedTuple):
+    """How numbers are held."""
+
+    dtype: str = "float32"  # of the computation, of what trains and of the optimiser's state
+    frozen: str = "widened"  # --frozen
+    file: str = "bfloat16"  # the checkpoint's
+
+
+class Footprint(NamedTuple):
+    """Bytes, by what they are for."""
+
+    weights: int  # frozen
+    trainable: int
+    optimizer: int
+    gradients: int
+    activations: int  # all that the forward keeps for the backward
+    loss_chunk: int  # what the head needs for a chunk of rows
+    moments: dict[str, int]  # moment → all that lives then and not between steps
+    loading: int  # while the checkpoint is read
+
+    @property
+    def fullest(self) -> str:
+        """The moment that decides."""
+        return max(self.moments, key=lambda moment: self.moments[moment])
+
+    @property
+    def step(self) -> int:
+        """What a step adds, at its fullest moment, to what lives between steps."""
+        return self.moments[self.fullest]
+
+    @property
+    def total(self) -> int:
+        """The most at any time, without the interpreter and its libraries."""
+        return max(self.loading, self.weights + self.trainable + self.optimizer + self.step)
+
+
+def footprint(
+    config: Config,
+    method: Method,
+    work: Work,
+    storage: Storage = Storage(),
+    optimizer: str = "adamw",
+    checkpointing: bool = False,
+    micro_batches: int = 1,
+) -> Footprint:
+    """Of a step: forward, loss and backward of each micro-batch, and the optimiser's update."""
+    trainable = trainable_shapes(method, config)
+    virtual = method.num_virtual_tokens if isinstance(method, PrefixTuning | PromptTuning) else 0
+    words, seen = work.rows * work.length, work.length + virtual
+    if isinstance(method, PromptTuning):  # its virtual tokens go through the layers as words do
+        work = work._replace(length=seen)
+    dense = storage.frozen != "widened" or isinstance(method, RandomSubset)  # which makes W + S for each use
+    dropout = isinstance(method, LoRA) and method.dropout > 0
+    tied = config.tie_word_embeddings and isinstance(method, Full)  # all other methods part them
+
+    L, V, D = config.num_hidden_layers, config.vocab_size, config.hidden_size
+    inputs = work.rows * work.length * D
+    keys_values = 2 * work.rows * seen * config.num_key_value_heads * config.head_dim  # of a layer
+    lowest = lowest_trained_layer(config, trainable)
+    layers = [layer_numbers(config, i, work, seen, trainable, dropout, dense) for i in range(lowest, L)]
+
+    kept = words * (D + 1) + lowest * keys_values  # the last norm; forward returns the keys and values of every layer
+    backward = max((layer.backward for layer in layers), default=0)
+    if checkpointing and layers:
+        kept += len(layers) * (inputs + keys_values)
+        again = layers[-1].kept - inputs  # its caches, whose input is there already
+        backward = again + max(again + layers[-1].forward, backward)  # run again while those of the one above live
+    else:
+        kept += sum(layer.kept for layer in layers)
+
+    gradients = numbers(trainable)
+    embedding = V * D if f"{EMBED}.weight" in trainable else 0
+    chunk = loss_numbers(config, trainable, work.labelled, dense, tied)
+    outer = kept + 2 * words * D  # hidden states and their gradient live as long as what is kept
+    below = outer + inputs + len(layers) * keys_values  # dx; dk and dv of every layer, which a prefix wants
+    moments = {"the loss": outer + chunk, "the update": gradients + 2 * max(map(math.prod, trainable.values()))}
+    if layers:  # the lowest, when all gradients but the embedding's are there; tied, it has the head's
+        moments["a layer's backward"] = below + gradients - (0 if tied else embedding) + backward
+    if embedding:  # tied, the head's gradient, the embedding's, and their sum
+        moments["the embedding's gradient"] = max(below + gradients, outer + gradients + (2 * embedding if tied else 0))
+
+    if micro_batches > 1:  # the sum of the gradients so far
+        moments = {moment: count + gradients * (moment != "the update") for moment, count in moments.items()}
+        top = layers[-1].forward if layers else 0
+        moments["the next micro-batch's forward"] = outer + gradients + kept + top  # what this one kept still lives
+
+    b = named_dtype(storage.dtype).itemsize
+    weights, file = weight_bytes(config, method, storage)
+    return Footprint(
+        weights=weights,
+        trainable=b * gradients,
+        optimizer=optimizer_bytes(optimizer, trainable, storage.dtype),
+        gradients=b * gradients,
+        activations=b * kept,
+        loss_chunk=b * chunk,
+        moments={moment: b * count for moment, count in moments.items()},
+        loading=weights + file,
+    )
+
+
+class Layer(NamedTuple):
+    """Of one layer, for all tokens: the numbers that its caches keep, and those that pass beside them."""
+
+    kept: int
+    forward: int
+    backward: int
+
+
+def layer_numbers(
+    config: Config, layer: int, work: Work, seen: int, trainable: Mapping[str, Shape], dropout: bool, dense: bool
+) -> Layer:
+    """`seen`: the keys that a query meets, S. `dense`: a frozen matrix is made into an array for each use."""
+    B, T, N, M = work.rows, work.length, work.rows * work.length, work.rows * seen
+    D, F, H = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    Q, K, P = H * config.head_dim, config.num_key_value_heads * config.head_dim, B * H * T * seen
+    widths = {"q": (Q, D), "k": (K, D), "v": (K, D), "o": (D, Q), "gate": (F, D), "up": (F, D), "down": (D, F)}
+    site = {role: site_numbers(trainable, layer_module(layer, role), widths[role], dropout) for role in LINEAR}
+    qkv, mlp = any(site[role].input for role in "qkv"), site["gate"].input or site["up"].input
+    matrix = max(map(math.prod, widths.values())) if dense else 0
+
+    kept = 2 * N * (D + 1)  # both norms: their input, which is the residual too, and 1/rms
+    kept += N * Q + 2 * M * K + P  # attention: q, k, v, and the softmax's weights
+    kept += 2 * N * F  # swiglu: gate and up
+    kept += N * D * (qkv + mlp) + N * Q * site["o"].input + N * F * site["down"].input  # what norms, attention, swiglu gave
+    kept += N * sum(one.own for one in site.values())
+
+    forward = N * D + N * Q + max(2 * N * D, N * F) + matrix  # o; q laid out otherwise; down and x, or σ(gate)
+    forward += N * D * (not mlp) + N * Q * (not site["o"].input) + N * F * (not site["down"].input)
+
+    backward = 3 * N * F + 4 * N * D  # df, dgate, dup; dxn of gate and of up, the norm's dx, the residual's
+    attention = 2 * N * Q + M * K + 2 * P  # da in two layouts; dv; dP, and dP ⊙ P, of which only row sums are wanted
+    backward += max(attention, matrix + max(N * one.passing for one in site.values()))
+    return Layer(kept, forward, backward)
+
+
+class Site(NamedTuple):
+    """What a linear map has for each token because something trains there. A frozen one keeps nothing."""
+
+    input: bool = False  # it keeps the array that it read; sites that read the same one share it
+    own: int = 0  # numbers that it keeps beside
+    passing: int = 0  # numbers during its backward
+
+
+def site_numbers(trainable: Mapping[str, Shape], module: str, width: tuple[int, int], dropout: bool) -> Site:
+    """Of the linear map `module` of `width` (out, in), told by what trains there."""
+    out, into = width
+    if f"{module}.lora_A.weight" in trainable:
+        own, _ = trainable[f"{module}.lora_A.weight"]  # h = x Aᵀ
+        if f"{module}.lora_magnitude_vector" in trainable:
+            own += out  # DoRA's output before it gets its length
+        if dropout:
+            return Site(own=own + 2 * into, passing=into)  # the mask, and x̃ in the place of x
+        return Site(True, own, passing=into)  # dh A, to which dy W is added
+    if f"{module}.adapter_down.weight" in trainable:
+        size, D = trainable[f"{module}.adapter_down.weight"]
+        return Site(own=D + 2 * size)  # x, z and a
+    if f"{module}.values" in trainable:
+        return Site(True, passing=2 * trainable[f"{module}.values"][0])  # for each value its columns of x and of dy
+    return Site(input=f"{module}.weight" in trainable)
+
+
+def loss_numbers(config: Config, trainable: Mapping[str, Shape], labelled: int, dense: bool, tied: bool) -> int:
+    """At the fullest moment of `head_loss`: logits, softmax and dlogits of a chunk, and what the head itself needs."""
+    V, D = config.vocab_size, config.hidden_size
+    rows, chunks = min(labelled, LOSS_CHUNK), math.ceil(labelled / LOSS_CHUNK)
+    count = 3 * rows * V + 2 * rows * D
+    if tied or f"{HEAD}.weight" in trainable:
+        return count + V * D * min(chunks, 3)  # dW: of this chunk, of those before, and of the last of them
+    if f"{HEAD}.lora_A.weight" in trainable and chunks > 1:
+        count += rows * V  # x Wᵀ beside s h Bᵀ, while two arrays of the chunk before live
+    return count + (V * D if dense else 0)
+
+
+def lowest_trained_layer(config: Config, trainable: Mapping[str, Shape]) -> int:
+    """As `Model.lowest_trained_layer`, from the names of what trains."""
+    lowest = config.num_hidden_layers
+    for name in trainable:
+        if not name.startswith(("model.norm.", f"{HEAD}.")):
+            layer = re.match(r"model\.layers\.(\d+)\.", name)
+            lowest = min(lowest, int(layer[1]) if layer else 0)
+    return lowest
+
+
+def weight_bytes(config: Config, method: Method, storage: Storage) -> tuple[int, int]:
+    """The frozen weights as `base_model` holds them; and the part of the checkpoint that is freed when all are read."""
+    b, file = named_dtype(storage.dtype).itemsize, named_dtype(storage.file).itemsize
+    held = read = 0
+    for name, shape in parameter_shapes(config).items():
+        size = math.prod(shape)
+        if storage.frozen == "nf4" and ".layers." in name and len(shape) == 2:
+            held += math.ceil(size / 2 + size / BLOCK + 4 * size / BLOCK / ABSMAX_BLOCK)
+            read += file * size
+        else:
+            width = b if len(shape) == 1 or storage.frozen == "widened" else min(b, file)
+            held += width * size
+            read += file * size if width != file else 0  # an array of the right width is taken over
+    trainable = trainable_shapes(method, config)
+    if isinstance(method, LoRA) and method.init == "pissa":  # A₀ and B₀, by which W_res differs from W
+        held += b * numbers({name: shape for name, shape in trainable.items() if ".lora_" in name})
+    if isinstance(method, RandomSubset):  # where each value stands: row and column
+        held += 2 * 8 * numbers(trainable)
+    return held, read
+
+
+def optimizer_bytes(name: str, trainable: Mapping[str, Shape], dtype: str) -> int:
+    """What the optimiser itself says it keeps, for one parameter of each shape: zeros take no room until written to."""
+    of_one: dict[Shape, int] = {}
+    for shape in set(trainable.values()):
+        state = OPTIMIZERS[name]({"": np.broadcast_to(np.zeros((), named_dtype(dtype)), shape)}).state()
+        of_one[shape] = sum(array.nbytes for array in state.values() if array.ndim)
+    return sum(of_one[shape] for shape in trainable.values())
