@@ -25,7 +25,7 @@ ALIASES: dict[str, tuple[str, ...]] = {  # of train: ours → theirs
     "out": ("adapter_path", "output_dir"),
     "resume": ("resume_from_checkpoint",),
     "adapter": ("resume_adapter_file",),
-    "method": ("fine_tune_type",),
+    "method": ("fine_tune_type", "use_dora"),
     "rank": ("lora_r",),
     "alpha": ("lora_alpha", "lora_scale", "scale"),
     "dropout": ("lora_dropout",),
@@ -152,6 +152,8 @@ def convert(written: Written, setting: Callable[[str], Any]) -> Any:
             return "adamw"
         case (("optimizer" | "optim"), "adam"):
             raise ValueError(f"{where} adam: give --optimizer adamw --weight-decay 0, which is the same")
+        case "use_dora", bool() | "true" | "True" | "false" | "False":
+            return "dora" if str(value).lower() == "true" else Settings.method
         case "load_in_4bit", bool() | "true" | "True" | "false" | "False":
             return "nf4" if str(value).lower() == "true" else Settings.frozen
         case "init_lora_weights", True | "true" | "True":  # PEFT's default

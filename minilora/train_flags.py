@@ -71,7 +71,7 @@ def parse(argv: list[str] | None, description: str | None = None) -> argparse.Na
     )
 
     group = parser.add_argument_group("method")
-    add(group, "method", "what trains", metavar="NAME")
+    add(group, "method", "what trains", nargs="?", const=True, metavar="NAME")
     add(group, "rank", "r, the rows of A and columns of B")
     add(group, "alpha", "the adapter's output is scaled by alpha / rank")
     add(group, "dropout", "probability of zeroing an input of the adapter, while training")

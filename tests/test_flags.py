@@ -26,6 +26,8 @@ TRAIN = [  # theirs, and how it is said here
     ("--completion-only-loss false", "--train-on everything"),
     ("--assistant-only-loss false", "--train-on everything"),
     ("--fine-tune-type full", "--method full"),
+    ("--fine-tune-type dora", "--method dora"),
+    ("--use-peft --use-dora", "--method dora"),
     ("--lora-r 4", "--rank 4"),
     ("--lora-alpha 64", "--alpha 64"),
     ("--scale 20 --rank 4", "--alpha 80 --rank 4"),

@@ -11,6 +11,7 @@ import pytest
 from complex_step import check_backward
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 from strategies import ROLES, TINY, batches, configs, normal, random_weights, seeds, sizes
 from test_commands import CONFIG, PAIRS, TEXTS, good, run, write_rows
 
@@ -460,3 +461,41 @@ def test_every_variant_trains_from_the_command_line_resumes_to_the_same_bytes_an
     assert summary["adapted_loss"] < summary["base_loss"]
     figures = json.loads(good("evaluate", "--model", model, "--adapter", whole, "--data", data, "--json"))
     assert figures["loss"] == pytest.approx(summary["adapted_loss"], rel=1e-4)
+
+
+def test_the_flags_mean_what_pefts_fields_mean(model: Path, data: Path, tmp_path: Path) -> None:
+    written = {}
+    for name, flags in VARIANTS.items():
+        out = tmp_path / name
+        good("train", "--model", model, "--data", data, "--steps", 1, "--eval-rows", 0, *flags, "--out", out)
+        config = json.loads((out / "adapter_config.json").read_text())
+        written[name] = tuple(config.get(field, False) for field in ("use_dora", "use_rslora", "r", "lora_alpha"))
+    assert written == {
+        "dora": (True, False, 8, 16),
+        "rslora": (False, True, 4, 16),
+        "loraplus": (False, False, 8, 16),
+        "orthogonal": (False, False, 8, 16),
+        "pissa": (False, False, 8, 32),
+        "dora from pissa, rslora, loraplus": (True, True, 8, pytest.approx(16 * 2**0.5)),
+    }
+
+
+def test_with_loraplus_the_first_step_of_B_is_longer_by_the_ratio(model: Path, data: Path, tmp_path: Path) -> None:
+    def first_step(ratio: float) -> Arrays:
+        out = tmp_path / str(ratio)
+        flags = "--optimizer sgd --steps 1 --schedule constant --warmup 0 --max-grad-norm 0 --eval-rows 0".split()
+        good("train", "--model", model, "--data", data, *flags, "--loraplus-lr-ratio", ratio, "--out", out)
+        return load_file(out / ADAPTER)
+
+    plain, plus = first_step(1), first_step(4)
+    assert any(p.any() for name, p in plain.items() if "lora_B" in name)
+    for name, p in plain.items():
+        np.testing.assert_array_equal(plus[name], 4 * p if "lora_B" in name else p)
+
+
+def test_loraplus_without_a_B_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    flags = ("--model", model, "--data", data, "--out", tmp_path / "run", "--loraplus-lr-ratio")
+    result = run("train", *flags, 4, "--method", "full")
+    assert result.code == 2 and "--loraplus-lr-ratio is for the B of --method lora or dora" in result.err
+    result = run("train", *flags, 0.5)
+    assert result.code == 2 and "--loraplus-lr-ratio 0.5 is less than 1" in result.err

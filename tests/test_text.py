@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -121,24 +120,6 @@ def test_copied_files_load_as_the_original(folder: Path, tokenizer: Tokenizer, t
     copy = Tokenizer.load(tmp_path / "new")
     assert copy.encode("How are you?") == tokenizer.encode("How are you?")
     assert copy.templates == tokenizer.templates
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> Any:
-    transformers = pytest.importorskip("transformers")
-    return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-@quick
-@given(conversation=conversations, prompt=st.booleans())
-def test_chat_writes_what_transformers_writes(
-    reference: Any, tokenizer: Tokenizer, conversation: list[dict[str, str]], prompt: bool
-) -> None:
-    expected = reference.apply_chat_template(conversation, tokenize=False, add_generation_prompt=prompt)
-    written = tokenizer.chat(conversation, prompt)
-    assert written == expected
-    ids = reference(expected, add_special_tokens=False, truncation=False).input_ids
-    assert tokenizer.encode(written) == ids
 
 
 # Rows and their masks.

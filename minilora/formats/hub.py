@@ -38,7 +38,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def find_model(name: str, revision: str = "", files: tuple[str, ...] = MODEL_FILES) -> Source:
-    """The model folder that `--model` and `--revision` (a branch, a tag or a commit) name: these files of it, at least."""
+    """The folder, with at least these files, that `--model` and `--revision` (a branch, a tag, a commit) name."""
     if revision and not is_hub_id(name):
         raise ValueError(f"--revision {revision} goes with a model of the Hugging Face Hub, and --model {name} is none")
     return _find("--model", name, revision, files)

@@ -130,7 +130,7 @@ class DoRALinear:
         if self.dropout > 0 and seed is not None:
             mask = dropout_mask(x.shape, self.dropout, random_generator(seed, self.key), x.real.dtype)
         # The real part of a real array is itself. In a complex step this makes the norms the constants they are to be.
-        norms = row_norms(self.weight, self.A, self.B, self.scale, self.squares) * 1.0000001
+        norms = row_norms(self.weight, self.A, self.B, self.scale, self.squares).real
         y, cache = dora(x, self.weight, self.A, self.B, self.m, norms, self.scale, mask)
         if self.base.bias is not None:
             y += self.base.bias

@@ -15,8 +15,6 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
-
 from minilora.formats.checkpoint import named_dtype
 from minilora.formats.files import Shape
 from minilora.formats.sizes import numbers, trainable_shapes
@@ -29,9 +27,9 @@ from minilora.methods.random_subset import RandomSubset
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, LINEAR, layer_module, parameter_shapes
 from minilora.nf4 import ABSMAX_BLOCK, BLOCK
-from minilora.training.optimizers import OPTIMIZERS
 
 LOSS_CHUNK = 1024  # rows of logits at a time: `chunk` of head_loss
+STATE = {"adamw": 2, "sgd": 0}  # numbers that each of OPTIMIZERS keeps for a number that trains: m and v
 
 
 class Work(NamedTuple):
@@ -133,7 +131,7 @@ def footprint(
     return Footprint(
         weights=weights,
         trainable=b * gradients,
-        optimizer=optimizer_bytes(optimizer, trainable, storage.dtype),
+        optimizer=b * STATE[optimizer] * gradients,
         gradients=b * gradients,
         activations=b * kept,
         loss_chunk=b * chunk,
@@ -244,12 +242,3 @@ def weight_bytes(config: Config, method: Method, storage: Storage) -> tuple[int,
     if isinstance(method, RandomSubset):  # where each value stands: row and column
         held += 2 * 8 * numbers(trainable)
     return held, read
-
-
-def optimizer_bytes(name: str, trainable: Mapping[str, Shape], dtype: str) -> int:
-    """What the optimiser itself says it keeps, for one parameter of each shape: zeros take no room until written to."""
-    of_one: dict[Shape, int] = {}
-    for shape in set(trainable.values()):
-        state = OPTIMIZERS[name]({"": np.broadcast_to(np.zeros((), named_dtype(dtype)), shape)}).state()
-        of_one[shape] = sum(array.nbytes for array in state.values() if array.ndim)
-    return sum(of_one[shape] for shape in trainable.values())
