@@ -18,7 +18,8 @@ from minilora.formats.load import load_model
 from minilora.methods.base import base_model
 from minilora.model.config import Config
 from minilora.model.model import Model
-from minilora.plan import Job, parse, read_job
+from minilora.plan import read_job
+from minilora.planning import Job
 from minilora.text.batches import Batch, collate
 from minilora.text.examples import Example
 from minilora.training.footprint import Work
@@ -85,8 +86,8 @@ def measure(job: Job) -> dict[str, int]:
 
 def measured_step_command(argv: list[str] | None = None) -> None:
     """Parse, measure, print."""
-    args, rest = parse(argv)
-    print(json.dumps(measure(read_job(args, rest))))
+    job, _ = read_job(argv)
+    print(json.dumps(measure(job)))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -82,7 +82,7 @@ def merge_command(argv: list[str] | None = None) -> None:
     use("cpu")
     source = find_model(args.model, args.revision).folder
     config, raw_config = read_config(source)
-    weights = read_weights(source, config)
+    weights = dict(read_weights(source, config))
     base = base_model(config, weights, frozen="stored")
     adapted = load_adapter(base, find_adapter(args.adapter).folder)
     if adapted.config.tie_word_embeddings != config.tie_word_embeddings:

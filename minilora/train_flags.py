@@ -96,6 +96,7 @@ def parse(argv: list[str] | None, description: str | None = None) -> argparse.Na
         "start from this adapter, a folder or an id on the hub, instead of a fresh one",
         metavar="FOLDER",
     )
+    add(group, "format", "of the adapter that is written, for PEFT or for mlx-lm", metavar="NAME")
 
     group = parser.add_argument_group("training")
     add(group, "steps", "optimiser steps; 0: as --epochs says")

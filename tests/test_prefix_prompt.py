@@ -16,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from strategies import TINY, VOCAB, batches, configs, examples, normal, random_weights, rows, seeds
+from test_backend import BATCHES, device  # noqa: F401
 from test_commands import RUN_FILES, contents, data, good, model, run  # noqa: F401
 from test_model import assert_same, loss_and_gradients_in_chunks, loss_only
 
+from minilora.backend import to_host
 from minilora.formats.adapters import load_adapter, read_method, write_method
 from minilora.methods.base import base_model
 from minilora.methods.full import Full
@@ -159,6 +161,19 @@ def test_at_the_start_every_example_gets_what_the_base_gives_it_after_reading_th
         np.testing.assert_allclose(hidden_states(tuned_model, tokens), right, rtol=1e-9, atol=1e-11)
 
 
+@some
+@given(configs(), words, words, words, seeds)
+def test_a_prompt_beside_a_prefix_stands_behind_it(
+    config: Config, first: list[int], second: list[int], tokens: list[int], seed: int
+) -> None:
+    plain, rng = base(config, seed), np.random.default_rng(seed)
+    prefix, prompt = PrefixTuning(len(first), tuple(first)), PromptTuning(len(second), tuple(second))
+    with_prefix = prefix.attach(plain, prefix.start(plain, rng, np.float64))
+    both = prompt.attach(with_prefix, prompt.start(plain, rng, np.float64))
+    expected = hidden_states(plain, first + second + tokens)[len(first + second) :]
+    np.testing.assert_allclose(hidden_states(both, tokens), expected, rtol=1e-9, atol=1e-11)
+
+
 @given(st.sampled_from(BOTH), st.integers(1, 7), words, seeds)
 def test_a_text_is_repeated_or_cut_to_the_number_of_virtual_tokens_as_peft_does(
     method: type[VirtualTokens], count: int, text: list[int], seed: int
@@ -293,6 +308,23 @@ def test_virtual_tokens_cannot_be_merged(method: type[VirtualTokens]) -> None:
     tuned_model = method(2).attach(plain, method(2).start(plain, np.random.default_rng(0)))
     with pytest.raises(ValueError, match=r"virtual tokens .* cannot be merged"):
         list(merged_parameters(plain, tuned_model))
+
+
+@each_method
+def test_on_a_device_nothing_mixes_with_the_host_and_the_same_comes_out(
+    method: type[VirtualTokens], request: pytest.FixtureRequest
+) -> None:
+    def started() -> tuple[float, np.ndarray, list[list[int]]]:
+        plain, virtual = base(TINY, 0), method(3, (1, 2))
+        tuned_model = virtual.attach(plain, virtual.start(plain, np.random.default_rng(0), np.float64))
+        loss, gradients = loss_and_gradients(tuned_model, BATCHES)
+        return loss, to_host(gradients[EMBEDDINGS]), complete(tuned_model, [[1, 2, 3], [4]], 4, frozenset())
+
+    loss, gradient, answers = started()
+    request.getfixturevalue("device")
+    loss_there, gradient_there, answers_there = started()
+    assert (loss_there, answers_there) == (loss, answers)
+    np.testing.assert_array_equal(gradient_there, gradient)
 
 
 # --- PEFT's folders ---

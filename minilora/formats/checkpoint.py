@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,26 @@ def read_config_file(path: Path) -> tuple[Config, dict[str, Any]]:
         raise ValueError(f"{path}: {str(error).removeprefix('config.json: ')}") from error
 
 
-def read_weights(folder: Path, config: Config) -> dict[str, HostArray]:
-    """Every tensor of the configuration in its stored dtype, and not one more or less.
+class Weights(Mapping[str, HostArray]):
+    """The tensors of a checkpoint in their stored dtype. Each is read from its file when it is asked for, so that a
+    model is never in memory twice: as stored, and as it computes."""
+
+    def __init__(self, places: Mapping[str, Path]) -> None:
+        self.places = places
+
+    def __getitem__(self, name: str) -> HostArray:
+        with open_safetensors(self.places[name]) as file:  # anew each time: pages of one long mapping would be a copy
+            return np.asarray(file.get_tensor(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def read_weights(folder: Path, config: Config) -> Weights:
+    """Every tensor of the configuration, and not one more or less.
 
     Two things that old files hold are passed over: buffers of RoPE, and the head of a tied model if it is a copy.
     """
@@ -78,16 +96,13 @@ def read_weights(folder: Path, config: Config) -> dict[str, HostArray]:
     copied_head = config.tie_word_embeddings and head in found
     check_shapes(folder, expected | ({head: expected[embed]} if copied_head else {}), found, MISFIT)
 
-    weights: dict[str, HostArray] = {}
-    for name, path in places.items():
-        with open_safetensors(path) as file:  # anew each time: the pages of one long mapping would be a second copy
-            weights[name] = file.get_tensor(name)
-    if copied_head and not _same_bytes(weights[head], weights[embed]):
+    weights = Weights({name: places[name] for name in expected})
+    if copied_head and not _same_bytes(Weights(places)[head], weights[embed]):
         raise ValueError(
             f"{places[head]}: {head} differs from {embed}, but config.json ties them: "
             "set tie_word_embeddings to false, or remove the head"
         )
-    return {name: weights[name] for name in expected}
+    return weights
 
 
 def _weight_files(folder: Path) -> list[Path]:

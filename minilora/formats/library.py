@@ -38,7 +38,7 @@ class Trained(NamedTuple):
 def trained_on(folder: Path) -> Trained:
     """What the folder's adapter_config.json says."""
     raw = read_json(folder / CONFIG)
-    return Trained(str(raw.get("base_model_name_or_path") or ""), str(raw.get("revision") or ""))
+    return Trained(str(raw.get("base_model_name_or_path") or raw.get("model") or ""), str(raw.get("revision") or ""))
 
 
 def contradiction(folders: Mapping[str, Path]) -> str:

@@ -6,15 +6,15 @@ or the load fails, saying which.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minilora.formats.checkpoint import STORED
+from minilora.formats.fields import Number, by_pattern, names, names_or_pattern, number, rank, whole
 from minilora.formats.files import HostArray, check_shapes, open_safetensors, read_json, write_json, write_safetensors
 from minilora.methods.dora import magnitude_name
 from minilora.methods.lora import LoRA, adapter_names
@@ -25,7 +25,6 @@ from minilora.model.names import EMBED, HEAD, LAYER, LINEAR, parameter_shapes
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-Number = TypeVar("Number", int, float)
 
 READ = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "bias"),
@@ -69,7 +68,7 @@ def write_adapter(
         "auto_mapping": None,
         "inference_mode": True,
         "r": settings.rank,
-        "lora_alpha": _whole(settings.alpha),
+        "lora_alpha": whole(settings.alpha),
         "lora_dropout": settings.dropout,
         "target_modules": _written_targets(settings.target_modules),
         "bias": "none",
@@ -85,7 +84,7 @@ def write_adapter(
         "use_rslora": settings.rslora,
         "use_dora": settings.dora,
         "rank_pattern": _used(settings.rank_pattern, modules),
-        "alpha_pattern": {name: _whole(alpha) for name, alpha in _used(settings.alpha_pattern, modules).items()},
+        "alpha_pattern": {name: whole(alpha) for name, alpha in _used(settings.alpha_pattern, modules).items()},
         "exclude_modules": exclude if isinstance(exclude, str) else list(exclude),
     }
     config |= {field: value for field, value in younger.items() if value}
@@ -96,10 +95,6 @@ def write_adapter(
 def _used(patterns: Mapping[str, Number], modules: Collection[str]) -> dict[str, Number]:
     """Those that name an adapted module: PEFT warns of others."""
     return {key: n for key, n in patterns.items() if any(pattern_value({key: True}, name, False) for name in modules)}
-
-
-def _whole(number: float) -> float | int:
-    return int(number) if float(number).is_integer() else number
 
 
 def _written_targets(targets: Names) -> str | list[str]:
@@ -185,65 +180,25 @@ def _settings(path: Path, raw: Mapping[str, Any], config: Config) -> LoRA:
     if layers and not (isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)):
         raise ValueError(f"{path}: layers_to_transform is {layers!r}, expected layer numbers")
     return LoRA(
-        rank=_rank(path, raw, "r", 8),
-        alpha=_number(path, raw, "lora_alpha", 8),
-        dropout=_number(path, raw, "lora_dropout", 0),
+        rank=rank(path, raw, "r", 8),
+        alpha=number(path, raw, "lora_alpha", 8),
+        dropout=number(path, raw, "lora_dropout", 0),
         target_modules=_targets(path, raw, config),
         init=INITIALISATIONS[raw.get("init_lora_weights", True)],
         rslora=bool(raw.get("use_rslora")),
         dora=bool(raw.get("use_dora")),
-        exclude_modules=_names(path, raw, "exclude_modules"),
+        exclude_modules=names_or_pattern(path, raw, "exclude_modules"),
         layers_to_transform=tuple(layers) if layers else None,
-        rank_pattern=_by_pattern(path, raw, "rank_pattern", _rank),
-        alpha_pattern=_by_pattern(path, raw, "alpha_pattern", _number),
-        modules_to_save=tuple(_names(path, raw, "modules_to_save")),
+        rank_pattern=by_pattern(path, raw, "rank_pattern", rank),
+        alpha_pattern=by_pattern(path, raw, "alpha_pattern", number),
+        modules_to_save=names(path, raw, "modules_to_save"),
     )
-
-
-def _by_pattern(path: Path, raw: Mapping[str, Any], field: str, read: Callable[..., Number]) -> dict[str, Number]:
-    values = raw.get(field) or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: {field} is {values!r}, expected an object in braces")
-    for pattern in values:
-        _check_pattern(path, field, pattern)
-    return {pattern: read(f"{path}: {field}", values, pattern) for pattern in values}
-
-
-def _number(place: object, raw: Mapping[str, Any], field: str, default: float = 0) -> float:
-    value = raw.get(field, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{place}: {field} is {value!r}, expected a number")
-    return float(value)
-
-
-def _rank(place: object, raw: Mapping[str, Any], field: str, default: int = 0) -> int:
-    rank = _number(place, raw, field, default)
-    if rank < 1 or rank != int(rank):
-        raise ValueError(f"{place}: {field} is {rank}, expected a whole number of at least 1")
-    return int(rank)
-
-
-def _names(path: Path, raw: Mapping[str, Any], field: str) -> Names:
-    value = raw.get(field) or []
-    if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
-        return tuple(value)
-    if isinstance(value, str) and field != "modules_to_save":
-        _check_pattern(path, field, value)
-        return value
-    raise ValueError(f"{path}: {field} {value!r} is neither a list of names nor a text")
-
-
-def _check_pattern(path: Path, field: str, value: str) -> None:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{path}: {field} {value!r} is not a regular expression ({error})") from error
 
 
 def _targets(path: Path, raw: Mapping[str, Any], config: Config) -> Names:
     if raw.get("target_modules") is None:
         return ("q_proj", "v_proj")  # PEFT's choice for Llama
-    targets = _names(path, raw, "target_modules")
+    targets = names_or_pattern(path, raw, "target_modules")
     if isinstance(targets, str):
         return (ALL_LINEAR,) if targets.lower() == ALL_LINEAR else targets
     known = [name.removesuffix(".weight") for name in parameter_shapes(config)] + [HEAD]
@@ -263,18 +218,23 @@ def _read_tensors(
         raise FileNotFoundError(f"{path}: no such file; convert adapter_model.bin to safetensors with PEFT")
     vocabulary = parameter_shapes(config)[f"{EMBED}.weight"]
     with open_safetensors(path) as file:
-        found = {name: file.get_slice(name) for name in file.keys()}
-        for name, header in found.items():
-            if header.get_dtype() not in STORED:
-                raise ValueError(f"{path}: {name} is stored as {header.get_dtype()}, not as {', '.join(STORED)}")
-        whole = {PREFIX + name: shape for name, shape in expected.items()}
+        found = stored_shapes(path, file)
+        fitting = {PREFIX + name: shape for name, shape in expected.items()}
         copies: dict[str, str] = {}
         for module, rest in product((EMBED, HEAD), ("base_layer.weight", "weight")):
             key = f"{PREFIX}{module}.{rest}"
-            if key in found and key not in whole:
+            if key in found and key not in fitting:
                 copies.setdefault(f"{module}.weight", key)
-        shapes = {name: tuple(header.get_shape()) for name, header in found.items()}
         hint = f"The adapter does not fit its {CONFIG} and this base model."
-        check_shapes(path, whole | dict.fromkeys(copies.values(), vocabulary), shapes, hint)
+        check_shapes(path, fitting | dict.fromkeys(copies.values(), vocabulary), found, hint)
         tensors = {name: file.get_tensor(PREFIX + name).astype(np.float32, copy=False) for name in expected}
         return tensors, {name: file.get_tensor(key) for name, key in copies.items()}
+
+
+def stored_shapes(path: Path, file: Any) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of an open file. ValueError for one that holds no floating-point numbers."""
+    headers = {name: file.get_slice(name) for name in file.keys()}
+    for name, header in headers.items():
+        if header.get_dtype() not in STORED:
+            raise ValueError(f"{path}: {name} is stored as {header.get_dtype()}, not as {', '.join(STORED)}")
+    return {name: tuple(header.get_shape()) for name, header in headers.items()}

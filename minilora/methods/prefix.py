@@ -35,7 +35,7 @@ class LearnedPrefix:
         self.shape = (self.length, config.num_hidden_layers, 2, config.num_key_value_heads, config.head_dim)
 
     def forward(self, rows: int) -> list[KeysValues]:
-        """k and v (rows, n, K, d) for each layer, the same for every row. (docs: P1)"""
+        """k and v (rows, n, K, d) for each layer, the same for every row. (docs: P1, P3)"""
         layers = self.P.reshape(self.shape).transpose(1, 2, 0, 3, 4)  # (L, 2, n, K, d)
         return [(_for_every_row(k, rows), _for_every_row(v, rows)) for k, v in layers]
 
@@ -65,7 +65,7 @@ class PrefixTuning:
     text: tuple[int, ...] = ()
 
     def start(self, model: Model, rng: np.random.Generator, dtype: Any = np.float32) -> dict[str, Array]:
-        """P as the model's own keys and values of the words: from there on it computes as if it had read them."""
+        """P as the model's own keys and values of the words: it computes as if it had read them. (docs: P6)"""
         words = starting_words(model.config, self.num_virtual_tokens, self.text, rng)[None]
         positions = xp.arange(self.num_virtual_tokens)[None]
         _, read, _ = forward(model, words, positions, xp.ones_like(words), keep=False)

@@ -46,7 +46,7 @@ class PromptTuning:
     text: tuple[int, ...] = ()
 
     def start(self, model: Model, rng: np.random.Generator, dtype: Any = np.float32) -> dict[str, Array]:
-        """P as the embeddings of the words: the model computes as if it had read them."""
+        """P as the embeddings of the words: the model computes as if it had read them. (docs: P6)"""
         words = starting_words(model.config, self.num_virtual_tokens, self.text, rng)
         return {EMBEDDINGS: model.sites[EMBED].forward(words)[0].astype(dtype)}
 

@@ -47,6 +47,16 @@ class Storage(NamedTuple):
     frozen: str = "widened"  # --frozen
     file: str = "bfloat16"  # the checkpoint's
 
+    @property
+    def bytes(self) -> int:
+        """Of a number."""
+        return named_dtype(self.dtype).itemsize
+
+    @property
+    def file_bytes(self) -> int:
+        """Of a number in the file."""
+        return named_dtype(self.file).itemsize
+
 
 class Footprint(NamedTuple):
     """Bytes, by what they are for."""
@@ -66,21 +76,21 @@ class Footprint(NamedTuple):
         return max(self.moments, key=lambda moment: self.moments[moment])
 
     @property
-    def step(self) -> int:
-        """What a step adds, at its fullest moment, to what lives between steps."""
-        return self.moments[self.fullest]
+    def between_steps(self) -> int:
+        """What always lives."""
+        return self.weights + self.trainable + self.optimizer
 
     @property
     def total(self) -> int:
         """The most at any time, without the interpreter and its libraries."""
-        return max(self.loading, self.weights + self.trainable + self.optimizer + self.step)
+        return max(self.loading, self.between_steps + self.moments[self.fullest])
 
 
 def footprint(
     config: Config,
     method: Method,
     work: Work,
-    storage: Storage = Storage(),
+    storage: Storage,
     optimizer: str = "adamw",
     checkpointing: bool = False,
     micro_batches: int = 1,
@@ -91,7 +101,8 @@ def footprint(
     words, seen = work.rows * work.length, work.length + virtual
     if isinstance(method, PromptTuning):  # its virtual tokens go through the layers as words do
         work = work._replace(length=seen)
-    dense = storage.frozen != "widened" or isinstance(method, RandomSubset)  # which makes W + S for each use
+    narrow = storage.frozen == "nf4" or (storage.frozen == "stored" and storage.file_bytes < storage.bytes)
+    dense = narrow or isinstance(method, RandomSubset)  # which makes W + S for each use
     dropout = isinstance(method, LoRA) and method.dropout > 0
     tied = config.tie_word_embeddings and isinstance(method, Full)  # all other methods part them
 
@@ -106,16 +117,20 @@ def footprint(
     if checkpointing and layers:
         kept += len(layers) * (inputs + keys_values)
         again = layers[-1].kept - inputs  # its caches, whose input is there already
-        backward = again + max(again + layers[-1].forward, backward)  # run again while those of the one above live
+        above = again if len(layers) > 1 else 0  # those of the layer above live until this one has run again
+        backward = again + max(above + layers[-1].forward, backward)
     else:
         kept += sum(layer.kept for layer in layers)
 
     gradients = numbers(trainable)
     embedding = V * D if f"{EMBED}.weight" in trainable else 0
-    chunk = loss_numbers(config, trainable, work.labelled, dense, tied)
+    chunk = loss_numbers(config, trainable, work.labelled, narrow, tied)
     outer = kept + 2 * words * D  # hidden states and their gradient live as long as what is kept
     below = outer + inputs + len(layers) * keys_values  # dx; dk and dv of every layer, which a prefix wants
     moments = {"the loss": outer + chunk, "the update": gradients + 2 * max(map(math.prod, trainable.values()))}
+    if lowest > 0:  # its caches, for which no backward comes, live until the next layer has run
+        frozen = layer_numbers(config, lowest - 1, work, seen, trainable, dropout, dense)
+        moments["a frozen layer's forward"] = lowest * keys_values + min(lowest, 2) * frozen.kept + frozen.forward
     if layers:  # the lowest, when all gradients but the embedding's are there; tied, it has the head's
         moments["a layer's backward"] = below + gradients - (0 if tied else embedding) + backward
     if embedding:  # tied, the head's gradient, the embedding's, and their sum
@@ -126,7 +141,7 @@ def footprint(
         top = layers[-1].forward if layers else 0
         moments["the next micro-batch's forward"] = outer + gradients + kept + top  # what this one kept still lives
 
-    b = named_dtype(storage.dtype).itemsize
+    b = storage.bytes
     weights, file = weight_bytes(config, method, storage)
     return Footprint(
         weights=weights,
@@ -163,7 +178,7 @@ def layer_numbers(
     kept = 2 * N * (D + 1)  # both norms: their input, which is the residual too, and 1/rms
     kept += N * Q + 2 * M * K + P  # attention: q, k, v, and the softmax's weights
     kept += 2 * N * F  # swiglu: gate and up
-    kept += N * D * (qkv + mlp) + N * Q * site["o"].input + N * F * site["down"].input  # what norms, attention, swiglu gave
+    kept += N * D * (qkv + mlp) + N * Q * site["o"].input + N * F * site["down"].input  # what a trained site read
     kept += N * sum(one.own for one in site.values())
 
     forward = N * D + N * Q + max(2 * N * D, N * F) + matrix  # o; q laid out otherwise; down and x, or σ(gate)
@@ -201,7 +216,7 @@ def site_numbers(trainable: Mapping[str, Shape], module: str, width: tuple[int, 
     return Site(input=f"{module}.weight" in trainable)
 
 
-def loss_numbers(config: Config, trainable: Mapping[str, Shape], labelled: int, dense: bool, tied: bool) -> int:
+def loss_numbers(config: Config, trainable: Mapping[str, Shape], labelled: int, narrow: bool, tied: bool) -> int:
     """At the fullest moment of `head_loss`: logits, softmax and dlogits of a chunk, and what the head itself needs."""
     V, D = config.vocab_size, config.hidden_size
     rows, chunks = min(labelled, LOSS_CHUNK), math.ceil(labelled / LOSS_CHUNK)
@@ -210,7 +225,7 @@ def loss_numbers(config: Config, trainable: Mapping[str, Shape], labelled: int, 
         return count + V * D * min(chunks, 3)  # dW: of this chunk, of those before, and of the last of them
     if f"{HEAD}.lora_A.weight" in trainable and chunks > 1:
         count += rows * V  # x Wᵀ beside s h Bᵀ, while two arrays of the chunk before live
-    return count + (V * D if dense else 0)
+    return count + (V * D if narrow else 0)  # W, widened
 
 
 def lowest_trained_layer(config: Config, trainable: Mapping[str, Shape]) -> int:
@@ -225,7 +240,7 @@ def lowest_trained_layer(config: Config, trainable: Mapping[str, Shape]) -> int:
 
 def weight_bytes(config: Config, method: Method, storage: Storage) -> tuple[int, int]:
     """The frozen weights as `base_model` holds them; and the part of the checkpoint that is freed when all are read."""
-    b, file = named_dtype(storage.dtype).itemsize, named_dtype(storage.file).itemsize
+    b, file = storage.bytes, storage.file_bytes
     held = read = 0
     for name, shape in parameter_shapes(config).items():
         size = math.prod(shape)

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minilora.backend import peak_memory_bytes, to_host
-from minilora.formats.adapters import read_method, write_method
+from minilora.formats.adapters import check_format, read_method, write_method
 from minilora.formats.checkpoint import write_checkpoint
 from minilora.formats.hub import Source, find_adapter, find_model
 from minilora.formats.load import load_model
@@ -84,6 +84,7 @@ def prepare(settings: Settings, folder: Path) -> Run:
         method = make_method(settings, base.config, tokenizer)
         trainable = method.start(base, rng, settings.dtype)
     adapted = method.attach(base, trainable)
+    check_format(settings.format, method, base.config)
     check_tied(settings, base.config, adapted.config)
     task = load_task(settings, tokenizer, settings.max_length or default_max_length(adapted))
 
@@ -132,7 +133,7 @@ def train_run(run: Run) -> None:
 
 
 def write_outcome(run: Run, tensors: dict[str, np.ndarray[Any, Any]]) -> None:
-    """The adapter in PEFT's format; after full fine-tuning, a whole checkpoint."""
+    """The adapter in the format asked for; after full fine-tuning, a whole checkpoint."""
     if isinstance(run.method, Full):
         write_checkpoint(run.folder, run.raw_config, tensors)
         save_tokenizer_files(run.source.folder, run.folder)
@@ -140,7 +141,8 @@ def write_outcome(run: Run, tensors: dict[str, np.ndarray[Any, Any]]) -> None:
         method: Method = run.method
         if isinstance(method, LoRA):
             method, tensors = method.saved_form(run.adapted, tensors)
-        write_method(run.folder, method, tensors, run.base.config, run.settings.model, run.source.revision or None)
+        source = run.settings.model, run.source.revision or None
+        write_method(run.folder, method, tensors, run.base.config, *source, run.settings.format)
 
 
 def judge(run: Run, model: Model) -> Judgement:

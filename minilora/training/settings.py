@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from minilora.formats.adapters import FORMATS
 from minilora.formats.files import read_json, write_json
 from minilora.formats.load import SHIPPED_MODEL
 from minilora.methods.base import FROZEN
@@ -54,6 +55,7 @@ class Settings:
     train_norms: bool = False
     random_share: float = 0.04
     adapter: str = ""
+    format: str = FORMATS[0]  # of the adapter that is written
     steps: int = 0
     epochs: float = 3.0
     batch_size: int = 8
@@ -112,6 +114,7 @@ class Settings:
 NAMES = tuple(field.name for field in fields(Settings))
 CHOICES = {
     "method": (*("lora", "dora", "full", "prefix", "prompt", "bottleneck", "bitfit", "head", "embedding", "random"),),
+    "format": FORMATS,
     "init": tuple(INITIALISATIONS),
     "train_on": TRAIN_ON,
     "optimizer": tuple(OPTIMIZERS),
