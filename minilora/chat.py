@@ -58,7 +58,9 @@ class Chat:
         except ValueError as error:
             print(f"no room for an answer: {error}. /clear begins anew")
             return
-        tokens = itertools.takewhile(lambda token: token not in self.stop_ids, memory.stream(prompt, self.loaded.choose))
+        tokens = itertools.takewhile(
+            lambda token: token not in self.stop_ids, memory.stream(prompt, self.loaded.choose)
+        )
         limited = itertools.islice(tokens, min(self.max_tokens, left))
         answer = ""
         with contextlib.suppress(KeyboardInterrupt):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 OUT_OF_MEMORY = (
     "out of memory. What usually helps, in this order: a smaller --batch-size with more --grad-accumulation (the same "
-    "training), --activation-checkpointing, a shorter --max-length, --frozen stored"
+    "training), --activation-checkpointing, a shorter --max-length, --frozen stored (16 bits) or --frozen nf4 (4 bits)"
 )
 
 
@@ -25,14 +25,14 @@ def run(command: Callable[[list[str] | None], None], argv: list[str] | None) -> 
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except MemoryError:
-        print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+    except (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:
         if os.environ.get("MINILORA_DEBUG"):
             raise
-        if type(error).__name__ == "OutOfMemoryError":  # CuPy's
-            error = RuntimeError(OUT_OF_MEMORY)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {OUT_OF_MEMORY if is_out_of_memory(error) else error}", file=sys.stderr)
         return 2
     return 0
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory did not suffice, the machine's or the GPU's."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # CuPy's

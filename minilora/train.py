@@ -17,6 +17,7 @@ from minilora.formats.files import write_json
 from minilora.text.examples import Row
 from minilora.text.show import show_batch
 from minilora.train_flags import choose_settings, parse
+from minilora.training.advice import out_of_memory
 from minilora.training.loop import next_batches
 from minilora.training.plots import plot_loss
 from minilora.training.run import Judgement, Run, judge, prepare, summarize, train_run
@@ -50,6 +51,10 @@ def train_command(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"\nstopped at step {run.state.step}; go on with: python -m minilora.train --resume {folder}")
         raise
+    except Exception as error:
+        if cli.is_out_of_memory(error):
+            raise RuntimeError(out_of_memory(run.settings, run.task.figures["train"]["longest"])) from error
+        raise
     plot = plot_loss(folder)
     print("after training …", flush=True)
     after = judge(run, run.adapted)
@@ -57,6 +62,8 @@ def train_command(argv: list[str] | None = None) -> None:
     write_json(folder / SUMMARY_FILE, {name: value if value == value else None for name, value in summary.items()})
     print_examples(run.task.held_out_rows, before, after)
     print_summary(summary)
+    for advice in summary["advice"]:
+        print(f"\n{advice}")
     print(f"\n{folder}: adapter, {SUMMARY_FILE}, metrics.jsonl, {plot.name}")
 
 

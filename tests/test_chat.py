@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_tokenizer import write_tokenizer
 from test_commands import CONFIG, TEXTS, assert_refused, good, process, run, write_rows
 
 from minilora.formats.adapters import load_adapter, write_method
@@ -25,7 +26,7 @@ from minilora.model import generation
 from minilora.model.config import Config
 from minilora.model.generation import Memory, complete
 from minilora.text.prompts import end_of_turn
-from minilora.text.tokenizer import Tokenizer
+from minilora.text.tokenizer import Tokenizer, save_tokenizer_files
 from minilora.text.train_tokenizer import train_tokenizer
 
 RAW = CONFIG | {"max_position_embeddings": 400}
@@ -79,6 +80,14 @@ def alone(folder: Path, adapter: str, prompt: str, *flags: object) -> str:
     return good("generate", "--model", folder / "base", *chosen, "--prompt", prompt, *flags)
 
 
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
 # --- many prompts ---
 
 
@@ -125,6 +134,32 @@ def test_conversations_are_rendered_and_answered_until_their_turn_ends(folder: P
     assert asked == found[1]["generated_text"] + "\n"
 
 
+def test_an_answer_ends_with_the_turn_though_the_models_own_end_is_another_token(folder: Path, tmp_path: Path) -> None:
+    weights = random_weights(Config.from_dict(RAW), seed=3, std=0.3)
+    turn = Tokenizer.load(folder / "base").backend.token_to_id("<|im_end|>")
+    weights["model.embed_tokens.weight"][turn] *= 2  # tied: the model likes to say it
+    write_checkpoint(tmp_path, RAW, weights)
+    save_tokenizer_files(folder / "base", tmp_path)
+    flags = ("--model", tmp_path, "--max-tokens", 60, "--json", "--prompt")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert turn not in tokenizer.stop_ids
+    text = tokenizer.chat([user("six?")], add_generation_prompt=True)
+    (asked,), (raw,) = (lines(good("generate", *flags, *more)) for more in (("six?", "--chat"), (text,)))
+    assert asked["finish_reason"] == "stop" and len(asked["generated_text"]) < len(raw["generated_text"])
+    assert raw["generated_text"].startswith(asked["generated_text"])
+
+
+@pytest.mark.parametrize(
+    ("closing", "expected"), [("<|im_end|>\n", {"<|im_end|>"}), ("\n", set()), ("<|endoftext|>", {"<|endoftext|>"})]
+)
+def test_the_end_of_a_turn_is_the_special_token_that_the_template_closes_it_with(
+    tmp_path: Path, closing: str, expected: set[str]
+) -> None:
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}" + closing + "{% endfor %}"
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, chat_template=template))
+    assert {tokenizer.piece(token) for token in end_of_turn(tokenizer)} == expected
+
+
 def test_how_an_answer_ended_is_told_and_one_stops_at_the_tokens_that_are_asked_for(folder: Path) -> None:
     tokenizer = Tokenizer.load(folder / "base")
     (long,) = lines(alone(folder, "base", "one and", "--json", "--max-tokens", 20))
@@ -146,6 +181,12 @@ def test_a_long_prompt_in_a_batch_takes_no_room_from_the_others(folder: Path) ->
     apart = lines(good("generate", *flags, "--batch-size", 1))
     assert found == apart and all(row["finish_reason"] == "length" for row in found)
     assert len(found[0]["generated_text"]) < len(found[1]["generated_text"])
+
+
+def test_virtual_tokens_take_room_too(folder: Path) -> None:
+    for name, most in (("a", 400), ("p", 398)):
+        flags = ("--model", folder / "base", "--adapter", folder / name, "--prompt", "one two " * 200)
+        assert_refused(run("generate", *flags), f"the model sees {most}")
 
 
 def test_the_lines_go_to_a_file_if_one_is_named(folder: Path, tmp_path: Path) -> None:
@@ -207,14 +248,6 @@ def answer(folder: Path, adapter: str, messages: list[dict[str, str]], count: in
         model = load_adapter(model, folder / adapter)
     ids = tokenizer.encode(tokenizer.chat(messages, add_generation_prompt=True))
     return tokenizer.decode(complete(model, [ids], count, tokenizer.stop_ids | end_of_turn(tokenizer))[0])
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
 
 
 def test_each_turn_is_answered_as_the_whole_conversation_by_the_adapter_chosen(folder: Path, talk: Any) -> None:
@@ -303,8 +336,7 @@ def test_ctrl_c_in_a_process_stops_the_answer_and_not_the_program(folder: Path, 
     endless = tmp_path / "endless"
     raw = RAW | {"max_position_embeddings": 1_000_000}
     write_checkpoint(endless, raw, random_weights(Config.from_dict(raw), seed=3, std=0.3))
-    for path in (folder / "base").glob("*token*"):
-        (endless / path.name).write_bytes(path.read_bytes())
+    save_tokenizer_files(folder / "base", endless)
     chat = process("chat", "--model", endless, "--max-tokens", 1_000_000, bufsize=0)
     assert chat.stdin and chat.stdout
     chat.stdin.write("one\n")

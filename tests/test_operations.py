@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import LLAMA3, normal, seeds, sizes
 
+from minilora.ops import attention as attention_module
 from minilora.ops.attention import attention, attention_backward, visible_keys
 from minilora.ops.cross_entropy import IGNORE, cross_entropy, cross_entropy_backward
 from minilora.ops.embedding import embedding, embedding_backward
@@ -329,7 +330,22 @@ def test_a_query_sees_the_keys_of_its_own_segment_that_do_not_come_after_it(toke
 @given(attention_case())
 def test_attention_rows_sum_to_one(case: Case) -> None:
     _, cache = case.forward(**case.inputs)
-    np.testing.assert_allclose(cache.p.sum(axis=-1), 1, **rounding())
+    for block in cache.blocks:
+        np.testing.assert_allclose((block.e / block.z).sum(axis=-1), 1, **rounding())
+
+
+@given(attention_case(), st.integers(1, 3))
+def test_attention_in_blocks_of_queries_equals_attention_at_once(case: Case, queries: int) -> None:
+    whole, whole_cache = case.forward(**case.inputs)
+    dy = normal(0, *whole.shape, stream=9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_module, "QUERIES_AT_ONCE", queries)
+        y, cache = case.forward(**case.inputs)
+        gradients = attention_backward(dy, cache)
+    assert len(cache.blocks) == -(-y.shape[1] // queries)
+    np.testing.assert_allclose(y, whole, **rounding())
+    for ours, theirs in zip(gradients, attention_backward(dy, whole_cache), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9 * max(1, abs(theirs).max()))
 
 
 @given(seeds, st.integers(2, 6), st.data())

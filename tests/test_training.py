@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -539,7 +538,7 @@ def test_on_resuming_lines_of_steps_to_be_run_again_are_dropped_and_a_torn_last_
 
 
 @pytest.mark.parametrize("sick", ["loss", "gradient"])
-def test_a_number_that_is_not_finite_stops_training_with_advice_and_the_last_saved_state_stays(
+def test_a_number_that_is_not_finite_stops_training_and_the_last_saved_state_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sick: str
 ) -> None:
     model, state = new_run()
@@ -555,11 +554,8 @@ def test_a_number_that_is_not_finite_stops_training_with_advice_and_the_last_sav
         return loss, gradients
 
     monkeypatch.setattr(loop, "loss_and_gradients", sickening)
-    with pytest.raises(Diverged, match=r"^step 6: .* keeps the last good state") as error:
+    with pytest.raises(Diverged, match=r"^step 6: .* keeps the last good state"):
         train(model, state, ROWS, VALID, PLAN, tmp_path, 0, lambda _: saved.append(_state_file(tmp_path)))
-    assert set(re.findall(r"--[\w-]+", str(error.value))) == {
-        "--learning-rate", "--warmup", "--max-grad-norm", "--alpha",
-    }  # fmt: skip
     assert _state_file(tmp_path) == saved[-1] and len(saved) == 2  # of steps 0 and 3
     assert state.step == 5 and all(np.isfinite(p).all() for p in state.trainable.values())
 
@@ -571,7 +567,7 @@ def _state_file(folder: Path) -> bytes:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_rate_that_is_far_too_high_is_noticed(tmp_path: Path) -> None:
     model, state = new_run(optimizer="sgd")
-    with pytest.raises(Diverged, match=r"a lower --learning-rate \(now 1e\+200\)"):
+    with pytest.raises(Diverged, match="the loss is"):
         train(model, state, ROWS, VALID, replace(PLAN, learning_rate=1e200, max_grad_norm=0), tmp_path)
 
 

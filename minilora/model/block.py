@@ -87,7 +87,7 @@ def block_backward(
     dx = dx + dbranch
 
     da, grads["o"] = site.o.backward(dx, c.o)
-    dq, dk, dv = attention_backward(da.reshape(B, T, -1, cache.attention.q.shape[-1]), cache.attention)
+    dq, dk, dv = attention_backward(da.reshape(cache.attention.y.shape), cache.attention)
     dpast = dk[:, :-T], dv[:, :-T]  # the past comes first
     dk, dv = dk[:, -T:], dv[:, -T:]
     if use_rope:

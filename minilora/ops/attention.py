@@ -7,14 +7,21 @@ from typing import NamedTuple
 
 from minilora.backend import Array, xp
 
+QUERIES_AT_ONCE = 64
 EVERYONE = -1  # a segment that all others see: what a method puts before every example
 
 
+class BlockCache(NamedTuple):
+    q: Array  # (B, K, G·t, d), divided by √d
+    k: Array  # (B, K, s, d)
+    v: Array  # (B, K, s, d)
+    e: Array  # (B, K, G·t, s), the attention weights before each row is divided by its sum
+    z: Array  # (B, K, G·t, 1), the sums
+
+
 class AttentionCache(NamedTuple):
-    q: Array  # (B, K, G·T, d)
-    k: Array  # (B, K, S, d)
-    v: Array  # (B, K, S, d)
-    p: Array  # (B, K, G·T, S), the attention weights
+    blocks: list[BlockCache]  # one for each block of queries
+    y: Array  # (B, T, H, d)
 
 
 def visible_keys(query_positions: Array, query_segments: Array, key_positions: Array, key_segments: Array) -> Array:
@@ -33,42 +40,80 @@ def attention(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, Atte
     """y = P v with P = softmax(q kᵀ/√d) over the visible keys. (docs: O11)
 
     q (B, T, H, d), k and v (B, S, K, d), visible (B, T, S), y (B, T, H, d). S > T where keys of the past come first.
-    Query head h reads key head h // G. The G queries of a key are stacked into the rows of one matrix, so that
-    each key head is one product, and the sum over its queries in the backward happens within it.
+    Keys stand in the order of time, the last T beside their queries. Queries go in blocks: none sees a key that stands
+    after it, so the early blocks need only the early keys.
     """
-    B, T, H, d = q.shape
-    S, K = k.shape[1:3]
-    q = _stack_group(q, K)  # (B, K, G·T, d)
-    k = k.transpose(0, 2, 1, 3)  # (B, K, S, d)
-    v = v.transpose(0, 2, 1, 3)  # (B, K, S, d)
-    p = q @ k.transpose(0, 1, 3, 2)  # (B, K, G·T, S)
-    p *= 1 / math.sqrt(d)
-    by_group = p.reshape(B, K, H // K, T, S)  # a view: the same numbers
-    xp.copyto(by_group, -math.inf, where=~visible[:, None, None])
-    p -= p.real.max(axis=-1, keepdims=True)  # softmax does not change, and exp cannot overflow
-    xp.exp(p, out=p)
-    p /= p.sum(axis=-1, keepdims=True)
-    return _unstack_group(p @ v, T), AttentionCache(q, k, v, p)
+    T, S = visible.shape[1:]
+    y = xp.empty_like(q)
+    blocks = []
+    for start, stop in _blocks(T):
+        s = S - T + stop
+        y[:, start:stop], block = _attend(q[:, start:stop], k[:, :s], v[:, :s], visible[:, start:stop, :s])
+        blocks.append(block)
+    return y, AttentionCache(blocks, y)
 
 
 def attention_backward(dy: Array, cache: AttentionCache) -> tuple[Array, Array, Array]:
-    """dq (B, T, H, d), dk and dv (B, S, K, d). (docs: O12)
+    """dq (B, T, H, d), dk and dv (B, S, K, d): the blocks' own, and where blocks share a key, their sum. (docs: O12)"""
+    dq = xp.empty_like(dy)
+    dk_dv: tuple[Array, Array] | None = None
+    for (start, stop), block in reversed([*zip(_blocks(dy.shape[1]), cache.blocks, strict=True)]):
+        dq[:, start:stop], dk, dv = _attend_backward(dy[:, start:stop], cache.y[:, start:stop], block)
+        if dk_dv is None:  # the last block sees all keys
+            dk_dv = dk, dv
+        else:
+            for total, part in zip(dk_dv, (dk, dv), strict=True):
+                total[:, : part.shape[1]] += part
+    assert dk_dv is not None
+    return dq, *dk_dv
 
-    Forward was y = P v, so dv = Pᵀ dy and dP = dy vᵀ. The softmax of a row has ∂P_i/∂s_j = P_i (δ_ij − P_j), so
-        ds = P ⊙ (dP − Σ_j dP_j P_j);
-    a key that was not visible has P = 0 and gets no gradient. With s = q kᵀ/√d: dq = ds k/√d and dk = dsᵀ q/√d.
+
+def _blocks(T: int) -> list[tuple[int, int]]:
+    return [(start, min(start + QUERIES_AT_ONCE, T)) for start in range(0, T, QUERIES_AT_ONCE)]
+
+
+def _attend(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, BlockCache]:
+    """The attention of one block of t queries to s keys.
+
+    Query head h reads key head h // G. The G queries of a key are stacked into the rows of one matrix, so that each key
+    head is one product, and the sum over its queries in the backward happens within it. P = e/z is never formed: the
+    division by z waits for the product with v, which has d columns instead of s.
     """
-    q, k, v, p = cache
-    T = dy.shape[1]
-    dy = _stack_group(dy, k.shape[1])
-    dv = p.transpose(0, 1, 3, 2) @ dy
-    ds = dy @ v.transpose(0, 1, 3, 2)
-    ds -= (ds * p).sum(axis=-1, keepdims=True)
-    ds *= p
-    ds *= 1 / math.sqrt(q.shape[-1])
-    dq = _unstack_group(ds @ k, T)
-    dk = ds.transpose(0, 1, 3, 2) @ q
-    return dq, dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
+    B, t, H, d = q.shape
+    s, K = k.shape[1:3]
+    q = _stack_group(q * (1 / math.sqrt(d)), K)
+    k = k.transpose(0, 2, 1, 3)
+    v = v.transpose(0, 2, 1, 3)
+    e = q @ k.transpose(0, 1, 3, 2)
+    by_group = e.reshape(B, K, H // K, t, s)  # a view: the same numbers
+    xp.copyto(by_group, -math.inf, where=~visible[:, None, None])
+    e -= e.real.max(axis=-1, keepdims=True)  # softmax does not change, and exp cannot overflow
+    xp.exp(e, out=e)
+    z = e.sum(axis=-1, keepdims=True)
+    y = e @ v
+    y /= z
+    return _unstack_group(y, t), BlockCache(q, k, v, e, z)
+
+
+def _attend_backward(dy: Array, y: Array, cache: BlockCache) -> tuple[Array, Array, Array]:
+    """dq, dk, dv of one block.
+
+    Forward was y = P v, so dv = Pᵀ dy and dP = dy vᵀ. The softmax of a row has ∂P_i/∂S_j = P_i (δ_ij − P_j), so
+        dS = P ⊙ (dP − Σ_j dP_j P_j),    in which Σ_j dP_j P_j = dy · Σ_j P_j v_j = dy · y;
+    a key that was not visible has P = 0 and gets no gradient. With P = e/z and g = dy/z this is dv = eᵀ g and
+    dS = e ⊙ (g vᵀ − g · y). With S = q kᵀ/√d: dq = dS k/√d and dk = dSᵀ q/√d, where the q saved has the 1/√d already.
+    """
+    q, k, v, e, z = cache
+    t, K, d = dy.shape[1], k.shape[1], q.shape[-1]
+    g = _stack_group(dy, K) / z
+    dS = g @ v.transpose(0, 1, 3, 2)
+    dS -= (g * _stack_group(y, K)).sum(axis=-1, keepdims=True)
+    dS *= e
+    dv = e.transpose(0, 1, 3, 2) @ g
+    dk = dS.transpose(0, 1, 3, 2) @ q
+    dq = dS @ k
+    dq *= 1 / math.sqrt(d)
+    return _unstack_group(dq, t), dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
 
 
 def _stack_group(x: Array, K: int) -> Array:

@@ -19,7 +19,7 @@ from minilora.methods.prefix import PrefixTuning
 from minilora.methods.prompt import PromptTuning
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, LINEAR, layer_module, parameter_shapes
-from minilora.training.footprint import Work, lowest_trained_layer
+from minilora.training.footprint import Work, attended_pairs, lowest_trained_layer
 
 
 class Flops(NamedTuple):
@@ -39,15 +39,16 @@ def step_flops(config: Config, method: Method, work: Work, checkpointing: bool =
     """Forward and backward. Checkpointing runs the layers' forward again in the backward.
 
     Frozen, a weight of out × in costs 2·out·in a token forwards and as much backwards for dx; trained whole, once more
-    for dW. Attention has two products of P·d multiply-adds forwards and four backwards, hidden pairs included.
+    for dW. Attention has two products forwards and four backwards, of d multiply-adds for each head, query and key.
     """
     trainable = trainable_shapes(method, config)
     shapes = parameter_shapes(config)
     shapes.setdefault(f"{HEAD}.weight", shapes[f"{EMBED}.weight"])
     virtual = method.num_virtual_tokens if isinstance(method, PrefixTuning | PromptTuning) else 0
     seen = work.length + virtual
-    N = work.rows * (seen if isinstance(method, PromptTuning) else work.length)
-    pairs = 2 * N * seen * config.num_attention_heads * config.head_dim
+    words = work.length + (virtual if isinstance(method, PromptTuning) else 0)
+    N, width = work.rows * words, config.num_attention_heads * config.head_dim
+    product = 2 * work.rows * width * attended_pairs(words, seen)
     lowest = lowest_trained_layer(config, trainable)
     tied = config.tie_word_embeddings and isinstance(method, Full)
 
@@ -67,8 +68,8 @@ def step_flops(config: Config, method: Method, work: Work, checkpointing: bool =
                 up += extra[0]
         trained[0] += down
         trained[1] += up
-        attention[0] += 2 * pairs
-        attention[1] += (4 + 2 * checkpointing) * pairs if layer >= lowest else 0
+        attention[0] += 2 * product
+        attention[1] += (4 + 2 * checkpointing) * product if layer >= lowest else 0
 
     if f"{EMBED}.lora_embedding_A" in trainable:
         rank, _ = trainable[f"{EMBED}.lora_embedding_A"]

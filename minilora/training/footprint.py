@@ -5,7 +5,7 @@ there at all of them; beside it stand what the forward keeps for the backward, t
 needs while it runs. docs/plan.md gives the reason for each line.
 
 Activations are counted in numbers of the computation's dtype. Letters are those of ops/__init__.py; beside them
-Q = H·d and K = (key/value heads)·d, the widths of q and of k; M = B·S keys; P = B·H·T·S weights of the softmax.
+Q = H·d and K = (key/value heads)·d, the widths of q and of k; M = B·S keys.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from minilora.methods.random_subset import RandomSubset
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, LINEAR, layer_module, parameter_shapes
 from minilora.nf4 import ABSMAX_BLOCK, BLOCK
+from minilora.ops.attention import QUERIES_AT_ONCE
 
 LOSS_CHUNK = 1024  # rows of logits at a time: `chunk` of head_loss
 STATE = {"adamw": 2, "sgd": 0}  # numbers that each of OPTIMIZERS keeps for a number that trains: m and v
@@ -169,25 +170,37 @@ def layer_numbers(
     """`seen`: the keys that a query meets, S. `dense`: a frozen matrix is made into an array for each use."""
     B, T, N, M = work.rows, work.length, work.rows * work.length, work.rows * seen
     D, F, H = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    Q, K, P = H * config.head_dim, config.num_key_value_heads * config.head_dim, B * H * T * seen
+    Q, K = H * config.head_dim, config.num_key_value_heads * config.head_dim
     widths = {"q": (Q, D), "k": (K, D), "v": (K, D), "o": (D, Q), "gate": (F, D), "up": (F, D), "down": (D, F)}
     site = {role: site_numbers(trainable, layer_module(layer, role), widths[role], dropout) for role in LINEAR}
     qkv, mlp = any(site[role].input for role in "qkv"), site["gate"].input or site["up"].input
-    matrix = max(map(math.prod, widths.values())) if dense else 0
 
     kept = 2 * N * (D + 1)  # both norms: their input, which is the residual too, and 1/rms
-    kept += N * Q + 2 * M * K + P  # attention: q, k, v, and the softmax's weights
+    kept += 2 * N * Q + 2 * M * K + B * H * attended_pairs(T, seen) + N * H  # attention: q, y; k, v; e; z
     kept += 2 * N * F  # swiglu: gate and up
-    kept += N * D * (qkv + mlp) + N * Q * site["o"].input + N * F * site["down"].input  # what a trained site read
+    kept += N * D * (qkv + mlp) + N * F * site["down"].input  # what a trained site read, if nobody keeps it yet
     kept += N * sum(one.own for one in site.values())
 
-    forward = N * D + N * Q + max(2 * N * D, N * F) + matrix  # o; q laid out otherwise; down and x, or σ(gate)
-    forward += N * D * (not mlp) + N * Q * (not site["o"].input) + N * F * (not site["down"].input)
+    forward = N * D + N * Q + max(2 * N * D, N * F) + F * D * dense  # o; q as it came; down and x, or σ(gate)
+    forward += N * D * (not mlp) + N * F * (not site["down"].input)
 
-    backward = 3 * N * F + 4 * N * D  # df, dgate, dup; dxn of gate and of up, the norm's dx, the residual's
-    attention = 2 * N * Q + M * K + 2 * P  # da in two layouts; dv; dP, and dP ⊙ P, of which only row sums are wanted
-    backward += max(attention, matrix + max(N * one.passing for one in site.values()))
+    # Backwards df, dgate and dup stay until the layer is done; beside them the fullest of its stages. Attention's half
+    # has dx of up, of the MLP's norm and of the residual, and da and dq.
+    half, block = 3 * N * D + 2 * N * Q, min(T, QUERIES_AT_ONCE)
+    backward = 3 * N * F + max(
+        N * F,  # swiglu: σ(gate)
+        2 * N * D + max(site[role].needs(N, F * D * dense) for role in ("gate", "up")),  # dxn of gate, and of up
+        half + N * D + B * (H * block * seen + 4 * block * Q + 2 * seen * K),  # dxn; of a block dS, g, dq; dk, dv
+        half + 2 * N * D + M * K + max(site[role].needs(N, Q * D * dense) for role in "qkv"),  # dxn of q, and of k; dk
+        half + 6 * N * D + M * K,  # the norm: dxn of q, k and v; x̂, dx̂ and their product; dk, turned back by RoPE
+    )
     return Layer(kept, forward, backward)
+
+
+def attended_pairs(T: int, S: int) -> int:
+    """Pairs of a query and a key that attention computes for a head of a row: a block of queries sees no later key."""
+    ends = [min(start + QUERIES_AT_ONCE, T) for start in range(0, T, QUERIES_AT_ONCE)]
+    return sum((end - start) * (S - T + end) for start, end in zip([0, *ends], ends, strict=False))
 
 
 class Site(NamedTuple):
@@ -196,6 +209,10 @@ class Site(NamedTuple):
     input: bool = False  # it keeps the array that it read; sites that read the same one share it
     own: int = 0  # numbers that it keeps beside
     passing: int = 0  # numbers during its backward
+
+    def needs(self, N: int, matrix: int) -> int:
+        """During its backward, beside dx: with `matrix` numbers for W where it is held otherwise."""
+        return matrix + N * self.passing
 
 
 def site_numbers(trainable: Mapping[str, Shape], module: str, width: tuple[int, int], dropout: bool) -> Site:

@@ -65,7 +65,7 @@ def train(
     def save(batches: list[Batch]) -> None:
         loss = mean_loss(model, batches) if batches else 0.0  # of the very parameters to be saved
         if not math.isfinite(loss):
-            raise Diverged(_advice(state, plan, loss, math.nan))
+            raise Diverged(_stopped(state, loss, math.nan))
         state.seconds = time.perf_counter() - started
         state.save(folder)
         on_save(state)
@@ -82,7 +82,7 @@ def train(
             loss, gradients = loss_and_gradients(model, batches, seeds, plan.activation_checkpointing)
             norm = global_norm(gradients)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise Diverged(_advice(state, plan, loss, norm))
+                raise Diverged(_stopped(state, loss, norm))
             clip_gradients(gradients, norm, plan.max_grad_norm)
             rate = learning_rate(state.step, plan.steps, plan.learning_rate, plan.schedule, plan.warmup)
             state.optimizer.update(state.trainable, gradients, rate)
@@ -140,10 +140,8 @@ def _out_of_patience(state: State, plan: Plan) -> bool:
     return plan.patience > 0 and state.evaluations_without_gain >= plan.patience
 
 
-def _advice(state: State, plan: Plan, loss: float, norm: float) -> str:
+def _stopped(state: State, loss: float, norm: float) -> str:
     return (
         f"step {state.step + 1}: the loss is {loss} and the gradient's norm {norm}. Training stopped; the run folder "
-        "keeps the last good state. What usually helps, in this order: a lower --learning-rate (now "
-        f"{plan.learning_rate:g}), a longer --warmup (now {plan.warmup} steps), a --max-grad-norm of 1 or less (now "
-        f"{plan.max_grad_norm:g}), a lower --alpha."
+        "keeps the last good state."
     )

@@ -23,9 +23,11 @@ from minilora.methods.lora import LoRA
 from minilora.model.model import Model
 from minilora.model.names import parameter_count
 from minilora.text.tokenizer import Tokenizer, save_tokenizer_files
+from minilora.training.advice import advise, after_divergence
 from minilora.training.evaluation import answers, can_be_matched, drift, exact_match, outside_text
-from minilora.training.loop import Plan, steps_per_epoch, train
+from minilora.training.loop import Diverged, Plan, steps_per_epoch, train
 from minilora.training.method import check_tied, make_method
+from minilora.training.metrics import read_metrics
 from minilora.training.optimizers import OPTIMIZERS, loraplus
 from minilora.training.order import Order
 from minilora.training.schedules import warmup_steps
@@ -122,13 +124,17 @@ def make_plan(settings: Settings, task: Task) -> Plan:
 
 
 def train_run(run: Run) -> None:
-    """Train, and leave the outcome in the run folder."""
+    """Train, and leave the outcome in the run folder. Raises Diverged, with advice; the last good state is there then."""
 
     def on_save(state: State) -> None:
         if not isinstance(run.method, Full):  # small: the folder always holds an adapter that can be used
             write_outcome(run, state.best or {name: to_host(p) for name, p in state.trainable.items()})
 
-    train(run.adapted, run.state, run.task.rows, run.task.valid, run.plan, run.folder, run.tokenizer.pad_id, on_save)
+    task, pad_id = run.task, run.tokenizer.pad_id
+    try:
+        train(run.adapted, run.state, task.rows, task.valid, run.plan, run.folder, pad_id, on_save)
+    except Diverged as error:
+        raise Diverged(f"{error} {after_divergence(run.settings, run.plan.warmup)}") from error
     write_outcome(run, {name: to_host(p) for name, p in run.state.trainable.items()})
 
 
@@ -175,4 +181,5 @@ def summarize(run: Run, before: Judgement, after: Judgement, started: float) -> 
         "training_seconds": round(run.state.seconds, 2),
         "seconds": round(time.perf_counter() - started, 2),
         "peak_memory_bytes": peak_memory_bytes(),
+        "advice": advise(read_metrics(run.folder), run.settings, before.loss, after.loss),
     }

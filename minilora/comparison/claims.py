@@ -1,0 +1,1 @@
+def as_page(found): return "…\n"

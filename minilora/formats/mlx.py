@@ -1,0 +1,145 @@
+"""mlx-lm's LoRA and DoRA adapters in and out: a folder with `adapter_config.json` and `adapters.safetensors`.
+
+The same matrices, transposed: `lora_a` (in, r) is Aᵀ, `lora_b` (r, out) is Bᵀ, and `m` is DoRA's magnitude. One rank
+and one `scale`, which is s itself, hold for all modules. These are given by `keys`: names within a layer, meant of the
+last `num_layers` layers (of all, if that is 0 or less), or full names. As in mlx-lm 0.32, mlx_lm/tuner/utils.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.formats.fields import names, number, rank, whole
+from minilora.formats.files import HostArray, check_shapes, open_safetensors, read_json, write_json, write_safetensors
+from minilora.formats.peft import CONFIG, Adapter, adapter_shapes, stored_shapes
+from minilora.methods.lora import LoRA
+from minilora.methods.targets import projections
+from minilora.model.config import Config
+from minilora.model.names import EMBED, HEAD, LAYER, LINEAR, layer_module
+
+TENSORS = "adapters.safetensors"
+ENDS = {  # of names: ours → theirs
+    **{"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "m"},
+    **{"lora_embedding_A": "lora_a", "lora_embedding_B": "lora_b"},
+}
+PARAMETERS = {"rank", "scale", "dropout", "keys", "alpha"}  # mlx-lm itself once wrote an alpha, and never read it
+TIED = (
+    "of a tied model, mlx-lm adapts embedding and head as one, and PEFT and minilora each alone: "
+    f"an adapter on {EMBED} or {HEAD} cannot be exchanged"
+)
+
+
+def check_sayable(settings: LoRA, config: Config) -> None:
+    """ValueError, naming the setting, if mlx-lm's format has no words for this adapter of such a model."""
+    places = settings.places(config)
+    if settings.modules_to_save:
+        raise ValueError(
+            f"mlx-lm's format has no modules_to_save, here {', '.join(settings.modules_to_save)}: use PEFT's"
+        )
+    if len({place.rank for place in places.values()}) > 1:
+        raise ValueError("mlx-lm's format has one rank for all modules and no rank_pattern: use PEFT's")
+    if len({place.scale for place in places.values()}) > 1:
+        raise ValueError("mlx-lm's format has one scale for all modules and no alpha_pattern: use PEFT's")
+    if config.tie_word_embeddings and {EMBED, HEAD} & places.keys():
+        raise ValueError(TIED)
+
+
+def write_mlx_adapter(
+    folder: Path, settings: LoRA, tensors: Mapping[str, HostArray], config: Config, base_model: str
+) -> None:
+    """Write an adapter that mlx-lm loads. `tensors` are named as in the model. ValueError as for check_sayable."""
+    check_sayable(settings, config)
+    places = settings.places(config)
+    place = next(iter(places.values()))
+    keys, num_layers = _keys(config, places)
+    raw = {
+        "model": base_model,
+        "fine_tune_type": "dora" if settings.dora else "lora",
+        "num_layers": num_layers,
+        "lora_parameters": {
+            "keys": keys,
+            "rank": place.rank,
+            "scale": whole(place.scale),
+            "dropout": settings.dropout,
+        },
+    }
+    write_safetensors(folder / TENSORS, {_their_name(name): tensor.T for name, tensor in tensors.items()})
+    write_json(folder / CONFIG, raw)
+
+
+def read_mlx_adapter(folder: Path, config: Config) -> Adapter:
+    """Read an adapter for a model of this configuration. ValueError or OSError, naming file and field or tensor."""
+    path, tensors_path = folder / CONFIG, folder / TENSORS
+    raw = read_json(path)
+    with open_safetensors(tensors_path) as file:
+        found = stored_shapes(tensors_path, file)
+        try:
+            settings = _settings(path, raw, config, {name.rpartition(".")[0] for name in found})
+            expected = adapter_shapes(config, settings)
+        except ValueError as error:
+            raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+        transposed = {_their_name(name): shape[::-1] for name, shape in expected.items()}
+        check_shapes(tensors_path, transposed, found, f"The adapter does not fit its {CONFIG} and this base model.")
+        stored = {name: file.get_tensor(_their_name(name)).astype(np.float32) for name in expected}
+    tensors = {name: np.ascontiguousarray(tensor.T) for name, tensor in stored.items()}
+    return Adapter(settings, tensors, str(raw.get("model") or ""), {})
+
+
+def _settings(path: Path, raw: Mapping[str, Any], config: Config, adapted: Iterable[str]) -> LoRA:
+    kind = raw.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
+        raise ValueError(f"{path}: fine_tune_type {kind!r} is not supported, only 'lora' and 'dora'")
+    parameters, num_layers = raw.get("lora_parameters"), raw.get("num_layers")
+    if not isinstance(parameters, dict) or not isinstance(num_layers, int):
+        raise ValueError(f"{path}: lora_parameters must be an object in braces, and num_layers a whole number")
+    for field in parameters.keys() - PARAMETERS:
+        raise ValueError(f"{path}: {field} {parameters[field]!r} in lora_parameters is not supported")
+    # Without keys, old versions of mlx-lm adapt q and v, new ones every linear map of a layer: the tensors say which.
+    keys = names(path, parameters, "keys") or tuple(dict.fromkeys(_within_layer(module) for module in adapted))
+    if config.tie_word_embeddings and {EMBED, HEAD} & set(keys):
+        raise ValueError(f"{path}: {TIED}")
+    within = tuple(LAYER[role] for role in LINEAR if LAYER[role] in keys)
+    in_full = tuple(module for module in (EMBED, *projections(config), HEAD) if module in keys)
+    if not within + in_full:
+        raise ValueError(f"{path}: keys {list(keys)} name no linear map of the base model")
+    first = _first(config, num_layers)
+    r, scale = rank(path, parameters, "rank"), number(path, parameters, "scale")
+    return LoRA(
+        rank=r,
+        alpha=scale * r,
+        dropout=number(path, parameters, "dropout", 0),
+        target_modules=within + in_full,
+        layers_to_transform=tuple(range(first, config.num_hidden_layers)) if within and first else None,
+        dora=kind == "dora",
+    )
+
+
+def _keys(config: Config, modules: Collection[str]) -> tuple[list[str], int]:
+    """`keys` and `num_layers` for these modules: names within the last layers where those say it, else full names."""
+    keys = list(dict.fromkeys(_within_layer(module) for module in modules))
+    for num_layers in range(config.num_hidden_layers, 0, -1):
+        last = range(_first(config, num_layers), config.num_hidden_layers)
+        meant = {layer_module(layer, role) for layer in last for role in LINEAR if LAYER[role] in keys}
+        if meant | ({EMBED, HEAD} & set(keys)) == set(modules):
+            return keys, num_layers
+    return list(modules), config.num_hidden_layers
+
+
+def _first(config: Config, num_layers: int) -> int:
+    """The first of the last `num_layers` layers."""
+    return max(0, config.num_hidden_layers - num_layers) if num_layers > 0 else 0
+
+
+def _within_layer(module: str) -> str:
+    """`self_attn.q_proj` of `model.layers.0.self_attn.q_proj`; what is in no layer keeps its name."""
+    return re.sub(r"^model\.layers\.\d+\.", "", module)
+
+
+def _their_name(name: str) -> str:
+    (end,) = (end for end in ENDS if name.endswith(f".{end}"))
+    return name.removesuffix(end) + ENDS[end]
