@@ -45,7 +45,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(*flags("out"), type=Path, required=True, metavar="FOLDER", help="to write, new or empty")
     parser.add_argument(
-        *flags("model"), default="", metavar="MODEL", help="the base, a folder or a hub id (default: what A names)"
+        *flags("model"),
+        default="",
+        metavar="MODEL",
+        help="the base, a folder or a hub id (default: the first adapter's)",
     )
     parser.add_argument("--force", action="store_true", help="combine even adapters that name different bases")
     return parser.parse_args(dashed(argv))

@@ -16,10 +16,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from minilora import cli
+from minilora import cli, train_flags
 from minilora.benchmarks.machine import cores, facts
 from minilora.benchmarks.report import as_markdown, as_text, check_markdown_file, machine_line, write_markdown
-from minilora.comparison import figures, trials
+from minilora.comparison import figures
 from minilora.comparison.claims import as_page
 from minilora.comparison.inputs import write_rows
 from minilora.comparison.latency import latency
@@ -27,9 +27,11 @@ from minilora.comparison.plots import plot
 from minilora.comparison.report import tables
 from minilora.comparison.rivals import FULL, LORA, RIVALS, Rival, choose, lora_of_rank
 from minilora.comparison.spectrum import spectra
+from minilora.comparison.trials import Field, best_rate, expected_trials
 from minilora.flags import dashed
 from minilora.formats.files import read_json, write_json, write_text
 from minilora.formats.load import SHIPPED_MODEL
+from minilora.train_flags import choose_settings
 from minilora.training.settings import read_settings
 
 RESULTS_FILE, BUDGET_FILE = "comparison.json", "budget.json"
@@ -48,10 +50,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     names = [rival.name for rival in RIVALS]
     parser.add_argument("--methods", nargs="+", default=names, metavar="NAME", help="those to compare (default: all)")
     parser.add_argument("--ranks", nargs="+", type=int, default=[], metavar="R", help="LoRA at these ranks, too")
-    parser.add_argument("--cipher", action="store_true", help="full and LoRA also on the task enciphered: far from home")
+    parser.add_argument(
+        "--cipher", action="store_true", help="full and LoRA on the task enciphered, too: far from home"
+    )
     parser.add_argument("--model", default=str(SHIPPED_MODEL), help="folder or hub id of the base (default: tinysmol)")
     parser.add_argument("--data", default="", help="folder of data, or file (default: the built-in SQL task)")
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="of each trial (%(default)s)")
+    parser.add_argument("--steps", type=int, default=40, metavar="N", help="of each trial (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows of a step (%(default)s)")
     parser.add_argument("--eval-rows", type=int, default=100, metavar="N", help="rows to answer (%(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="one run each (0 1)")
@@ -60,8 +64,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(dashed(argv))
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise ValueError naming the flag that makes no sense."""
+def check(args: argparse.Namespace, rest: list[str]) -> None:
+    """Raise ValueError naming the flag that makes no sense, to us or to train."""
+    choose_settings(train_flags.parse(rest))
     if args.steps < 1 or args.batch_size < 1 or args.eval_rows < 0:
         raise ValueError("--steps and --batch-size must be at least 1, --eval-rows at least 0")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
@@ -82,6 +87,9 @@ class Comparison:
         self.args = args
         self.flags = list(rest)
         self.rivals = choose(args.methods)
+        if args.data and not Path(args.data).is_dir():  # whose held-out rows evaluate cannot tell from the others
+            print("few-shot left out: it needs --data to be a folder with train and test files")
+            self.rivals = [rival for rival in self.rivals if rival.rates]
         self.ranks = [lora_of_rank(rank, ()) for rank in sorted({*args.ranks})]
         self.cipher = [FULL, LORA, lora_of_rank(64, LORA.rates)] if args.cipher else []
         budget = {name: getattr(args, name) for name in ("model", "data", "steps", "batch_size", "eval_rows")}
@@ -93,12 +101,12 @@ class Comparison:
 
     def steps(self) -> int:
         """Of all trials, but for those that a search may add."""
-        args = self.args
-        ranks = len(self.ranks) * len(args.seeds) * args.steps
+        seeds = self.args.seeds
+        count = expected_trials(self.rivals, seeds) + expected_trials(self.cipher, seeds[:1])
+        count += len(self.ranks) * len(seeds)
         if self.ranks and LORA not in self.rivals:
-            ranks += trials.expected_steps([LORA], args.seeds[:1], args.steps)
-        cipher = trials.expected_steps(self.cipher, args.seeds[:1], args.steps)
-        return trials.expected_steps(self.rivals, args.seeds, args.steps) + ranks + cipher
+            count += expected_trials([LORA], seeds[:1])
+        return count * int(self.args.steps)
 
     def run(self) -> dict[str, Any]:
         """Run what has not been run, and gather the figures of all."""
@@ -109,10 +117,8 @@ class Comparison:
             methods = [self.result(field, rival, args.seeds) for rival in self.rivals]
             ranks = []
             if self.ranks:
-                rate = trials.best_rate(LORA, args.seeds[0], field.compete(LORA, args.seeds[:1]))
-                ranks = [
-                    self.result(field, rival._replace(rates=(rate,)), args.seeds) for rival in self.ranks
-                ]
+                rate = best_rate(LORA, args.seeds[0], field.compete(LORA, args.seeds[:1]))
+                ranks = [self.result(field, rival._replace(rates=(rate,)), args.seeds) for rival in self.ranks]
             cipher = []
             if self.cipher:
                 far = args.out / "cipher"
@@ -120,22 +126,22 @@ class Comparison:
                 cipher = [self.result(there, rival, args.seeds[:1]) for rival in self.cipher]
         return {"methods": methods, "ranks": ranks, "cipher": cipher}
 
-    def field(self, out: Path, data: str, bar: tqdm[Any]) -> trials.Field:
+    def field(self, out: Path, data: str, bar: tqdm[Any]) -> Field:
         args = self.args
         both = ["--model", args.model, "--data", data, "--eval-rows", str(args.eval_rows)]
-        often = str(max(1, args.steps // 5))
+        often = str(max(1, args.steps // 2))
         shared = [*both, "--steps", str(args.steps), "--batch-size", str(args.batch_size), "--weight-decay", "0"]
         shared += ["--eval-every", often, "--save-every", often, *self.flags]
-        return trials.Field(out, shared, both, args.steps, bar)
+        return Field(out, shared, both, args.steps, bar)
 
-    def result(self, field: trials.Field, rival: Rival, seeds: Sequence[int]) -> figures.Result:
+    def result(self, field: Field, rival: Rival, seeds: Sequence[int]) -> figures.Result:
         return figures.result(rival, seeds, field.compete(rival, seeds), field.folder)
 
 
 def compare_command(argv: list[str] | None = None) -> None:
     """Parse, run, measure, write, print."""
     args, rest = parse(argv)
-    check(args)
+    check(args, rest)
     comparison = Comparison(args, rest)
     machine = facts(cores())
     print(machine_line(machine))
@@ -157,7 +163,7 @@ def compare_command(argv: list[str] | None = None) -> None:
 def after_training(found: dict[str, Any]) -> dict[str, Any]:
     """What is measured on the trained models: latencies, into each result; and the spectrum of full's and LoRA's ΔW.
 
-    By this process, and so after all trials: a process that is started inherits the peak memory of the one that starts it.
+    By this process, and so after all trials: a process inherits the peak memory of the one that starts it.
     """
     good = {result["method"]: result for result in found["methods"] if result["seeds"]}
     trained = next((Path(result["folder"]) for result in good.values() if "rates" in result), None)

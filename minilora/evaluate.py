@@ -32,7 +32,7 @@ from minilora.training.task import BUILT_IN_ROWS
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m minilora.evaluate", description=__doc__)
     add_model_flags(parser)
-    adapter = "folder of a LoRA adapter, or its id on the hub; drift is measured against the model"
+    adapter = "folder of an adapter, or its id on the hub; drift is measured against the model"
     parser.add_argument(*flags("adapter"), metavar="ADAPTER", help=adapter)
     data = "a file, all of it; or a folder: its test part, else its valid part"
     parser.add_argument(*flags("data"), type=Path, metavar="PATH", help=data)

@@ -1,6 +1,6 @@
 """One training step in a process of its own, and the memory it took: what `plan --measure` holds its count against.
 
-python -m minilora.measured_step takes the flags of `plan` and writes a JSON object of bytes.
+python -m minilora.measured_step FOLDER takes the weights from there and the flags of `plan`; it prints JSON, in bytes.
 """
 
 from __future__ import annotations
@@ -8,21 +8,21 @@ from __future__ import annotations
 import json
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 
 from minilora import cli
 from minilora.backend import Array, peak_memory_bytes
-from minilora.formats.checkpoint import named_dtype, random_weights
+from minilora.formats.checkpoint import named_dtype
 from minilora.formats.load import load_model
-from minilora.methods.base import base_model
 from minilora.model.config import Config
 from minilora.model.model import Model
 from minilora.plan import read_job
 from minilora.planning import Job
 from minilora.text.batches import Batch, collate
 from minilora.text.examples import Example
-from minilora.training.footprint import Work
+from minilora.training.activations import Work
 from minilora.training.optimizers import OPTIMIZERS, Optimizer, clip_gradients, global_norm
 from minilora.training.step import loss_and_gradients
 
@@ -50,44 +50,31 @@ def take_step(
     optimizer.update(trainable, gradients, 1e-4)
 
 
-def measure(job: Job) -> dict[str, int]:
-    """Bytes: `imported` before anything is made, by the system's account; `loading`, `between_steps` and `peak` of all
-    arrays and objects that are made then, by NumPy's and Python's account; `resident`, the system's of the whole.
-
-    A known shape that is no folder is filled with random weights.
-    """
+def measure(job: Job, folder: Path) -> dict[str, int]:
+    """`imported`: before anything is made, by the system's account. `between_steps` and `peak`: all arrays and objects
+    that are made from then on, by NumPy's and Python's account. `resident`: the most of the whole, by the system's."""
     settings, dtype = job.settings, named_dtype(job.settings.dtype)
     rng = np.random.default_rng(settings.seed)
     warm = np.ones((256, 256), dtype)
     warm @ warm  # the library of products sets up its threads
     imported = peak_memory_bytes()
     tracemalloc.start()
-    if job.folder:
-        base, _ = load_model(job.folder, settings.dtype, settings.frozen)
-    else:
-        base = base_model(job.config, random_weights(job.config, 0, job.storage.file), dtype, settings.frozen)
-    _, loading = tracemalloc.get_traced_memory()
+    base, _ = load_model(folder, settings.dtype, settings.frozen)
     trainable = job.method.start(base, rng, dtype)
     model = job.method.attach(base, trainable)
     optimizer = OPTIMIZERS[settings.optimizer](trainable)
     batches = [random_batch(job.config, job.work, rng) for _ in range(settings.grad_accumulation)]
     between_steps, _ = tracemalloc.get_traced_memory()
-    tracemalloc.reset_peak()
     take_step(model, trainable, optimizer, batches, settings.activation_checkpointing)
     _, peak = tracemalloc.get_traced_memory()
-    return {
-        "imported": imported,
-        "loading": loading,
-        "between_steps": between_steps,
-        "peak": max(loading, peak),
-        "resident": peak_memory_bytes(),
-    }
+    return {"imported": imported, "between_steps": between_steps, "peak": peak, "resident": peak_memory_bytes()}
 
 
 def measured_step_command(argv: list[str] | None = None) -> None:
     """Parse, measure, print."""
-    job, _ = read_job(argv)
-    print(json.dumps(measure(job)))
+    folder, *flags = sys.argv[1:] if argv is None else argv
+    job, _ = read_job(flags)
+    print(json.dumps(measure(job, Path(folder))))
 
 
 def main(argv: list[str] | None = None) -> int:

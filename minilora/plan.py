@@ -14,7 +14,9 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from minilora import cli, train_flags
@@ -51,7 +53,7 @@ def plan_command(argv: list[str] | None = None) -> None:
     job, args = read_job(argv)
     found = plan(job) | {"interpreter": peak_memory_bytes()}  # this process has the libraries that train has
     if args.measure:
-        found["measured"] = measure(sys.argv[1:] if argv is None else argv, found["this"]["memory"]["total"])
+        found["measured"] = measure(sys.argv[1:] if argv is None else argv, job, found["this"]["memory"]["total"])
     if args.json:
         print(json.dumps(found, indent=2))
         return
@@ -60,25 +62,38 @@ def plan_command(argv: list[str] | None = None) -> None:
         print("", *comparison(found["this"]["memory"], found["measured"]), sep="\n")
 
 
-def measure(argv: Sequence[str], total: int) -> dict[str, int]:
-    """What `measured_step` says of the same flags. ValueError where the machine is too small, RuntimeError of its."""
+def measure(flags: Sequence[str], job: Job, total: int) -> dict[str, int]:
+    """What `measured_step` says of the same flags, with random weights for a shape that has none.
+
+    ValueError where the machine is too small for it.
+    """
     there = facts(1)["memory_bytes"]
     if there and total > 0.9 * there:
         raise ValueError(f"--measure: such a step takes {size(total)}, and this machine has {size(there)}")
-    done = subprocess.run([sys.executable, "-m", "minilora.measured_step", *argv], capture_output=True, text=True)
+    with tempfile.TemporaryDirectory(prefix="minilora-plan-") as scratch:
+        folder = job.folder or Path(scratch, "model")
+        if not job.folder:
+            run("random_checkpoint", job.name, "--out", str(folder), "--dtype", job.storage.file)
+        measured: dict[str, int] = json.loads(run("measured_step", str(folder), *flags))
+    return measured
+
+
+def run(command: str, *arguments: str) -> str:
+    """The last line that another command prints, in a process of its own, so that the memory it takes is its own."""
+    done = subprocess.run([sys.executable, "-m", f"minilora.{command}", *arguments], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it ended without a word, perhaps for want of memory"])[-1]
         raise RuntimeError(f"--measure: {last.removeprefix('error: ')}")
-    measured: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return measured
+    return done.stdout.strip().splitlines()[-1]
 
 
 def heading(job: Job, found: dict[str, Any]) -> list[str]:
     config, work, k = job.config, job.work, job.settings.grad_accumulation
+    rows = f"{k} × {work.rows}" if k > 1 else str(work.rows)
     return [
         f"{job.name}: {config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{found['parameters']:,} parameters, {size(found['checkpoint_file'])} in {job.storage.file}",
-        f"{f'{k} × ' if k > 1 else ''}{work.rows} rows of {work.length} tokens, {work.labelled:,} with a label; "
+        f"{rows} × {work.length} tokens, {k * work.labelled:,} with a label; "
         f"computed in {job.storage.dtype}, frozen weights {job.storage.frozen}",
     ]
 
@@ -112,7 +127,6 @@ def memory_table(job: Job, found: dict[str, Any]) -> list[str]:
         a, b = (one["memory"]["moments"].get(moment) for one in (this, full))
         first, second = ("→ " if one["memory"]["fullest"] == moment else "" for one in (this, full))
         add(f"  at {moment}", a, b, (first, second))
-    add("while the checkpoint is read", this["memory"]["loading"], full["memory"]["loading"])
     add("the most at any time", this["memory"]["total"], full["memory"]["total"])
     lines.append(row("interpreter and libraries, about", *[size(found["interpreter"])] * 2, ""))
     add("the file that is left", this["saved_file"], full["saved_file"])
@@ -141,7 +155,6 @@ def flops_table(found: dict[str, Any]) -> list[str]:
 def comparison(memory: dict[str, Any], measured: dict[str, int]) -> list[str]:
     """The count against the measured step."""
     pairs = {
-        "while the checkpoint is read": (memory["loading"], measured["loading"]),
         "between steps": (memory["between_steps"], measured["between_steps"]),
         "the most at any time": (memory["total"], measured["peak"]),
         "the process, by the system's account": (measured["imported"] + memory["total"], measured["resident"]),

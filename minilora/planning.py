@@ -6,11 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minilora.formats.adapters import read_lora
 from minilora.formats.checkpoint import DTYPES, read_config, read_config_file
 from minilora.formats.hub import find_adapter, find_model
 from minilora.formats.known_configs import GPT_3, KNOWN_CONFIGS
 from minilora.formats.load import SHIPPED_MODEL
-from minilora.formats.peft import read_adapter
 from minilora.formats.sizes import checkpoint_bytes, numbers, saved_bytes, trainable_shapes
 from minilora.methods import Method
 from minilora.methods.full import Full
@@ -19,8 +19,9 @@ from minilora.methods.prompt import PromptTuning
 from minilora.model.config import Config
 from minilora.model.names import parameter_count
 from minilora.text.tokenizer import Tokenizer
+from minilora.training.activations import Work
 from minilora.training.flops import step_flops
-from minilora.training.footprint import Storage, Work, footprint
+from minilora.training.footprint import Storage, footprint
 from minilora.training.method import make_method
 from minilora.training.settings import Settings
 
@@ -73,7 +74,7 @@ def find_shape(settings: Settings) -> tuple[str, Config, dict[str, Any], Path | 
 def find_method(settings: Settings, config: Config) -> Method:
     """The method; of an adapter that training starts from, its own."""
     if settings.adapter:
-        return read_adapter(find_adapter(settings.adapter).folder, config).settings
+        return read_lora(find_adapter(settings.adapter).folder, config).settings
     words = Tokenizer.load(SHIPPED_MODEL)  # for --init-text, which says where virtual tokens start, not how many
     return make_method(settings, config, words)
 

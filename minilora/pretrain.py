@@ -56,7 +56,7 @@ TINYSMOL: dict[str, Any] = {
     "tie_word_embeddings": True,
     "vocab_size": 4096,
 }
-PYTHON_SHARE = 0.2  # of the text's tokens; the rest is generated English
+PYTHON_SHARE = 0.15  # of the text's tokens; the rest is generated English
 STAGES = (  # name, share of all tokens, share of copying in them, share of the learning rate, schedule
     ("text", 0.18, 0.0, 1.0, "constant"),
     ("copying", 0.04, 1.0, 0.5, "constant"),
@@ -143,7 +143,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--out", type=Path, default=Path("runs/pretrain/tinysmol"), help="folder of the model (%(default)s)"
     )
     parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="folder of the training run")
-    parser.add_argument("--tokens", type=float, default=12.7e6, help="how many tokens to train on (%(default)g)")
+    parser.add_argument("--tokens", type=float, default=23.7e6, help="how many tokens to train on (%(default)g)")
     parser.add_argument("--batch-size", type=int, default=8, help=f"rows of {CONTEXT} tokens a step (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak, cosine to 0 (%(default)s)")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="(%(default)s)")

@@ -270,6 +270,7 @@ def peft_to_ours(case: Case, folder: Path, seed: int = 0) -> tuple[float, float]
 
 def made_by_peft(case: Case, base: Any, seed: int = 0) -> Any:
     """PEFT's model with the case's adapter, moved at random."""
+    torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(base, peft.LoraConfig(**case.options)).eval()
@@ -299,6 +300,7 @@ def rows(count: int, seed: int = 0) -> Iterator[tuple[Case, float, float, float]
 
 def main() -> int:
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "Setting `save_embedding_layers` to `True`")
     print("| # | model | features | effect | ours → PEFT | PEFT → ours |\n|---|---|---|---|---|---|")
     worst, missing = 0.0, {*KINDS, *EXTRAS}
     for number, (case, effect, there, back) in enumerate(rows(20), 1):

@@ -27,8 +27,8 @@ DEFAULT = Settings(**DEFAULT_JOB)
 levels, lengths = st.floats(0.2, 10), st.integers(LEAST_STEPS, 300)
 every_settings = st.builds(
     Settings,
-    method=st.sampled_from(CHOICES["method"]),
-    adapter=st.sampled_from(["", "runs/rows-1"]),
+    method=st.sampled_from(["lora", "dora"]) | st.sampled_from(CHOICES["method"]),
+    adapter=st.sampled_from(["", "", "runs/rows-1"]),
     rank=st.integers(2, 64),
     alpha=st.floats(1, 64),
     dropout=st.sampled_from([0.0, 0.05, 0.3]),
@@ -95,6 +95,13 @@ def test_a_loss_that_falls_held_out_or_that_has_nothing_left_to_fall_is_not_flat
     assert len(advise(FLAT, DEFAULT, 2.0, 1.97)) == len(advise(FLAT, DEFAULT)) == 1
 
 
+@pytest.mark.parametrize(("fall", "told"), [(0.1, True), (0.2, False)])
+def test_a_fall_in_training_counts_if_it_is_more_than_noise(fall: float, told: bool) -> None:
+    batches = 0.1 * np.array([-1, 1, -1, 1, 0])  # whose mean has the standard error 0.1/√5
+    train = 2 + np.concatenate([batches, np.zeros(40), batches - fall])
+    assert bool(advise(lines(train), DEFAULT, 2.0, 2.0)) == told
+
+
 @given(seed=seeds, count=lengths)
 def test_where_noise_hides_what_happened_and_nothing_is_held_out_nothing_is_said(seed: int, count: int) -> None:
     wild = np.where(np.random.default_rng(seed).permutation(count) % 2, 0.5, 3.0)
@@ -123,9 +130,22 @@ def test_validation_that_rises_while_training_falls_is_told_as_overfitting(
     assert "--patience 2 (now never)" in said and f"--steps {5 * best}" in said and "--dropout 0.1 (now 0)" in said
 
 
-def test_a_small_rise_is_no_overfitting_and_neither_is_one_that_training_shares() -> None:
-    assert advise(lines(falling(50, 3, 0.1), {25: 1.0, 50: 1.04}), DEFAULT) == []
-    assert advise(lines(falling(50, 3, 0.01), {25: 0.01, 50: 0.03}), DEFAULT) == []
+def test_the_training_loss_that_overfitting_is_told_with_is_that_of_the_best_step_and_of_the_last() -> None:
+    (said,) = advise(lines([3.0] * 25 + [2.0] * 20 + [1.0] * 5, {25: 2.0, 50: 4.0}), DEFAULT)
+    assert "while the training loss went from 3 to 1. What was kept is step 25." in said
+
+
+@pytest.mark.parametrize(("lowest", "end", "told"), [(4, 4.9, False), (4, 5.1, True), (0.02, 0.06, False)])
+def test_a_loss_that_ends_a_little_above_its_lowest_is_not_diverging(lowest: float, end: float, told: bool) -> None:
+    assert bool(advise(lines([*falling(20, 9, lowest), *[lowest] * 10, *[end] * 20]), DEFAULT)) == told
+
+
+@pytest.mark.parametrize(("lowest", "end", "told"), [(4, 4.15, False), (4, 4.25, True), (0.01, 0.05, False)])
+def test_a_small_rise_is_no_overfitting(lowest: float, end: float, told: bool) -> None:
+    assert bool(advise(lines(falling(50, 3, 0.01), {25: lowest, 50: end}), DEFAULT)) == told
+
+
+def test_a_rise_that_training_shares_is_no_overfitting() -> None:
     shared = advise(lines([*falling(25, 3, 1), *falling(25, 1, 3)], {25: 1.0, 50: 3.0}), DEFAULT)
     assert len(shared) == 1 and "The training loss rose" in shared[0]
 

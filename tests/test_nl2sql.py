@@ -17,7 +17,8 @@ from minilora.text.nl2sql import (
     nl2sql_rows,
     to_sql,
 )
-from minilora.text.phrasings import HELD_OUT, TRAINING, Phrasings
+from minilora.text.phrasings import HELD_OUT, Phrasings
+from minilora.text.wider_phrasings import WIDER as TRAINING
 
 SPLITS = ("train", "valid", "test")
 ROWS = {split: nl2sql_rows(split, 1500, seed=3) for split in SPLITS}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ Result = dict[str, Any]
 ARRAYS_OF_UPDATE = 3  # the gradient, and AdamW's m and v
 
 
-def result(rival: Rival, seeds: Sequence[int], done: Mapping[Trial, Summary], folder_of: Any) -> Result:
+def result(
+    rival: Rival, seeds: Sequence[int], done: Mapping[Trial, Summary], folder_of: Callable[[Trial], Path]
+) -> Result:
     """Of all trials, the rates; of those at the best rate, one for each seed, everything else.
 
     Lists have a value for each seed. `failed` has the rates at which training broke off, with the reason.

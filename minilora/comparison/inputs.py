@@ -10,7 +10,7 @@ from minilora.formats.files import write_text
 from minilora.text.examples import Row
 from minilora.text.nl2sql import nl2sql_rows
 
-HELD_OUT = {"valid": 100, "test": 200}
+HELD_OUT = {"valid": 100, "test": 100}
 
 
 def write_rows(folder: Path, train_rows: int, cipher: bool = False) -> Path:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import matplotlib
-
-from minilora.comparison.figures import Result, mean_and_spread
-from minilora.comparison.report import median
-from minilora.formats.files import replacing
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
-BLUE, ORANGE, GREY, PALE = "#08519c", "#d94801", "#8c8c8c", "#9ecae1"
+from minilora.comparison.drawing import BLUE, GREY, ORANGE, save
+from minilora.comparison.figures import Result, mean_and_spread
+from minilora.comparison.rank_plots import plot_ranks, plot_spectrum
+
 FAMILY = ("lora", "rslora", "loraplus", "pissa", "orthogonal", "dora", "qlora")  # drawn in blue
 
 
@@ -44,53 +41,60 @@ def plot_quality(results: Sequence[Result], good: Sequence[Result], path: Path) 
     figure, axes = plt.subplots(1, len(panels), figsize=(6.6 * len(panels), 5.6), squeeze=False, layout="constrained")
     few = next((result for result in results if "shots" in result), None)
     for picture, (name, unit, label) in zip(axes[0], panels, strict=True):
-        draw_points(picture, good, lambda result: [result["trainable_parameters"]], lambda r: [unit * v for v in r[name]])
+        picture.set(xscale="log", xlabel="numbers that train", ylabel=label)
+        picture.xaxis.set_minor_formatter(NullFormatter())
+        draw_points(picture, [point(one, [one["trainable_parameters"]], one[name], unit) for one in good])
         if few and few[name]:
             level = unit * mean_and_spread(few[name])[0]
             picture.axhline(level, color=GREY, linewidth=1, linestyle=":")
-            picture.annotate(
-                "few-shot, nothing trains", (0, level), xycoords=("axes fraction", "data"),
-                xytext=(4, 3), textcoords="offset points", color=GREY, fontsize=8,
-            )  # fmt: skip
-        picture.set_xscale("log")
-        picture.set_xlabel("numbers that train")
-        picture.set_ylabel(label)
+            place = {"xy": (1, level), "xycoords": ("axes fraction", "data"), "xytext": (0, 3)}
+            told = "few-shot, nothing trains"
+            picture.annotate(told, **place, textcoords="offset points", ha="right", color=GREY, fontsize=8)
     return save(figure, path)
 
 
 def plot_drift(results: Sequence[Result], path: Path) -> Path:
     """What has been learnt against what has been disturbed."""
     figure, picture = plt.subplots(figsize=(7.5, 5.6), layout="constrained")
-    draw_points(picture, results, lambda r: r["drift_kl"], lambda r: [100 * v for v in r["exact_match"]])
-    picture.set_xscale("log")
-    picture.set_xlabel("drift KL(base ‖ adapted), nats per token of other text")
-    picture.set_ylabel("exact match, %")
+    told = "drift KL(base ‖ adapted), nats per token of other text"
+    picture.set(xscale="log", xlabel=told, ylabel="exact match, %")
+    draw_points(picture, [point(one, one["drift_kl"], one["exact_match"], 100) for one in results])
     return save(figure, path)
 
 
-def draw_points(
-    axes: Any,
-    results: Sequence[Result],
-    x_of: Callable[[Result], Sequence[float]],
-    y_of: Callable[[Result], Sequence[float]],
-) -> None:
-    """A point with its spread for each method, and its name beside it, moved up or down where names would collide."""
-    points = []
-    for result in results:
-        (x, x_spread), (y, y_spread) = mean_and_spread(x_of(result)), mean_and_spread(y_of(result))
-        colour = ORANGE if result["method"] == "full" else BLUE if result["method"] in FAMILY else GREY
-        axes.errorbar(x, y, y_spread, x_spread, fmt="o", color=colour, markersize=5, linewidth=1)
-        points.append((x, y, result["method"], colour))
+class Point(NamedTuple):
+    """A method's place in a picture, each way with its spread."""
+
+    name: str
+    x: float
+    x_spread: float
+    y: float
+    y_spread: float
+
+    @property
+    def colour(self) -> str:
+        return ORANGE if self.name == "full" else BLUE if self.name in FAMILY else GREY
+
+
+def point(result: Result, x: Sequence[float], y: Sequence[float], unit: float) -> Point:
+    """From a value for each seed; `unit` multiplies those of y."""
+    return Point(result["method"], *mean_and_spread(x), *mean_and_spread([unit * value for value in y]))
+
+
+def draw_points(axes: Any, points: Sequence[Point]) -> None:
+    """Each with its name beside it, moved up or down where names would collide."""
+    for one in points:
+        style = {"fmt": "o", "color": one.colour, "markersize": 5, "linewidth": 1}
+        axes.errorbar(one.x, one.y, one.y_spread, one.x_spread, **style)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12, y=0.08)
     low, high = axes.get_ylim()
-    heights = apart([y for _, y, _, _ in points], (high - low) / 26)
-    for (x, y, name, colour), height in zip(points, heights, strict=True):
-        axes.annotate(
-            name, (x, y), xytext=(14, 0), textcoords=("offset points"), fontsize=8.5, color=colour, va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
-        ).set_position((14, offset_points(axes, y, height)))  # fmt: skip
+    for one, height in zip(points, apart([one.y for one in points], (high - low) / 26), strict=True):
+        place = {"xy": (one.x, one.y), "xytext": (14, offset_points(axes, one.y, height))}
+        line = {"arrowstyle": "-", "color": one.colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+        look = {"fontsize": 8.5, "color": one.colour, "va": "center", "arrowprops": line}
+        axes.annotate(one.name, **place, textcoords="offset points", **look)
 
 
 def offset_points(axes: Any, y: float, height: float) -> float:
@@ -141,78 +145,8 @@ def plot_rates(results: Sequence[Result], path: Path) -> Path:
         picture.set_visible(False)
     axes[0, 0].set_xscale("log")
     axes[0, 0].set_yscale("log")
-    axes[0, 0].yaxis.set_major_formatter(plt.FormatStrFormatter("%g"))
-    axes[0, 0].yaxis.set_minor_formatter(plt.NullFormatter())
+    axes[0, 0].yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes[0, 0].yaxis.set_minor_formatter(NullFormatter())
     figure.supxlabel("peak learning rate (the dotted line: the best of full fine-tuning)", fontsize=9)
     figure.supylabel("validation loss", fontsize=9)
     return save(figure, path)
-
-
-def plot_ranks(results: Sequence[Result], path: Path) -> Path:
-    """Quality against LoRA's rank."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    ranks = [int(result["method"].removeprefix("lora-r")) for result in results]
-    for picture, name, unit, label in (
-        (axes[0], "loss", 1.0, "held-out loss, nats per token"),
-        (axes[1], "exact_match", 100.0, "exact match, %"),
-    ):
-        means = [mean_and_spread([unit * v for v in result[name]]) for result in results if result[name]]
-        if not means:
-            picture.set_visible(False)
-            continue
-        picture.errorbar(ranks, [m for m, _ in means], [s for _, s in means], fmt="o-", color=BLUE, markersize=5)
-        picture.set_xscale("log", base=2)
-        picture.set_xticks(ranks, [str(rank) for rank in ranks])
-        picture.set_xlabel("rank r (α = 2r)")
-        picture.set_ylabel(label)
-        picture.grid(alpha=0.25)
-    return save(figure, path)
-
-
-def plot_spectrum(spectrum: dict[str, Any], path: Path) -> Path:
-    """Singular values of each map's ΔW; how much of ‖ΔW‖² the largest hold; and what ΔW cut to them is worth."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13.5, 4.2), layout="constrained")
-    kinds = (("full", "full fine-tuning", ORANGE), ("lora", "LoRA, rank 8", BLUE))
-    for kind, label, colour in kinds:
-        for number, one in enumerate(spectrum[kind].values()):
-            sigma = [value for value in one["sigma"] if value > 1e-5]  # below is rounding
-            left.plot(range(1, len(sigma) + 1), sigma, color=colour, alpha=0.35, linewidth=0.8, label=label if not number else None)
-        shares = [one["shares"] for one in spectrum[kind].values()]
-        draw_shares(middle, shares, colour, label)
-    noise = spectrum["noise"]
-    left.plot(range(1, len(noise["sigma"]) + 1), noise["sigma"], color="black", linestyle=":", label="random numbers")
-    draw_shares(middle, [noise["shares"]], "black", "random numbers", ":")
-    left.set(xscale="log", yscale="log", xlabel="number i of the singular value", ylabel="σᵢ / σ₁, a line for each map")
-    middle.set(xlabel="r", ylabel="share of ‖ΔW‖² in the r largest, %", ylim=(0, 104))
-
-    cut = [one for one in spectrum["cut"] if one["rank"]]
-    whole = spectrum["cut"][-1]
-    right.plot([one["rank"] for one in cut], [one["loss"] for one in cut], "o-", color=ORANGE, label="ΔW cut to rank r")
-    for level, name in ((spectrum["cut"][0]["loss"], "base"), (whole["loss"], "all of ΔW")):
-        right.axhline(level, color=GREY, linewidth=1, linestyle=":")
-        right.annotate(name, (cut[-1]["rank"], level), xytext=(0, 3), textcoords="offset points", fontsize=8, ha="right")
-    right.set(xlabel="r", ylabel="held-out loss")
-    for picture in (middle, right):
-        ranks = [one["rank"] for one in cut]
-        picture.set_xscale("log", base=2)
-        picture.set_xticks(ranks, [str(rank) for rank in ranks])
-    for picture in (left, middle, right):
-        picture.grid(alpha=0.25)
-        picture.legend(frameon=False, fontsize=8)
-    return save(figure, path)
-
-
-def draw_shares(axes: Any, shares: Sequence[dict[str, float]], colour: str, label: str, style: str = "-") -> None:
-    """The median over the maps, between the least and the most of them."""
-    ranks = [rank for rank in shares[0] if all(rank in one for one in shares)]
-    numbers = [int(rank) for rank in ranks]
-    of_rank = [[100 * one[rank] for one in shares] for rank in ranks]
-    axes.plot(numbers, [median(some) for some in of_rank], style, color=colour, label=label)
-    axes.fill_between(numbers, [min(some) for some in of_rank], [max(some) for some in of_rank], color=colour, alpha=0.15)
-
-
-def save(figure: Any, path: Path) -> Path:
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
-    plt.close(figure)
-    return path

@@ -32,8 +32,8 @@ def worth_table(title: str, results: Sequence[Result]) -> Table:
     rows = [[result["method"], *worth_cells(result)] for result in results]
     trained = next((result for result in results if "base_loss" in result), None)
     if trained:
-        match = trained["base_exact_match"]
-        rows = [["base", "0", "", "", f"{trained['base_loss']:.3f}", "" if match is None else f"{match:.1%}", "0"], *rows]
+        loss, match = trained["base_loss"], trained["base_exact_match"]
+        rows = [["base", "0", "", "", f"{loss:.3f}", percent(match), "0"], *rows]
     notes = [f"{SPREAD}: {counted(results)}", *failures(results)]
     edges = [result["method"] for result in results if result.get("at_edge")]
     if edges:
@@ -79,7 +79,7 @@ def cost_cells(result: Result) -> list[str]:
 
 def share_table(spectrum: dict[str, Any]) -> Table:
     """The share of ‖ΔW‖² in the largest singular values, as the median over all linear maps."""
-    ranks = ("1", "2", "4", "8", "16", "32", "64")
+    ranks = [r for r in ("1", "2", "4", "8", "16", "32", "64") if r in spectrum["noise"]["shares"]]
     head = ["median over the linear maps", *(f"r = {r}" for r in ranks), "effective rank"]
     rows = []
     for name, of_maps in (
@@ -100,9 +100,7 @@ def cut_table(spectrum: dict[str, Any]) -> Table:
         for one in spectrum["cut"]
     ]
     notes = ["the linear maps alone: embedding and norms are the base's throughout"]
-    return Table(
-        "Full fine-tuning's ΔW cut to rank r afterwards", ["r", "held-out loss", "exact match"], rows, notes
-    )
+    return Table("Full fine-tuning's ΔW cut to rank r afterwards", ["r", "held-out loss", "exact match"], rows, notes)
 
 
 def counted(results: Sequence[Result]) -> str:
@@ -130,4 +128,3 @@ def megabytes(result: Result, name: str) -> str:
 
 def percent(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
-

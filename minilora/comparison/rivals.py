@@ -1,4 +1,4 @@
-"""The methods that are compared: by which flags of `train` each is asked for, and which learning rates it is tried with.
+"""The methods that are compared: the flags of `train` that ask for each, and the learning rates it is tried with.
 
 All train the same rows for the same number of steps. A method with a size of its own gets the one that trains about as
 many numbers as LoRA at rank 8 does on the shipped model, if it can: so they differ in where they put them.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
-
 
 SHOTS = 8  # rows before a prompt, as many of them as fit
 
@@ -39,7 +38,7 @@ RIVALS = (
         "bottleneck", "a small network behind attention and MLP",
         ("--method", "bottleneck", "--bottleneck-size", "32"), (3e-3, 1e-2, 3e-2),
     ),
-    Rival("prefix", "20 keys and values before the text", ("--method", "prefix"), (1e-2, 3e-2, 1e-1)),
+    Rival("prefix", "20 keys and values before the text", ("--method", "prefix"), (1e-1, 3e-1, 1e0)),
     Rival("prompt", "20 embeddings before the text", ("--method", "prompt"), (3e-2, 1e-1, 3e-1)),
     Rival("bitfit", "biases, and the norms' gains", ("--method", "bitfit", "--train-norms"), (1e-2, 3e-2, 1e-1)),
     Rival("head", "the head alone", ("--method", "head", "--untie"), (1e-3, 3e-3, 1e-2)),

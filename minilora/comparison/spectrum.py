@@ -49,9 +49,7 @@ def changes_of_full(source: Path, folder: Path) -> Changes:
     config, _ = read_config(source)
     before, after = read_weights(source, config), read_weights(folder, config)
     names = {module: f"{module}.weight" for module in projections(config)}
-    return {
-        module: after[name].astype(np.float32) - before[name].astype(np.float32) for module, name in names.items()
-    }
+    return {module: after[name].astype(np.float32) - before[name].astype(np.float32) for module, name in names.items()}
 
 
 def changes_of_lora(source: Path, folder: Path) -> Changes:
@@ -66,8 +64,8 @@ def changes_of_lora(source: Path, folder: Path) -> Changes:
 
 def noise_like(changes: Mapping[str, HostArray]) -> HostArray:
     """Standard normal numbers in the shape of the first change: what a matrix without any structure looks like."""
-    shape = next(iter(changes.values())).shape
-    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    rows, columns = next(iter(changes.values())).shape
+    return np.random.default_rng(0).standard_normal((rows, columns))
 
 
 def describe(change: HostArray) -> dict[str, Any]:
@@ -110,6 +108,12 @@ def cut(source: Path, settings: Settings, changes: Changes) -> Iterator[dict[str
             for module, change in changes.items()
         }
         yield {"rank": r, **worth(config, {**weights, **changed}, tokenizer, settings)}
+
+
+def gain_kept(cuts: Sequence[dict[str, Any]], one: dict[str, Any]) -> float:
+    """How much of what all of ΔW takes off the base's held-out loss is taken off by a part of it."""
+    base, whole = cuts[0]["loss"], cuts[-1]["loss"]
+    return float((base - one["loss"]) / (base - whole))
 
 
 def worth(

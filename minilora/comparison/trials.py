@@ -1,4 +1,4 @@
-"""Running the trials: each an ordinary run of `minilora.train` in a process of its own, so that its peak memory is its own.
+"""Running the trials: each an ordinary run of `minilora.train` in a process of its own, so that its peak is its own.
 
 Nothing is remembered but the runs' folders. A comparison that was cut off asks for the same trials again: those that
 are done are read, one that was begun is resumed.
@@ -41,8 +41,12 @@ class Trial(NamedTuple):
 
 
 def valid_loss(summary: Summary) -> float:
-    """By which rates are compared. Infinite where training failed."""
-    return math.inf if "error" in summary else float(summary["best_valid_loss"])
+    """By which rates are compared. Infinite where training failed. ValueError where there is no validation."""
+    if "error" in summary:
+        return math.inf
+    if summary["best_valid_loss"] is None:
+        raise ValueError("learning rates are compared by the validation loss: give --data a valid part")
+    return float(summary["best_valid_loss"])
 
 
 def best_rate(rival: Rival, seed: int, done: Mapping[Trial, Summary]) -> float:
@@ -87,10 +91,10 @@ class Field:
         """All trials of a method."""
         done: dict[Trial, Summary] = {}
         while trial := next_trial(rival, seeds, done):
-            if len(done) >= expected_trials(rival, seeds):
-                self.bar.total += self.steps
+            if trial.rate and len(done) >= expected_trials([rival], seeds):
+                self.bar.total = (self.bar.total or 0) + self.steps
             self.bar.set_postfix_str(trial.name)
-            before = self.bar.n
+            before = int(self.bar.n)
             done[trial] = self.run(trial)
             self.bar.update(before + (self.steps if trial.rate else 0) - self.bar.n)
         return done
@@ -102,7 +106,7 @@ class Field:
             if (folder / name).exists():
                 return read_json(folder / name)
         folder.mkdir(parents=True, exist_ok=True)
-        before = self.bar.n
+        before = int(self.bar.n)
         code = watch(self.command(trial), folder / LOG_FILE, lambda: self._show(before, folder))
         log = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace")
         if code == 0 and not trial.rate:
@@ -131,13 +135,9 @@ class Field:
         self.bar.update(before + steps_done(folder) - self.bar.n)
 
 
-def expected_trials(rival: Rival, seeds: Sequence[int]) -> int:
-    return max(1, len(rival.rates)) + len(seeds) - 1
-
-
-def expected_steps(rivals: Sequence[Rival], seeds: Sequence[int], steps: int) -> int:
-    """Without further rates, which a search may ask for."""
-    return sum(steps * expected_trials(rival, seeds) for rival in rivals if rival.rates)
+def expected_trials(rivals: Sequence[Rival], seeds: Sequence[int]) -> int:
+    """Of those that train; without the further rates that a search may ask for."""
+    return sum(len(rival.rates) + len(seeds) - 1 for rival in rivals if rival.rates)
 
 
 def steps_done(folder: Path) -> int:
@@ -145,7 +145,7 @@ def steps_done(folder: Path) -> int:
 
 
 def watch(command: Sequence[str], log: Path, on_look: Callable[[], None]) -> int:
-    """Run a command to its end, its words into `log`; its exit status. It does not outlive this process's being told to stop."""
+    """Run a command, its words into `log`, and return its exit status. It ends with this process if that is stopped."""
     before = signal.signal(signal.SIGTERM, _stop)
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)

@@ -114,7 +114,7 @@ def _settings(path: Path, raw: Mapping[str, Any], config: Config, adapted: Itera
         alpha=scale * r,
         dropout=number(path, parameters, "dropout", 0),
         target_modules=within + in_full,
-        layers_to_transform=tuple(range(first, config.num_hidden_layers)) if within and first else None,
+        layers_to_transform=tuple(range(first, config.num_hidden_layers)) if first else None,
         dora=kind == "dora",
     )
 

@@ -81,7 +81,7 @@ def read_virtual_tokens(folder: Path, config: Config) -> tuple[VirtualTokens, di
 
 
 def _geometry(method: VirtualTokens, config: Config) -> dict[str, int]:
-    """The fields by which PEFT cuts the tensor. Those of a prefix are of keys and values, which may have fewer heads."""
+    """The fields by which PEFT cuts the tensor; those of a prefix are of key heads, of which there may be fewer."""
     heads, width = config.num_attention_heads, config.hidden_size
     if isinstance(method, PrefixTuning):
         heads, width = config.num_key_value_heads, config.num_key_value_heads * config.head_dim

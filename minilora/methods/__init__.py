@@ -17,7 +17,10 @@ from minilora.model.model import Model
 
 class Method(Protocol):
     def start(self, model: Model, rng: np.random.Generator, dtype: Any = np.float32) -> dict[str, Array]:
-        """Everything that trains, by name, as it is before the first step: the model then computes what it did."""
+        """Everything that trains, by name, as it is before the first step: the model then computes what it did.
+
+        With virtual tokens it cannot, and computes what it did after reading some words.
+        """
 
     def attach(self, model: Model, trainable: Mapping[str, Array]) -> Model:
         """The model that trains. It shares the arrays of `trainable`: updating those in place changes it."""

@@ -215,10 +215,10 @@ _TASKS: tuple[tuple[str, Callable[[list[str]], str]], ...] = (
 )
 
 GENERATORS: tuple[tuple[Callable[[random.Random], str], float], ...] = (
-    (notes, 0.60),
-    (paraphrases, 0.08),
-    (patterns, 0.09),
-    (copies, 0.08),
+    (notes, 0.64),
+    (paraphrases, 0.07),
+    (patterns, 0.07),
+    (copies, 0.07),
     (table_talk, 0.06),
     (records, 0.06),
     (story, 0.03),

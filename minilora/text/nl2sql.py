@@ -16,10 +16,10 @@ from minilora.text.phrasings import (
     DISTINCT_CUES,
     HELD_OUT,
     ORDER_CUES,
-    TRAINING,
     Phrasings,
 )
 from minilora.text.pseudo_words import pseudo_word
+from minilora.text.wider_phrasings import WIDER
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def nl2sql_rows(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
     """
     if split not in ("train", "valid", "test"):
         raise ValueError(f"unknown split {split!r}: use 'train', 'valid' or 'test'")
-    phrasings = TRAINING if split == "train" else HELD_OUT
+    phrasings = WIDER if split == "train" else HELD_OUT
     rng = random.Random(f"nl2sql {split} {seed}")
     rows: dict[str, str] = {}
     while len(rows) < count:

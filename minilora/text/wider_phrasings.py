@@ -1,4 +1,4 @@
-"""More ways to ask, for the pretraining text only: a base model has heard people ask in many ways."""
+"""The wider part of the training phrasings: with phrasings.TRAINING, all the ways in which training rows may ask."""
 
 from minilora.text.phrasings import TRAINING, Phrasings
 
@@ -56,6 +56,9 @@ _REQUESTS = {
         "all the {d} values for {a} of the {t}",
         "every {d} value for {a} among all {t}",
         "the {d} values in {a} for all the {t}",
+        "the {d} values which all the {t} show for {a}",
+        "each {d} value that the {t} show in {a}",
+        "the {d} {a} values found with the {t}",
     ),
     "count": (
         "the count of all of the {t}",
@@ -86,12 +89,14 @@ _REQUESTS = {
         "per {g} the number of {t}",
         "for every {g} the count of the {t}",
         "by {g} how many {t} there are",
+        "for each of the {g} values the number of {t}",
         "the number of all {t} in each {g}",
     ),
     "group_aggregate": (
         "per {g} the {agg} of the {t}",
         "the {agg} of all {t} for every {g}",
         "by {g} the {agg} for the {t}",
+        "for each of the {g} values the {agg} of the {t}",
         "the {agg} in every {g} of the {t}",
     ),
 }
@@ -101,6 +106,9 @@ _SENTENCES = {
         "Take the {t} and list each {d} {a}.",
         "How do the {d} {a} values of the {t} read?",
         "Which {d} values does {a} have for the {t}?",
+        "Which values in {a} are {d} for the {t}?",
+        "Which of the {a} values are {d} for all {t}?",
+        "Over the {t}, which values of {a} are {d}?",
     ),
     "count": ("Find out how many {t} there are.", "The {t}: how many are there?", "How many are the {t}?"),
     "aggregate": (
@@ -118,16 +126,22 @@ _SENTENCES = {
         "Which are the {k} {t} with the {most} {n}? Give the {a}.",
         "By {n}, take the {top} {k} {t} and show the {a}.",
         "With the {t} sorted by {n} {order}, list the {a} of the first {k}.",
+        "Look for the {k} {t} with the {most} {n} and list the {a}.",
+        "Find the {a} of the {k} {t} that have the {most} {n}.",
     ),
     "group_count": (
         "Find out how many {t} there are by {g}.",
         "In each {g}, how many {t} do we have?",
         "Take the {t} by {g} and count them.",
+        "Per {g}, show the number of {t}.",
+        "Per {g}, what is the count of all {t}?",
     ),
     "group_aggregate": (
         "Take the {t} by {g} and find the {agg}.",
         "In every {g}, what is the {agg} of the {t}?",
         "By {g}, work out the {agg} of the {t}.",
+        "Per {g}, show the {agg} of all {t}.",
+        "Per {g}, find the {agg} for the {t}.",
     ),
 }
 _CONDITIONS = (
@@ -137,6 +151,9 @@ _CONDITIONS = (
     ("of which the", "{c} equals {v}", "{c} is {op} {v}"),
     ("having", "{c} {v}", "their {c} {op} {v}"),
     ("which have the", "{c} {v}", "{c} {op} {v}"),
+    ("that have a", "{c} of {v}", "{c} {op} {v}"),
+    ("that show", "{c} {v}", "their {c} {op} {v}"),
+    ("that come with", "{c} {v}", "{c} {op} {v}"),
 )
 # fmt: on
 

@@ -19,7 +19,7 @@ from minilora.methods.prefix import PrefixTuning
 from minilora.methods.prompt import PromptTuning
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, LINEAR, layer_module, parameter_shapes
-from minilora.training.footprint import Work, attended_pairs, lowest_trained_layer
+from minilora.training.activations import Work, attended_pairs, lowest_trained_layer
 
 
 class Flops(NamedTuple):
@@ -42,45 +42,39 @@ def step_flops(config: Config, method: Method, work: Work, checkpointing: bool =
     for dW. Attention has two products forwards and four backwards, of d multiply-adds for each head, query and key.
     """
     trainable = trainable_shapes(method, config)
-    shapes = parameter_shapes(config)
-    shapes.setdefault(f"{HEAD}.weight", shapes[f"{EMBED}.weight"])
     virtual = method.num_virtual_tokens if isinstance(method, PrefixTuning | PromptTuning) else 0
     seen = work.length + virtual
-    words = work.length + (virtual if isinstance(method, PromptTuning) else 0)
-    N, width = work.rows * words, config.num_attention_heads * config.head_dim
-    product = 2 * work.rows * width * attended_pairs(words, seen)
-    lowest = lowest_trained_layer(config, trainable)
-    tied = config.tie_word_embeddings and isinstance(method, Full)
+    length = seen if isinstance(method, PromptTuning) else work.length  # a prompt goes through the layers itself
+    shapes = parameter_shapes(config)
+    shapes.setdefault(f"{HEAD}.weight", shapes[f"{EMBED}.weight"])
+    product = 2 * work.rows * attended_pairs(length, seen) * config.num_attention_heads * config.head_dim
 
-    weights, trained, attention = [0, 0], [0, 0], [0, 0]
+    passes = []
     for layer in range(config.num_hidden_layers):
-        down, up = 0, 0
-        for role in LINEAR:
-            module = layer_module(layer, role)
-            shape = shapes[f"{module}.weight"]
-            products = 2 * N * math.prod(shape)
-            extra = site_flops(trainable, method, module, shape, N)
-            weights[0] += products
-            weights[1] += products if layer >= lowest else 0
-            down, up = down + extra[0], up + extra[1]
-            if checkpointing and layer >= lowest:
-                weights[1] += products
-                up += extra[0]
-        trained[0] += down
-        trained[1] += up
-        attention[0] += 2 * product
-        attention[1] += (4 + 2 * checkpointing) * product if layer >= lowest else 0
+        maps = {module: shapes[f"{module}.weight"] for module in (layer_module(layer, role) for role in LINEAR)}
+        weights = 2 * work.rows * length * sum(map(math.prod, maps.values()))
+        sites = [site_flops(trainable, method, name, shape, work.rows * length) for name, shape in maps.items()]
+        forward, backward = (sum(way) for way in zip(*sites, strict=True))
+        passes.append((Flops(weights, forward, 2 * product), Flops(weights, backward, 4 * product)))
 
-    if f"{EMBED}.lora_embedding_A" in trainable:
-        rank, _ = trainable[f"{EMBED}.lora_embedding_A"]
-        trained[0] += 2 * N * rank * config.hidden_size
-        trained[1] += 4 * N * rank * config.hidden_size
     head = 2 * work.labelled * math.prod(shapes[f"{HEAD}.weight"])
-    extra = site_flops(trainable, method, HEAD, shapes[f"{HEAD}.weight"], work.labelled)
+    forward, backward = site_flops(trainable, method, HEAD, shapes[f"{HEAD}.weight"], work.labelled)
+    if config.tie_word_embeddings and isinstance(method, Full):
+        backward = head  # dW of the head, which is the embedding's
+    if f"{EMBED}.lora_embedding_A" in trainable:  # s h Bᵀ; dB and dh. A is looked up
+        thin = 2 * work.rows * length * math.prod(trainable[f"{EMBED}.lora_embedding_B"])
+        forward, backward = forward + thin, backward + 2 * thin
+    again = passes[lowest_trained_layer(config, trainable) :]
     return (
-        Flops(weights[0], trained[0] + extra[0], attention[0], head),
-        Flops(weights[1], trained[1] + extra[1] + (head if tied else 0), attention[1], head),
+        _sum(Flops(trained=forward, head=head), *(way for way, _ in passes)),
+        _sum(
+            Flops(trained=backward, head=head), *(way for _, way in again), *(way for way, _ in passes * checkpointing)
+        ),
     )
+
+
+def _sum(*parts: Flops) -> Flops:
+    return Flops(*map(sum, zip(*parts, strict=True)))
 
 
 def site_flops(trainable: Mapping[str, Shape], method: Method, module: str, shape: Shape, N: int) -> tuple[int, int]:

@@ -124,7 +124,7 @@ def make_plan(settings: Settings, task: Task) -> Plan:
 
 
 def train_run(run: Run) -> None:
-    """Train, and leave the outcome in the run folder. Raises Diverged, with advice; the last good state is there then."""
+    """Train, and leave the outcome in the run folder. Raises Diverged, with advice; the last good state stays there."""
 
     def on_save(state: State) -> None:
         if not isinstance(run.method, Full):  # small: the folder always holds an adapter that can be used
