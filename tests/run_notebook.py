@@ -1,11 +1,12 @@
 """Run docs/lora.ipynb from top to bottom, and keep what it shows: python tests/run_notebook.py
 
-To be done after a change of its cells or of tinysmol; test_notebook.py notices if it was forgotten. It takes a minute
-or two, and `pip install -e '.[notebook]'`.
+To be done after a change of its cells, of tinysmol or of its task; test_notebook.py notices if it was forgotten. It
+takes a minute or two, and `pip install -e '.[notebook]'`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import zlib
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
+
+from minilora.text.nl2sql import nl2sql_rows
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "docs" / "lora.ipynb"
@@ -29,9 +32,9 @@ def code_cells(notebook: Any) -> list[Any]:
 
 
 def digest(notebook: Any) -> str:
-    """A checksum of what decides the outputs: the cells' code and tinysmol's weights."""
-    code = "\n\n".join(cell.source for cell in code_cells(notebook))
-    return f"{zlib.crc32(WEIGHTS.read_bytes(), zlib.crc32(code.encode())):08x}"
+    """A checksum of what decides the outputs: the cells' code, the rows of the task, and tinysmol's weights."""
+    texts = [cell.source for cell in code_cells(notebook)], nl2sql_rows("train", 100), nl2sql_rows("test", 100)
+    return f"{zlib.crc32(WEIGHTS.read_bytes(), zlib.crc32(json.dumps(texts).encode())):08x}"
 
 
 def executed(parameters: str = "") -> Any:

@@ -42,14 +42,13 @@ def plot_quality(results: Sequence[Result], good: Sequence[Result], path: Path) 
     few = next((result for result in results if "shots" in result), None)
     for picture, (name, unit, label) in zip(axes[0], panels, strict=True):
         picture.set(xscale="log", xlabel="numbers that train", ylabel=label)
-        picture.xaxis.set_minor_formatter(NullFormatter())
+        if name == "loss":
+            show_decimals(picture)
         draw_points(picture, [point(one, [one["trainable_parameters"]], one[name], unit) for one in good])
         if few and few[name]:
             level = unit * mean_and_spread(few[name])[0]
-            picture.axhline(level, color=GREY, linewidth=1, linestyle=":")
-            place = {"xy": (1, level), "xycoords": ("axes fraction", "data"), "xytext": (0, 3)}
-            told = "few-shot, nothing trains"
-            picture.annotate(told, **place, textcoords="offset points", ha="right", color=GREY, fontsize=8)
+            picture.axhline(level, color=GREY, linewidth=1, linestyle=":", label="few-shot, nothing trains")
+            picture.legend(frameon=False, fontsize=8.5)
     return save(figure, path)
 
 
@@ -88,19 +87,39 @@ def draw_points(axes: Any, points: Sequence[Point]) -> None:
         axes.errorbar(one.x, one.y, one.y_spread, one.x_spread, **style)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.12, y=0.08)
-    low, high = axes.get_ylim()
-    for one, height in zip(points, apart([one.y for one in points], (high - low) / 26), strict=True):
-        place = {"xy": (one.x, one.y), "xytext": (14, offset_points(axes, one.y, height))}
-        line = {"arrowstyle": "-", "color": one.colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+    axes.margins(x=0.12, y=0.1)
+    axes.figure.draw_without_rendering()  # which decides where things stand on the page
+    on_page = axes.transData.transform([(one.x, one.y) for one in points]) * 72 / axes.figure.dpi  # in points
+    places = [(x + 14, x + 14 + 5 * len(one.name), y) for (x, y), one in zip(on_page, points, strict=True)]
+    for one, place, height in zip(points, places, beside_each_other(places, 12), strict=True):
+        line = {
+            "arrowstyle": "-",
+            "color": one.colour,
+            "linewidth": 0.5,
+            "relpos": (0, 0.5),
+            "shrinkA": 1,
+            "shrinkB": 2,
+        }
         look = {"fontsize": 8.5, "color": one.colour, "va": "center", "arrowprops": line}
-        axes.annotate(one.name, **place, textcoords="offset points", **look)
+        where = {"xy": (one.x, one.y), "xytext": (14, height - place[2]), "textcoords": "offset points"}
+        axes.annotate(one.name, **where, **look)
 
 
-def offset_points(axes: Any, y: float, height: float) -> float:
-    """How many points of the page the height lies above y."""
-    (_, a), (_, b) = axes.transData.transform([(1, y), (1, height)])
-    return float((b - a) * 72 / axes.figure.dpi)
+def beside_each_other(places: Sequence[tuple[float, float, float]], gap: float) -> list[float]:
+    """Heights for texts at (left, right, height): those that would share a column are moved apart."""
+    heights = [0.0] * len(places)
+    order = sorted(range(len(places)), key=lambda i: places[i][0])
+    column: list[int] = []
+    end = -math.inf
+    for i in [*order, None]:
+        if column and (i is None or places[i][0] > end):
+            for j, height in zip(column, apart([places[j][2] for j in column], gap), strict=True):
+                heights[j] = height
+            column, end = [], -math.inf
+        if i is not None:
+            column.append(i)
+            end = max(end, places[i][1])
+    return heights
 
 
 def apart(heights: Sequence[float], gap: float) -> list[float]:
@@ -137,16 +156,21 @@ def plot_rates(results: Sequence[Result], path: Path) -> Path:
         against = ""
         if full:
             picture.axvline(full, color=GREY, linewidth=1, linestyle=":")
-            against = f", {result['best_rate'] / full:.2g}× full's"
+            against = f", {result['best_rate'] / full:.3g}× full's"
         picture.set_title(f"{result['method']}: {result['best_rate']:g}{against}", fontsize=8.5, loc="left")
         picture.grid(alpha=0.25)
         picture.tick_params(labelsize=8)
     for picture in axes.flat[len(results) :]:
         picture.set_visible(False)
     axes[0, 0].set_xscale("log")
-    axes[0, 0].set_yscale("log")
-    axes[0, 0].yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axes[0, 0].yaxis.set_minor_formatter(NullFormatter())
+    show_decimals(axes[0, 0])
     figure.supxlabel("peak learning rate (the dotted line: the best of full fine-tuning)", fontsize=9)
     figure.supylabel("validation loss", fontsize=9)
     return save(figure, path)
+
+
+def show_decimals(axes: Any) -> None:
+    """A logarithmic y axis with numbers such as 0.1, not powers of ten."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())

@@ -113,7 +113,7 @@ def loss_numbers(config: Config, trainable: Mapping[str, Shape], labelled: int, 
     rows, chunks = min(labelled, LOSS_CHUNK), math.ceil(labelled / LOSS_CHUNK)
     count = 3 * rows * V + 2 * rows * D
     if tied or f"{HEAD}.weight" in trainable:
-        return count + V * D * min(chunks, 3)  # dW: of this chunk, of those before, and of the last of them
+        return count + V * D * min(chunks, 2)  # dW: of this chunk, of those before, and of the last of them
     if f"{HEAD}.lora_A.weight" in trainable and chunks > 1:
         count += rows * V  # x Wᵀ beside s h Bᵀ, while two arrays of the chunk before live
     return count + (V * D if narrow else 0)  # W, widened

@@ -68,7 +68,7 @@ def step_flops(config: Config, method: Method, work: Work, checkpointing: bool =
     return (
         _sum(Flops(trained=forward, head=head), *(way for way, _ in passes)),
         _sum(
-            Flops(trained=backward, head=head), *(way for _, way in again), *(way for way, _ in passes * checkpointing)
+            Flops(trained=backward, head=head), *(way for _, way in again), *(way for way, _ in again * checkpointing)
         ),
     )
 
