@@ -336,7 +336,9 @@ def test_weights_are_held_in_so_many_bytes(frozen: str, file: str, config: Confi
     assert counted == pytest.approx(sum(array.nbytes for array in arrays.values()), rel=1e-3)
 
 
-@pytest.mark.parametrize("method", [LoRA(32, target_modules=ALL, init="pissa"), RandomSubset(0.1)], ids=["PiSSA", "random subset"])
+@pytest.mark.parametrize(
+    "method", [LoRA(32, target_modules=ALL, init="pissa"), RandomSubset(0.1)], ids=["PiSSA", "random subset"]
+)
 def test_what_a_method_freezes_beside_the_weights_is_counted(method: Method) -> None:
     base = base_model(SMALL, random_weights(SMALL, 0))
     work, storage = Work(1, 2, 1), Storage(file="float32")

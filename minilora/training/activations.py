@@ -110,13 +110,13 @@ def site_numbers(trainable: Mapping[str, Shape], module: str, width: tuple[int, 
 def loss_numbers(config: Config, trainable: Mapping[str, Shape], labelled: int, narrow: bool, tied: bool) -> int:
     """At the fullest moment of `head_loss`: logits, softmax and dlogits of a chunk, and what the head itself needs."""
     V, D = config.vocab_size, config.hidden_size
-    rows, chunks = min(labelled, LOSS_CHUNK), math.ceil(labelled / LOSS_CHUNK)
-    count = 3 * rows * V + 2 * rows * D
-    if tied or f"{HEAD}.weight" in trainable:
-        return count + V * D * min(chunks, 2)  # dW: of this chunk, of those before, and of the last of them
-    if f"{HEAD}.lora_A.weight" in trainable and chunks > 1:
-        count += rows * V  # x Wᵀ beside s h Bᵀ, while two arrays of the chunk before live
-    return count + (V * D if narrow else 0)  # W, widened
+    rows, full_chunks = min(labelled, LOSS_CHUNK), labelled // LOSS_CHUNK
+    count = 3 * rows * V + rows * D  # logits, softmax, dlogits; dhidden
+    if tied or f"{HEAD}.weight" in trainable:  # what it read; dW: of this chunk, of those before, of the last of them
+        return count + rows * D + V * D * max(1, min(full_chunks, 3))
+    if f"{HEAD}.lora_A.weight" in trainable:  # what it read and dh A; or x Wᵀ, while two arrays of the last chunk live
+        return count + rows * max(2 * D, V * (full_chunks > 1))
+    return count + V * D * narrow  # W, made for use
 
 
 def lowest_trained_layer(config: Config, trainable: Mapping[str, Shape]) -> int:
