@@ -27,7 +27,7 @@ from minilora.comparison.plots import plot
 from minilora.comparison.report import tables
 from minilora.comparison.rivals import FULL, LORA, RIVALS, Rival, choose, lora_of_rank
 from minilora.comparison.spectrum import spectra
-from minilora.comparison.trials import Field, best_rate, expected_trials
+from minilora.comparison.trials import Field, expected_trials
 from minilora.flags import dashed
 from minilora.formats.files import read_json, write_json, write_text
 from minilora.formats.load import SHIPPED_MODEL
@@ -117,8 +117,10 @@ class Comparison:
             methods = [self.result(field, rival, args.seeds) for rival in self.rivals]
             ranks = []
             if self.ranks:
-                rate = best_rate(LORA, args.seeds[0], field.compete(LORA, args.seeds[:1]))
-                ranks = [self.result(field, rival._replace(rates=(rate,)), args.seeds) for rival in self.ranks]
+                known = [result for result in methods if result["method"] == LORA.name]
+                (lora,) = known or [self.result(field, LORA, args.seeds[:1])]
+                rates = (lora["best_rate"],)
+                ranks = [self.result(field, rival._replace(rates=rates), args.seeds) for rival in self.ranks]
             cipher = []
             if self.cipher:
                 far = args.out / "cipher"

@@ -330,7 +330,7 @@ def test_a_query_sees_the_keys_of_its_own_segment_that_do_not_come_after_it(toke
 @given(attention_case())
 def test_attention_rows_sum_to_one(case: Case) -> None:
     _, cache = case.forward(**case.inputs)
-    for block in cache.blocks:
+    for _, block in cache.blocks:
         np.testing.assert_allclose((block.e / block.z).sum(axis=-1), 1, **rounding())
 
 
@@ -342,7 +342,9 @@ def test_attention_in_blocks_of_queries_equals_attention_at_once(case: Case, que
         patch.setattr(attention_module, "QUERIES_AT_ONCE", queries)
         y, cache = case.forward(**case.inputs)
         gradients = attention_backward(dy, cache)
-    assert len(cache.blocks) == -(-y.shape[1] // queries)
+    T, S = y.shape[1], case.inputs["k"].shape[1]
+    assert [here.stop for here, _ in cache.blocks] == [min(end, T) for end in range(queries, T + queries, queries)]
+    assert [block.k.shape[2] for _, block in cache.blocks] == [S - T + here.stop for here, _ in cache.blocks]
     np.testing.assert_allclose(y, whole, **rounding())
     for ours, theirs in zip(gradients, attention_backward(dy, whole_cache), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9 * max(1, abs(theirs).max()))

@@ -274,8 +274,13 @@ def test_the_forward_keeps_what_was_counted(name: str) -> None:
 @pytest.mark.parametrize("labelled", [500, 1500, 2100])
 @pytest.mark.parametrize(
     ("method", "frozen"),
-    [(Full(), "widened"), (Modules(), "widened"), (LoRA(), "widened"), (LoRA(), "stored")]
-    + [(LoRA(4, target_modules=("lm_head",)), "widened")],
+    [
+        (Full(), "widened"),
+        (Modules(), "widened"),
+        (LoRA(), "widened"),
+        (LoRA(), "stored"),
+        (LoRA(4, target_modules=("lm_head",)), "widened"),
+    ],
     ids=["full", "head", "frozen", "stored", "lora"],
 )
 def test_the_loss_takes_what_was_counted_however_many_chunks(method: Method, frozen: str, labelled: int) -> None:

@@ -20,7 +20,7 @@ class BlockCache(NamedTuple):
 
 
 class AttentionCache(NamedTuple):
-    blocks: list[BlockCache]  # one for each block of queries
+    blocks: list[tuple[slice, BlockCache]]  # the place of each block of queries, and its cache
     y: Array  # (B, T, H, d)
 
 
@@ -46,30 +46,25 @@ def attention(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, Atte
     T, S = visible.shape[1:]
     y = xp.empty_like(q)
     blocks = []
-    for start, stop in _blocks(T):
-        s = S - T + stop
-        y[:, start:stop], block = _attend(q[:, start:stop], k[:, :s], v[:, :s], visible[:, start:stop, :s])
-        blocks.append(block)
+    for start in range(0, T, QUERIES_AT_ONCE):
+        here = slice(start, min(start + QUERIES_AT_ONCE, T))
+        s = S - T + here.stop
+        y[:, here], block = _attend(q[:, here], k[:, :s], v[:, :s], visible[:, here, :s])
+        blocks.append((here, block))
     return y, AttentionCache(blocks, y)
 
 
 def attention_backward(dy: Array, cache: AttentionCache) -> tuple[Array, Array, Array]:
-    """dq (B, T, H, d), dk and dv (B, S, K, d): the blocks' own, and where blocks share a key, their sum. (docs: O12)"""
-    dq = xp.empty_like(dy)
-    dk_dv: tuple[Array, Array] | None = None
-    for (start, stop), block in reversed([*zip(_blocks(dy.shape[1]), cache.blocks, strict=True)]):
-        dq[:, start:stop], dk, dv = _attend_backward(dy[:, start:stop], cache.y[:, start:stop], block)
-        if dk_dv is None:  # the last block sees all keys
-            dk_dv = dk, dv
-        else:
-            for total, part in zip(dk_dv, (dk, dv), strict=True):
-                total[:, : part.shape[1]] += part
-    assert dk_dv is not None
-    return dq, *dk_dv
-
-
-def _blocks(T: int) -> list[tuple[int, int]]:
-    return [(start, min(start + QUERIES_AT_ONCE, T)) for start in range(0, T, QUERIES_AT_ONCE)]
+    """dq (B, T, H, d), dk and dv (B, S, K, d). A key that several blocks have seen gets the sum. (docs: O12)"""
+    _, last = cache.blocks[-1]  # it sees all keys
+    B, K, S, d = last.k.shape
+    dq, dk, dv = xp.empty_like(dy), xp.zeros((B, S, K, d), dy.dtype), xp.zeros((B, S, K, d), dy.dtype)
+    for here, block in cache.blocks:
+        dq[:, here], dk_block, dv_block = _attend_backward(dy[:, here], cache.y[:, here], block)
+        s = dk_block.shape[1]
+        dk[:, :s] += dk_block
+        dv[:, :s] += dv_block
+    return dq, dk, dv
 
 
 def _attend(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, BlockCache]:

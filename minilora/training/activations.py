@@ -9,7 +9,6 @@ M = B·S keys.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -115,7 +114,7 @@ def loss_numbers(config: Config, trainable: Mapping[str, Shape], labelled: int, 
     if tied or f"{HEAD}.weight" in trainable:  # what it read; dW: of this chunk, of those before, of the last of them
         return count + rows * D + V * D * max(1, min(full_chunks, 3))
     if f"{HEAD}.lora_A.weight" in trainable:  # what it read and dh A; or x Wᵀ, while two arrays of the last chunk live
-        return count + rows * max(2 * D, V * (full_chunks > 1))
+        return count + rows * (D + max(D, V * (full_chunks > 1)))
     return count + V * D * narrow  # W, made for use
 
 
