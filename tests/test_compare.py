@@ -278,7 +278,7 @@ def synthetic(name: str, trained: int, loss: list[float], match: list[float], **
     """A method's figures, without a run."""
     return {
         "method": name, "what": name, "folder": "", "failed": {}, "seeds": list(range(len(loss))),
-        "best_rate": 1e-2, "at_edge": False, "rates": [3e-3, 1e-2, 3e-2], "valid_losses": [0.3, 0.2, 0.4],
+        "best_rate": 1e-2, "rank": 8, "at_edge": False, "rates": [3e-3, 1e-2, 3e-2], "valid_losses": [0.3, 0.2, 0.4],
         "trainable_parameters": trained, "total_parameters": 1000, "update_bytes": 12 * trained,
         "peak_memory_bytes": 300e6 + trained, "file_bytes": 4 * trained, "seconds_per_step": 0.1,
         "base_loss": 3.0, "base_exact_match": 0.0, "loss": loss, "exact_match": match, "drift_kl": [0.1] * len(loss),

@@ -50,7 +50,7 @@ def claims(found: dict[str, Any]) -> list[Claim]:
 
 def of_cost(full: Result, lora: Result, ranks: list[Result]) -> Iterator[Claim]:
     """The table of S0, line by line."""
-    of_rank = {8: lora} | {rank_of(one): one for one in ranks if one["seeds"] and rank_of(one) in (8, 16, 32)}
+    of_rank = {one["rank"]: one for one in (lora, *ranks) if one["seeds"] and one["rank"] in (lora["rank"], 8, 16, 32)}
     shares = {r: one["trainable_parameters"] / one["total_parameters"] for r, one in sorted(of_rank.items())}
     there = {r: lora_share("SmolLM2-1.7B", r, ("q_proj", "v_proj")) for r in (8, 16, 32)}
     yield Claim(
@@ -78,7 +78,7 @@ def of_cost(full: Result, lora: Result, ranks: list[Result]) -> Iterator[Claim]:
     measured = f"a step takes {time:.0%} of full fine-tuning's time"
     yield Claim(33, "… and trains fast", measured, HERE if time < 1 else NOT)
     wider = {r: lora_share("SmolLM2-135M", r, ("all-linear",)) for r in (4, 8, 16)}
-    share = shares[8]
+    share = shares[lora["rank"]]
     yield Claim(
         34,
         "M = r(n + m) numbers, 1–5 % of N",
@@ -94,8 +94,8 @@ def of_gpt_3(full: Result, lora: Result) -> Iterator[Claim]:
     yield Claim(
         35,
         "2dr numbers instead of d²",
-        f"d = {big.d:,}, r = 4: {2 * big.d * 4:,} instead of {big.d**2:,}, {2 * 4 / big.d:.3%}. A map of this model, "
-        "d = 256, r = 8: 4,096 instead of 65,536, 6.250%",
+        f"d = {big.d:,}, r = 4: {2 * big.d * 4:,} instead of {big.d**2:,}, {2 * 4 / big.d:.3%}. At "
+        "tinysmol's d = 256 and r = 8 4,096 instead of 65,536, 6.250%",
         "holds: it is arithmetic",
     )
     fewer = full["trainable_parameters"] / lora["trainable_parameters"]
@@ -191,7 +191,7 @@ def of_limits(by_name: dict[str, Result], ranks: list[Result], cipher: list[Resu
     good = [one for one in ranks if one["seeds"]]
     claim = "a small r may underfit; a large r costs memory and stability"
     if len(good) > 1:
-        told_all = ", ".join(f"r = {rank_of(one)}: {told(one, 'loss')}" for one in good)
+        told_all = ", ".join(f"r = {one['rank']}: {told(one, 'loss')}" for one in good)
         best = min(good, key=lambda one: mean(one, "loss"))
         low, high = worse(good[0], best), worse(good[-1], best)
         verdict = f"{HERE}, at {'both ends' if low and high else 'the lower end' if low else 'the upper end'}"
@@ -213,10 +213,6 @@ def of_limits(by_name: dict[str, Result], ranks: list[Result], cipher: list[Resu
 
 
 # --- How numbers are told and compared ---
-
-
-def rank_of(result: Result) -> int:
-    return int(result["method"].removeprefix("lora-r"))
 
 
 def mean(result: Result, name: str) -> float:

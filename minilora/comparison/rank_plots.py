@@ -16,7 +16,7 @@ from minilora.comparison.figures import Result, mean_and_spread
 def plot_ranks(results: Sequence[Result], path: Path) -> Path:
     """Quality against LoRA's rank."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    ranks = [int(result["method"].removeprefix("lora-r")) for result in results]
+    ranks = [result["rank"] for result in results]
     for picture, name, unit, label in (
         (axes[0], "loss", 1.0, "held-out loss, nats per token"),
         (axes[1], "exact_match", 100.0, "exact match, %"),

@@ -40,8 +40,8 @@ RIVALS = (
     ),
     Rival("prefix", "20 keys and values before the text", ("--method", "prefix"), (1e-1, 3e-1, 1e0)),
     Rival("prompt", "20 embeddings before the text", ("--method", "prompt"), (3e-2, 1e-1, 3e-1)),
-    Rival("bitfit", "biases, and the norms' gains", ("--method", "bitfit", "--train-norms"), (1e-2, 3e-2, 1e-1)),
-    Rival("head", "the head alone", ("--method", "head", "--untie"), (1e-3, 3e-3, 1e-2)),
+    Rival("bitfit", "biases, and the norms' gains", ("--method", "bitfit", "--train-norms"), (3e-2, 1e-1, 3e-1)),
+    Rival("head", "the head alone", ("--method", "head", "--untie"), (3e-4, 1e-3, 3e-3)),
     Rival("embedding", "the embedding alone", ("--method", "embedding", "--untie"), (1e-3, 3e-3, 1e-2)),
     Rival(
         "random", "weights drawn at random, as many as LoRA's",
