@@ -204,7 +204,7 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {  # → the mom
     "checkpointing, q and v, long rows": (
         "a layer's backward", (SMALL, LoRA(), Work(2, 200, 398)), {"checkpointing": True},
     ),
-    "two micro-batches": ("the next micro-batch's forward", (SMALL, LoRA(), Work(2, 64, 60)), {"k": 2}),
+    "two micro-batches": ("a layer's backward", (SMALL, LoRA(), Work(2, 64, 60)), {"k": 2}),
     "stored": (
         "the loss",
         (replace(SMALL, vocab_size=8000), LoRA(target_modules=ALL), Work(2, 32, 62), Storage("float32", "stored")),
@@ -517,7 +517,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_step_in_a_process_of_its_own_takes_what_the_command_says(tiny: Path) -> None:
-    flags = ("--model", str(tiny), "--batch-size", "8", "--max-length", "128")
+    flags = ("--model", str(tiny), "--batch-size", "8", "--grad-accumulation", "1", "--max-length", "128")
     found = json.loads(run_alone(*flags, "--measure", "--json"))
     memory, measured = found["this"]["memory"], found["measured"]
     assert memory["total"] == pytest.approx(measured["peak"], rel=0.1)
@@ -532,9 +532,9 @@ def test_flags_of_train_mean_here_what_they_mean_there(tiny: Path) -> None:
         found: dict[str, Any] = json.loads(out)
         return found["this"] | {"work": found["work"]}
 
-    usual = memory("--batch-size", "4")
+    usual = memory("--batch-size", "4", "--grad-accumulation", "1")
     assert usual["work"] == {"rows": 4, "length": 64, "labelled": 4 * 63}
-    assert memory("--per_device_train_batch_size", "4") == usual
+    assert memory("--per_device_train_batch_size", "4", "--grad-accumulation", "1") == usual
     assert memory("--batch-size", "4", "--labelled", "0.25")["work"]["labelled"] == 63
     assert memory("--lora_r", "16")["trainable_parameters"] == 2 * usual["trainable_parameters"]
     assert memory("--optim", "sgd")["memory"]["optimizer"] == 0
@@ -547,7 +547,7 @@ def test_flags_of_train_mean_here_what_they_mean_there(tiny: Path) -> None:
 
 
 def test_the_table_shows_the_deciding_moment_and_full_fine_tuning_beside_it() -> None:
-    status, out, _ = run("--model", "SmolLM2-135M", "--batch-size", "4", "--max-length", "256", "--rank", "8")
+    status, out, _ = run("--model", "SmolLM2-135M", "--batch-size", "4", "--grad-accumulation", "1", "--max-length", "256")
     assert status == 0
     lines = {line[:37].strip(): line[37:].split() for line in out.splitlines()}
     assert lines["parameters that train"] == ["2,442,240", "134,515,008", "1.816%"]

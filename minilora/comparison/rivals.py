@@ -45,7 +45,7 @@ RIVALS = (
     Rival("embedding", "the embedding alone", ("--method", "embedding", "--untie"), (1e-3, 3e-3, 1e-2)),
     Rival(
         "random", "weights drawn at random, as many as LoRA's",
-        ("--method", "random", "--random-share", "0.053"), (1e-3, 3e-3, 1e-2),
+        ("--method", "random", "--random-share", "0.053"), (3e-3, 1e-2, 3e-2),
     ),
     Rival("few-shot", f"nothing: up to {SHOTS} rows with answers before the prompt", ("--few-shot", str(SHOTS))),
 )  # fmt: skip

@@ -124,8 +124,6 @@ def footprint(
 
     if micro_batches > 1:  # the sum of the gradients so far
         moments = {moment: count + gradients * (moment != "the update") for moment, count in moments.items()}
-        top = layers[-1].forward if layers else 0
-        moments["the next micro-batch's forward"] = outer + gradients + kept + top  # what this one kept still lives
 
     b = storage.bytes
     return Footprint(

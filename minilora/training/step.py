@@ -23,14 +23,23 @@ def loss_and_gradients(
     gradients: Gradients = {}
     for i, batch in enumerate(batches):
         seed = seeds[i] if seeds is not None else None
-        tokens, labels, positions, segments = (to_device(array) for array in batch)
-        hidden, _, cache = forward(model, tokens, positions, segments, seed=seed, checkpointing=checkpointing)
-        loss, dhidden, head_gradients = head_loss(model, hidden, labels.reshape(-1), 1 / labelled, seed=seed)
-        assert dhidden is not None
-        add_gradients(gradients, head_gradients)
-        add_gradients(gradients, backward(model, dhidden, cache))
-        total += float(loss)
+        loss, batch_gradients = _share_of(batch, model, labelled, seed, checkpointing)
+        add_gradients(gradients, batch_gradients)
+        total += loss
     return total / labelled, gradients
+
+
+def _share_of(
+    batch: Batch, model: Model, labelled: int, seed: int | None, checkpointing: bool
+) -> tuple[float, Gradients]:
+    """Σ loss of one micro-batch, and the gradients of Σ loss / labelled. Its cache is gone before the next one's is
+    made: that is what accumulation saves."""
+    tokens, labels, positions, segments = (to_device(array) for array in batch)
+    hidden, _, cache = forward(model, tokens, positions, segments, seed=seed, checkpointing=checkpointing)
+    loss, dhidden, gradients = head_loss(model, hidden, labels.reshape(-1), 1 / labelled, seed=seed)
+    assert dhidden is not None
+    add_gradients(gradients, backward(model, dhidden, cache))
+    return float(loss), gradients
 
 
 def mean_loss(model: Model, batches: Sequence[Batch]) -> float:
