@@ -2,10 +2,10 @@
 
 Put `plan` in the place of `train` and leave the flags as they are:
 
-    python -m minilora.plan --model SmolLM2-135M --batch-size 8 --max-length 512
+    python -m minilora.plan --model SmolLM2-135M --data rows.jsonl --batch-size 8 --max-length 512
 
 --model may also be a config.json, or a known shape such as SmolLM2-135M or GPT-3. Every row is taken to have
---max-length tokens, so this is the most that a step of the run can take.
+--max-length tokens, so this is the most that a step of the run can take. No data is read.
 """
 
 from __future__ import annotations
