@@ -547,7 +547,9 @@ def test_flags_of_train_mean_here_what_they_mean_there(tiny: Path) -> None:
 
 
 def test_the_table_shows_the_deciding_moment_and_full_fine_tuning_beside_it() -> None:
-    status, out, _ = run("--model", "SmolLM2-135M", "--batch-size", "4", "--grad-accumulation", "1", "--max-length", "256")
+    status, out, _ = run(
+        "--model", "SmolLM2-135M", "--batch-size", "4", "--grad-accumulation", "1", "--max-length", "256"
+    )
     assert status == 0
     lines = {line[:37].strip(): line[37:].split() for line in out.splitlines()}
     assert lines["parameters that train"] == ["2,442,240", "134,515,008", "1.816%"]
