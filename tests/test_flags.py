@@ -45,9 +45,9 @@ TRAIN = [  # theirs, and how it is said here
     ("--init-lora-weights gaussian", "--init gaussian"),
     ("--init-lora-weights true", "--init kaiming"),
     ("--resume-adapter-file some/folder/adapters.safetensors", "--adapter some/folder"),
-    ("--iters 30", "--steps 30"),
+    ("--iters 30 --grad-accumulation-steps 1", "--steps 30 --grad-accumulation 1"),
     ("--iters 31 --grad-accumulation-steps 4", "--steps 7 --grad-accumulation 4"),
-    ("--steps-per-eval 10", "--eval-every 10"),
+    ("--steps-per-eval 10 --grad-accumulation-steps 1", "--eval-every 10 --grad-accumulation 1"),
     ("--steps-per-eval 10 --grad-accumulation-steps 4", "--eval-every 2 --grad-accumulation 4"),
     ("--max-steps 30", "--steps 30"),
     ("--max-steps -1", "--steps 0"),
@@ -186,7 +186,7 @@ def test_what_train_does_anyway_is_taken_and_told(capsys: pytest.CaptureFixture[
         assert meaning(f"{flag(name)} true") == meaning("")
     told = capsys.readouterr().out
     assert all(flag(name) in told for name, why in NEEDLESS.items() if why)
-    assert meaning("--train --iters 5") == meaning("--steps 5")
+    assert meaning("--train --max-steps 5") == meaning("--steps 5")
 
 
 @pytest.mark.parametrize(

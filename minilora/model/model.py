@@ -115,6 +115,7 @@ def forward(
         keys_values.append(kv)
         if layer >= lowest and not checkpointing:
             blocks[layer] = cache
+        del cache  # else one that is not kept would live on beside the next layer's
     if prompt:
         _, x = _take_first(x, rows, prompt.length)
     x, c_norm = sites[NORM].forward(x, seed)
@@ -168,7 +169,9 @@ def backward(model: Model, dx: Array, cache: ForwardCache) -> Gradients:
         else:
             block_cache = cache.blocks[layer]
         dx, dkeys_values, block_grads = block_backward(dx, site, use_rope, cache.context, block_cache)
-        dpast.append(dkeys_values)
+        if prefix:
+            dpast.append(dkeys_values)
+        del block_cache, dkeys_values  # a layer that ran again is done with
         add_gradients(grads, block_grads, f"model.layers.{layer}.")
     if prefix:
         add_gradients(grads, prefix.backward(dpast[::-1]))

@@ -98,13 +98,11 @@ def footprint(
     lowest = lowest_trained_layer(config, trainable)
     layers = [layer_numbers(config, i, work, seen, trainable, dropout, made) for i in range(lowest, L)]
 
-    kept = words * (D + 1) + lowest * keys_values  # the last norm; forward returns the keys and values of every layer
+    kept = words * (D + 1)  # the last norm
     backward = max((layer.backward for layer in layers), default=0)
     if checkpointing and layers:
-        kept += len(layers) * (inputs + keys_values)
-        again = layers[-1].kept - inputs  # its caches, whose input is there already
-        above = again if len(layers) > 1 else 0  # those of the layer above live until this one has run again
-        backward = again + max(above + layers[-1].forward, backward)
+        kept += len(layers) * inputs
+        backward = layers[-1].kept - inputs + max(layers[-1].forward, backward)  # run again; its input is there already
     else:
         kept += sum(layer.kept for layer in layers)
 
@@ -112,11 +110,11 @@ def footprint(
     embedding = V * D if f"{EMBED}.weight" in trainable else 0
     chunk = loss_numbers(config, trainable, work.labelled, narrow, tied)
     outer = kept + 2 * words * D  # hidden states and their gradient live as long as what is kept
-    below = outer + inputs + len(layers) * keys_values  # dx; dk and dv of every layer, which a prefix wants
+    below = outer + inputs + keys_values * (len(layers) if isinstance(method, PrefixTuning) else 1)  # dx; dk and dv
     moments = {"the loss": outer + chunk, "the update": gradients + 2 * max(map(math.prod, trainable.values()))}
-    if lowest > 0:  # its caches, for which no backward comes, live until the next layer has run
+    if lowest > 0:  # forward gathers keys and values of every layer
         frozen = layer_numbers(config, lowest - 1, work, seen, trainable, dropout, made)
-        moments["a frozen layer's forward"] = lowest * keys_values + min(lowest, 2) * frozen.kept + frozen.forward
+        moments["a frozen layer's forward"] = (lowest - 1) * keys_values + frozen.kept + frozen.forward
     if layers:  # the lowest, when all gradients but the embedding's are there; tied, it has the head's
         moments["a layer's backward"] = below + gradients - (0 if tied else embedding) + backward
     if embedding:  # tied, the head's gradient, the embedding's, and their sum

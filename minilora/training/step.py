@@ -35,7 +35,8 @@ def _share_of(
     """Σ loss of one micro-batch, and the gradients of Σ loss / labelled. Its cache is gone before the next one's is
     made: that is what accumulation saves."""
     tokens, labels, positions, segments = (to_device(array) for array in batch)
-    hidden, _, cache = forward(model, tokens, positions, segments, seed=seed, checkpointing=checkpointing)
+    hidden, past, cache = forward(model, tokens, positions, segments, seed=seed, checkpointing=checkpointing)
+    del past  # the keys and values of every layer
     loss, dhidden, gradients = head_loss(model, hidden, labels.reshape(-1), 1 / labelled, seed=seed)
     assert dhidden is not None
     add_gradients(gradients, backward(model, dhidden, cache))
