@@ -9,7 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from minilora.backend import Array, read_only, widen
+from minilora.backend import Array, read_only, widen, xp
+from minilora.ops.linear import x_times_transpose
+
+WIDENED_AT_ONCE = 2**18  # numbers
 
 
 class FrozenWeight(Protocol):
@@ -38,7 +41,7 @@ class DenseWeight:
         self.shape: tuple[int, int] = W.shape
 
     def forward(self, x: Array) -> Array:
-        return x @ self.W.T
+        return x_times_transpose(x, self.W)
 
     def backward(self, dy: Array) -> Array:
         return dy @ self.W
@@ -53,19 +56,30 @@ class DenseWeight:
 class StoredWeight:
     """W held as the checkpoint stores it, bfloat16 (as uint16 bits) or float16, and widened for the moment of use.
 
-    Widening is exact, so every result equals DenseWeight's to the last bit, in half of float32's memory.
+    Widening is exact: results are DenseWeight's, in half of float32's memory. A large W, an embedding that is the head,
+    is widened in slices of its rows, so that the whole of it is never there.
     """
 
     def __init__(self, W: Array, dtype: Any = np.float32) -> None:
         self.W = read_only(W)
         self.dtype = dtype
         self.shape: tuple[int, int] = W.shape
+        rows = max(1, WIDENED_AT_ONCE // W.shape[1])
+        self.slices = [slice(start, start + rows) for start in range(0, W.shape[0], rows)]
 
     def forward(self, x: Array) -> Array:
-        return x @ self.dense().T
+        if len(self.slices) == 1:
+            return x_times_transpose(x, self.dense())
+        y = xp.empty((len(x), self.shape[0]), x.dtype)
+        for some in self.slices:
+            y[:, some] = x_times_transpose(x, widen(self.W[some], self.dtype))
+        return y
 
     def backward(self, dy: Array) -> Array:
-        return dy @ self.dense()
+        dx = dy[:, self.slices[0]] @ widen(self.W[self.slices[0]], self.dtype)
+        for some in self.slices[1:]:
+            dx += dy[:, some] @ widen(self.W[some], self.dtype)
+        return dx
 
     def rows(self, index: Array) -> Array:
         return widen(self.W[index], self.dtype)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, read_only, to_device, xp
+from minilora.ops.linear import x_times_transpose
 
 BLOCK = 64  # weights that share an a
 ABSMAX_BLOCK = 256  # a's that share a scale
@@ -125,7 +126,7 @@ class NF4Weight:
         self.shape: tuple[int, int] = W.shape
 
     def forward(self, x: Array) -> Array:
-        return x @ self.dense().T
+        return x_times_transpose(x, self.dense())
 
     def backward(self, dy: Array) -> Array:
         return dy @ self.dense()

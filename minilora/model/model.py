@@ -9,7 +9,7 @@ from minilora.backend import Array, xp
 from minilora.model.block import BlockCache, Context, KeysValues, block, block_backward
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, LAYER, NORM, layer_module
-from minilora.model.sites import Gradients, Prefix, Prompt, Sites, add_gradients, layer_sites
+from minilora.model.sites import Gradients, Prefix, Prompt, Site, Sites, add_gradients, layer_sites
 from minilora.ops.attention import EVERYONE, visible_keys
 from minilora.ops.cross_entropy import IGNORE, cross_entropy, cross_entropy_backward
 from minilora.ops.rope import rope_angles, rope_frequencies
@@ -185,7 +185,7 @@ def backward(model: Model, dx: Array, cache: ForwardCache) -> Gradients:
 
 
 def head_loss(
-    model: Model, hidden: Array, labels: Array, dloss: float | None, chunk: int = 1024, seed: int | None = None
+    model: Model, hidden: Array, labels: Array, dloss: float | None, chunk: int = 256, seed: int | None = None
 ) -> tuple[Array, Array | None, Gradients]:
     """Σ cross-entropy over the labelled rows; unless dloss is None, dhidden (N, D) and the head's gradients. (docs: M8)
 
@@ -193,7 +193,6 @@ def head_loss(
     forward and straight back: the loss is the end of the graph, so its gradient is known at once, and the matrix of all
     logits (N, V) never exists.
     """
-    site = model.sites[HEAD]
     prefix = f"{EMBED if model.config.tie_word_embeddings else HEAD}."  # whose parameter the head's is
     grads: Gradients = {}
     rows = xp.flatnonzero(labels != IGNORE)
@@ -201,10 +200,22 @@ def head_loss(
     dhidden = xp.zeros_like(hidden) if dloss is not None else None
     for start in range(0, len(rows), chunk):
         some = rows[start : start + chunk]
-        logits, c_head = site.forward(hidden[some], seed)
-        chunk_loss, c_loss = cross_entropy(logits, labels[some])
+        chunk_loss, dsome, chunk_grads = _chunk_loss(model.sites[HEAD], hidden[some], labels[some], dloss, seed)
         loss = loss + chunk_loss
-        if dhidden is not None and dloss is not None:
-            dhidden[some], site_grads = site.backward(cross_entropy_backward(dloss, c_loss), c_head)
-            add_gradients(grads, site_grads, prefix)
+        if dhidden is not None:
+            dhidden[some] = dsome
+        add_gradients(grads, chunk_grads, prefix)
+        del dsome, chunk_grads
     return loss, dhidden, grads
+
+
+def _chunk_loss(
+    head: Site, hidden: Array, labels: Array, dloss: float | None, seed: int | None
+) -> tuple[Array, Array | None, Gradients]:
+    """head_loss of some rows. One array (N, V) is logits, softmax and dlogits in turn."""
+    logits, c_head = head.forward(hidden, seed)
+    loss, c_loss = cross_entropy(logits, labels, overwrite=True)
+    if dloss is None:
+        return loss, None, {}
+    dlogits = cross_entropy_backward(dloss, c_loss, overwrite=True)
+    return loss, *head.backward(dlogits, c_head)

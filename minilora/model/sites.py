@@ -125,7 +125,13 @@ def layer_sites(sites: Sites, layer: int) -> LayerSites:
 
 
 def add_gradients(total: Gradients, new: Gradients, prefix: str = "") -> None:
-    """total[prefix + name] += new[name]. A parameter used in two places (a tied embedding) gets the sum. (docs: M6)"""
+    """total[prefix + name] += new[name]. A parameter used in two places (a tied embedding) gets the sum. (docs: M6)
+
+    The first array for a name is taken as it is, and what follows is added to it in place.
+    """
     for name, gradient in new.items():
         name = prefix + name
-        total[name] = total[name] + gradient if name in total else gradient
+        if name in total:
+            total[name] += gradient
+        else:
+            total[name] = gradient

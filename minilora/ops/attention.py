@@ -15,8 +15,8 @@ class BlockCache(NamedTuple):
     q: Array  # (B, K, G·t, d), divided by √d
     k: Array  # (B, K, s, d)
     v: Array  # (B, K, s, d)
-    e: Array  # (B, K, G·t, s), the attention weights before each row is divided by its sum
-    z: Array  # (B, K, G·t, 1), the sums
+    visible: Array  # (B, t, s)
+    log_z: Array  # (B, K, G·t, 1), the logarithm of what each row of exp(scores) sums to
 
 
 class AttentionCache(NamedTuple):
@@ -71,23 +71,21 @@ def _attend(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, BlockC
     """The attention of one block of t queries to s keys.
 
     Query head h reads key head h // G. The G queries of a key are stacked into the rows of one matrix, so that each key
-    head is one product, and the sum over its queries in the backward happens within it. P = e/z is never formed: the
-    division by z waits for the product with v, which has d columns instead of s.
+    head is one product, and the sum over its queries in the backward happens within it. The division by z waits for the
+    product with v, which has d columns instead of s.
     """
-    B, t, H, d = q.shape
-    s, K = k.shape[1:3]
-    q = _stack_group(q * (1 / math.sqrt(d)), K)
+    t, d = q.shape[1], q.shape[3]
+    q = _stack_group(q, k.shape[2]) * (1 / math.sqrt(d))
     k = k.transpose(0, 2, 1, 3)
     v = v.transpose(0, 2, 1, 3)
-    e = q @ k.transpose(0, 1, 3, 2)
-    by_group = e.reshape(B, K, H // K, t, s)  # a view: the same numbers
-    xp.copyto(by_group, -math.inf, where=~visible[:, None, None])
-    e -= e.real.max(axis=-1, keepdims=True)  # softmax does not change, and exp cannot overflow
+    e = _scores(q, k, visible)
+    largest = e.real.max(axis=-1, keepdims=True)
+    e -= largest  # softmax does not change, and exp cannot overflow
     xp.exp(e, out=e)
     z = e.sum(axis=-1, keepdims=True)
     y = e @ v
     y /= z
-    return _unstack_group(y, t), BlockCache(q, k, v, e, z)
+    return _unstack_group(y, t), BlockCache(q, k, v, visible, xp.log(z) + largest)
 
 
 def _attend_backward(dy: Array, y: Array, cache: BlockCache) -> tuple[Array, Array, Array]:
@@ -95,20 +93,32 @@ def _attend_backward(dy: Array, y: Array, cache: BlockCache) -> tuple[Array, Arr
 
     Forward was y = P v, so dv = Pᵀ dy and dP = dy vᵀ. The softmax of a row has ∂P_i/∂S_j = P_i (δ_ij − P_j), so
         dS = P ⊙ (dP − Σ_j dP_j P_j),    in which Σ_j dP_j P_j = dy · Σ_j P_j v_j = dy · y;
-    a key that was not visible has P = 0 and gets no gradient. With P = e/z and g = dy/z this is dv = eᵀ g and
-    dS = e ⊙ (g vᵀ − g · y). With S = q kᵀ/√d: dq = dS k/√d and dk = dSᵀ q/√d, where the q saved has the 1/√d already.
+    a key that was not visible has P = 0 and gets no gradient. With S = q kᵀ/√d: dq = dS k/√d and dk = dSᵀ q/√d, where
+    the q saved has the 1/√d already. P = exp(S − log z) is computed again: saved, it would be by far the largest array.
     """
-    q, k, v, e, z = cache
+    q, k, v, visible, log_z = cache
     t, K, d = dy.shape[1], k.shape[1], q.shape[-1]
-    g = _stack_group(dy, K) / z
-    dS = g @ v.transpose(0, 1, 3, 2)
-    dS -= (g * _stack_group(y, K)).sum(axis=-1, keepdims=True)
-    dS *= e
-    dv = e.transpose(0, 1, 3, 2) @ g
+    P = _scores(q, k, visible)
+    P -= log_z
+    xp.exp(P, out=P)
+    dy = _stack_group(dy, K)
+    dv = P.transpose(0, 1, 3, 2) @ dy
+    dS = dy @ v.transpose(0, 1, 3, 2)
+    dS -= (dy * _stack_group(y, K)).sum(axis=-1, keepdims=True)
+    dS *= P
     dk = dS.transpose(0, 1, 3, 2) @ q
     dq = dS @ k
     dq *= 1 / math.sqrt(d)
     return _unstack_group(dq, t), dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
+
+
+def _scores(q: Array, k: Array, visible: Array) -> Array:
+    """S = q kᵀ (B, K, G·t, s), −∞ where a query does not see the key."""
+    S = q @ k.transpose(0, 1, 3, 2)
+    B, K, _, s = S.shape
+    by_group = S.reshape(B, K, -1, visible.shape[1], s)  # a view: the same numbers
+    xp.copyto(by_group, -math.inf, where=~visible[:, None, None])
+    return S
 
 
 def _stack_group(x: Array, K: int) -> Array:

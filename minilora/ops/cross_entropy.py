@@ -14,13 +14,14 @@ class CrossEntropyCache(NamedTuple):
     labels: Array  # (N,)
 
 
-def cross_entropy(logits: Array, labels: Array) -> tuple[Array, CrossEntropyCache]:
+def cross_entropy(logits: Array, labels: Array, overwrite: bool = False) -> tuple[Array, CrossEntropyCache]:
     """The *sum* Σ_n −log softmax(z_n)[label_n] over the rows whose label is not IGNORE: a scalar array. (docs: O18)
 
     logits (N, V), labels (N,) integers. A sum, not a mean: sums over micro-batches add up to the sum over the
-    batch, and the caller divides once by the number of labelled tokens.
+    batch, and the caller divides once by the number of labelled tokens. With `overwrite`, p takes the place of logits.
     """
-    z = logits - logits.real.max(axis=-1, keepdims=True)  # softmax does not change, and exp cannot overflow
+    largest = logits.real.max(axis=-1, keepdims=True)
+    z = xp.subtract(logits, largest, out=logits if overwrite else None)  # same softmax, and exp cannot overflow
     labelled = labels != IGNORE
     picked = xp.take_along_axis(z, xp.where(labelled, labels, 0)[:, None], axis=-1)[:, 0]
     p = xp.exp(z, out=z)
@@ -30,8 +31,8 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[Array, CrossEntropyCach
     return loss, CrossEntropyCache(p, labels)
 
 
-def cross_entropy_backward(dloss: Array | float, cache: CrossEntropyCache) -> Array:
-    """dlogits (N, V). (docs: O19)
+def cross_entropy_backward(dloss: Array | float, cache: CrossEntropyCache, overwrite: bool = False) -> Array:
+    """dlogits (N, V). With `overwrite` it takes the place of the cache's p. (docs: O19)
 
     Forward was Σ_n [log Σ_v e^{z_nv} − z_n,label], so dz_n = dloss · (softmax(z_n) − onehot(label_n)), and 0 in rows
     without a label.
@@ -40,6 +41,6 @@ def cross_entropy_backward(dloss: Array | float, cache: CrossEntropyCache) -> Ar
     labelled = labels != IGNORE
     weight = labelled.astype(p.dtype)
     weight *= dloss
-    dlogits: Array = p * weight[:, None]
+    dlogits: Array = xp.multiply(p, weight[:, None], out=p if overwrite else None)
     dlogits[xp.arange(len(labels)), xp.where(labelled, labels, 0)] -= weight
     return dlogits

@@ -9,8 +9,9 @@ M = B·S keys.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from minilora.formats.files import Shape
@@ -18,7 +19,7 @@ from minilora.model.config import Config
 from minilora.model.names import HEAD, LINEAR, layer_module
 from minilora.ops.attention import QUERIES_AT_ONCE
 
-LOSS_CHUNK = 1024  # rows of logits at a time: `chunk` of head_loss
+LOSS_CHUNK = 256  # rows of logits at a time: `chunk` of head_loss
 
 
 class Work(NamedTuple):
@@ -27,6 +28,9 @@ class Work(NamedTuple):
     rows: int
     length: int  # tokens of each
     labelled: int  # tokens with a label, in all rows
+
+
+Made = Callable[[int], int]  # what each use of a matrix of so many numbers makes of it
 
 
 class Layer(NamedTuple):
@@ -38,9 +42,9 @@ class Layer(NamedTuple):
 
 
 def layer_numbers(
-    config: Config, layer: int, work: Work, seen: int, trainable: Mapping[str, Shape], dropout: bool, made: int
+    config: Config, layer: int, work: Work, seen: int, trainable: Mapping[str, Shape], dropout: bool, made: Made
 ) -> Layer:
-    """`seen`: the keys that a query meets, S. `made`: arrays of a matrix's size that each use of it takes."""
+    """`seen`: the keys that a query meets, S."""
     B, T, N, M = work.rows, work.length, work.rows * work.length, work.rows * seen
     D, F, H = config.hidden_size, config.intermediate_size, config.num_attention_heads
     Q, K = H * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -49,22 +53,24 @@ def layer_numbers(
     qkv, mlp = any(site[role].input for role in "qkv"), site["gate"].input or site["up"].input
 
     kept = 2 * N * (D + 1)  # both norms: their input, which is the residual too, and 1/rms
-    kept += 2 * N * Q + 2 * M * K + B * H * attended_pairs(T, seen) + N * H  # attention: q, y; k, v; e; z
+    kept += 2 * N * Q + 2 * M * K + N * H  # attention: q, y; k, v; log z
     kept += 2 * N * F  # swiglu: gate and up
     kept += N * D * (qkv + mlp) + N * F * site["down"].input  # what a trained site read, if nobody keeps it yet
     kept += N * sum(one.own for one in site.values())
 
-    forward = N * D + N * Q + max(2 * N * D, N * F) + F * D * made  # o; q as it came; down and x, or σ(gate)
+    block = min(T, QUERIES_AT_ONCE)
+    scores = B * H * block * seen
+    forward = N * D + N * Q + max(2 * N * D, N * F, scores) + made(F * D)  # o; q as it came; down and x, or σ(gate)
     forward += N * D * (not mlp) + N * F * (not site["down"].input)
 
     # Backwards df, dgate and dup stay until the layer is done; beside them the fullest of its stages. Attention's half
     # has dx of up, of the MLP's norm and of the residual, and da and dq.
-    half, block = 3 * N * D + 2 * N * Q, min(T, QUERIES_AT_ONCE)
+    half = 3 * N * D + 2 * N * Q
     backward = 3 * N * F + max(
         N * F,  # swiglu: σ(gate)
-        2 * N * D + max(site[role].needs(N, F * D * made) for role in ("gate", "up")),  # dxn of gate, and of up
-        half + N * D + B * (H * block * seen + 4 * block * Q + 2 * seen * K),  # dxn; of a block dS, g, dq; dk, dv
-        half + 2 * N * D + M * K + max(site[role].needs(N, Q * D * made) for role in "qkv"),  # dxn of q, and of k; dk
+        2 * N * D + max(site[role].needs(N, made(F * D)) for role in ("gate", "up")),  # dxn of gate, and of up
+        half + N * D + 2 * scores + B * (4 * block * Q + 2 * seen * K),  # dxn; of a block P, dS, dy, dq; dk, dv
+        half + 2 * N * D + M * K + max(site[role].needs(N, made(Q * D)) for role in "qkv"),  # dxn of q, and of k; dk
         half + 6 * N * D + M * K,  # the norm: dxn of q, k and v; x̂, dx̂ and their product; dk, turned back by RoPE
     )
     return Layer(kept, forward, backward)
@@ -102,20 +108,21 @@ def site_numbers(trainable: Mapping[str, Shape], module: str, width: tuple[int, 
         size, D = trainable[f"{module}.adapter_down.weight"]
         return Site(own=D + 2 * size)  # x, z and a
     if f"{module}.values" in trainable:
-        return Site(True, passing=2 * trainable[f"{module}.values"][0])  # for each value its columns of x and of dy
+        return Site(True)
     return Site(input=f"{module}.weight" in trainable)
 
 
-def loss_numbers(config: Config, trainable: Mapping[str, Shape], labelled: int, narrow: bool, tied: bool) -> int:
-    """At the fullest moment of `head_loss`: logits, softmax and dlogits of a chunk, and what the head itself needs."""
+def loss_numbers(config: Config, trainable: Mapping[str, Shape], labelled: int, tied: bool, made: Made) -> int:
+    """At the fullest moment of `head_loss`: logits of a chunk, and what the head itself needs."""
     V, D = config.vocab_size, config.hidden_size
-    rows, full_chunks = min(labelled, LOSS_CHUNK), labelled // LOSS_CHUNK
-    count = 3 * rows * V + rows * D  # logits, softmax, dlogits; dhidden
-    if tied or f"{HEAD}.weight" in trainable:  # what it read; dW: of this chunk, of those before, of the last of them
-        return count + rows * D + V * D * max(1, min(full_chunks, 3))
-    if f"{HEAD}.lora_A.weight" in trainable:  # what it read and dh A; or x Wᵀ, while two arrays of the last chunk live
-        return count + rows * (D + max(D, V * (full_chunks > 1)))
-    return count + V * D * narrow  # W, made for use
+    rows = min(labelled, LOSS_CHUNK)
+    count = rows * V + 2 * rows * D  # logits, which become dlogits; hidden and dhidden
+    if tied or f"{HEAD}.weight" in trainable:  # dW of this chunk, and of those before
+        return count + V * D * min(2, math.ceil(labelled / LOSS_CHUNK))
+    if f"{HEAD}.lora_A.weight" in trainable:  # x Wᵀ, to which the branch is added; no dhidden yet
+        return count + rows * V - rows * D
+    widened = made(V * D)
+    return max(count, count - rows * D + widened + rows * widened // D)  # W in slices, and logits of a slice
 
 
 def lowest_trained_layer(config: Config, trainable: Mapping[str, Shape]) -> int:

@@ -39,7 +39,8 @@ def step_flops(config: Config, method: Method, work: Work, checkpointing: bool =
     """Forward and backward. Checkpointing runs the layers' forward again in the backward.
 
     Frozen, a weight of out × in costs 2·out·in a token forwards and as much backwards for dx; trained whole, once more
-    for dW. Attention has two products forwards and four backwards, of d multiply-adds for each head, query and key.
+    for dW. Attention has two products forwards and five backwards (the scores again), of d multiply-adds for each head,
+    query and key.
     """
     trainable = trainable_shapes(method, config)
     virtual = method.num_virtual_tokens if isinstance(method, PrefixTuning | PromptTuning) else 0
@@ -55,7 +56,7 @@ def step_flops(config: Config, method: Method, work: Work, checkpointing: bool =
         weights = 2 * work.rows * length * sum(map(math.prod, maps.values()))
         sites = [site_flops(trainable, method, name, shape, work.rows * length) for name, shape in maps.items()]
         forward, backward = (sum(way) for way in zip(*sites, strict=True))
-        passes.append((Flops(weights, forward, 2 * product), Flops(weights, backward, 4 * product)))
+        passes.append((Flops(weights, forward, 2 * product), Flops(weights, backward, 5 * product)))
 
     head = 2 * work.labelled * math.prod(shapes[f"{HEAD}.weight"])
     forward, backward = site_flops(trainable, method, HEAD, shapes[f"{HEAD}.weight"], work.labelled)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from minilora.formats.checkpoint import named_dtype
 from minilora.formats.sizes import numbers, trainable_shapes
+from minilora.frozen import WIDENED_AT_ONCE
 from minilora.methods import Method
 from minilora.methods.full import Full
 from minilora.methods.lora import LoRA
@@ -24,6 +25,7 @@ from minilora.nf4 import ABSMAX_BLOCK, BLOCK
 from minilora.training.activations import Work, layer_numbers, loss_numbers, lowest_trained_layer
 
 STATE = {"adamw": 2, "sgd": 0}  # numbers that each of OPTIMIZERS keeps for a number that trains: m and v
+PASSING = {"adamw": 2, "sgd": 1}  # and for each of the parameter that it is at
 
 
 class Storage(NamedTuple):
@@ -79,16 +81,27 @@ def footprint(
     optimizer: str = "adamw",
     checkpointing: bool = False,
     micro_batches: int = 1,
+    at_once: int = 1,
 ) -> Footprint:
-    """Of a step: forward, loss and backward of each micro-batch, and the optimiser's update."""
+    """Of a step: forward, loss and backward of each micro-batch, and the optimiser's update. The rows of `work` are
+    shared out among `at_once` cores."""
+    work = Work(math.ceil(work.rows / at_once), work.length, math.ceil(work.labelled / at_once))
     trainable = trainable_shapes(method, config)
     virtual = method.num_virtual_tokens if isinstance(method, PrefixTuning | PromptTuning) else 0
     words, seen = work.rows * work.length, work.length + virtual
     if isinstance(method, PromptTuning):  # its virtual tokens go through the layers as words do
         work = work._replace(length=seen)
-    narrow = storage.frozen == "nf4" or (storage.frozen == "stored" and storage.file_bytes < storage.bytes)
-    made = 1 if narrow or isinstance(method, RandomSubset) else 0  # a random subset makes W + S for each use
-    made += storage.frozen == "nf4"  # codes become whole numbers, by which values are looked up
+    narrow = storage.frozen != "widened" and storage.file_bytes < storage.bytes
+
+    def made(size: int) -> int:
+        """Of a layer's matrix; in NF4 codes become whole numbers, by which values are looked up."""
+        if storage.frozen == "nf4":
+            return 2 * size
+        return size if isinstance(method, RandomSubset) else widened(size)  # W + S
+
+    def widened(size: int) -> int:
+        return min(size, WIDENED_AT_ONCE) if narrow else 0
+
     dropout = isinstance(method, LoRA) and method.dropout > 0
     tied = config.tie_word_embeddings and isinstance(method, Full)  # all other methods part them
 
@@ -108,20 +121,25 @@ def footprint(
 
     gradients = numbers(trainable)
     embedding = V * D if f"{EMBED}.weight" in trainable else 0
-    chunk = loss_numbers(config, trainable, work.labelled, narrow, tied)
+    chunk = loss_numbers(config, trainable, work.labelled, tied, widened)
     outer = kept + 2 * words * D  # hidden states and their gradient live as long as what is kept
     below = outer + inputs + keys_values * (len(layers) if isinstance(method, PrefixTuning) else 1)  # dx; dk and dv
-    moments = {"the loss": outer + chunk, "the update": gradients + 2 * max(map(math.prod, trainable.values()))}
+    moments = {
+        "the loss": outer + chunk,
+        "the update": gradients + PASSING[optimizer] * max(map(math.prod, trainable.values())),
+    }
     if lowest > 0:  # forward gathers keys and values of every layer
         frozen = layer_numbers(config, lowest - 1, work, seen, trainable, dropout, made)
         moments["a frozen layer's forward"] = (lowest - 1) * keys_values + frozen.kept + frozen.forward
     if layers:  # the lowest, when all gradients but the embedding's are there; tied, it has the head's
         moments["a layer's backward"] = below + gradients - (0 if tied else embedding) + backward
-    if embedding:  # tied, the head's gradient, the embedding's, and their sum
-        moments["the embedding's gradient"] = max(below + gradients, outer + gradients + (2 * embedding if tied else 0))
+    if embedding:  # tied, the head's gradient and the embedding's
+        moments["the embedding's gradient"] = max(below + gradients, outer + gradients + (embedding if tied else 0))
 
-    if micro_batches > 1:  # the sum of the gradients so far
-        moments = {moment: count + gradients * (moment != "the update") for moment, count in moments.items()}
+    summed = gradients if micro_batches > 1 else 0  # those of the micro-batches before
+    moments = {
+        moment: count if moment == "the update" else at_once * count + summed for moment, count in moments.items()
+    }
 
     b = storage.bytes
     return Footprint(
@@ -129,8 +147,8 @@ def footprint(
         trainable=b * gradients,
         optimizer=b * STATE[optimizer] * gradients,
         gradients=b * gradients,
-        activations=b * kept,
-        loss_chunk=b * chunk,
+        activations=b * at_once * kept,
+        loss_chunk=b * at_once * chunk,
         moments={moment: b * count for moment, count in moments.items()},
     )
 

@@ -7,23 +7,32 @@ from collections.abc import Sequence
 from minilora.backend import Array, to_device
 from minilora.model.model import Model, backward, forward, head_loss
 from minilora.model.sites import Gradients, add_gradients
+from minilora.side_by_side import cores, side_by_side
 from minilora.text.batches import Batch, count_labels
 
 
 def loss_and_gradients(
-    model: Model, batches: Sequence[Batch], seeds: Sequence[int] | None = None, checkpointing: bool = False
+    model: Model,
+    batches: Sequence[Batch],
+    seeds: Sequence[int] | None = None,
+    checkpointing: bool = False,
+    at_once: int = 1,
 ) -> tuple[float, Gradients]:
     """The mean loss over all labelled tokens of all micro-batches, in nats per token, and its gradients. (docs: M9)
 
     Each micro-batch contributes Σ loss / M with M the labelled tokens of *all* of them, so that k micro-batches are one
     large batch. (Averaging their means would weigh the tokens of a batch with few labels more than the others.)
+    `at_once` of them go through the model side by side; the caches of those are gone before the next ones' are made,
+    which is what accumulation saves.
     """
     labelled = _labelled_tokens(batches)
+
+    def share(i: int) -> tuple[float, Gradients]:
+        return _share_of(batches[i], model, labelled, seeds[i] if seeds is not None else None, checkpointing)
+
     total = 0.0
     gradients: Gradients = {}
-    for i, batch in enumerate(batches):
-        seed = seeds[i] if seeds is not None else None
-        loss, batch_gradients = _share_of(batch, model, labelled, seed, checkpointing)
+    for loss, batch_gradients in side_by_side(share, range(len(batches)), at_once):
         add_gradients(gradients, batch_gradients)
         total += loss
     return total / labelled, gradients
@@ -32,8 +41,7 @@ def loss_and_gradients(
 def _share_of(
     batch: Batch, model: Model, labelled: int, seed: int | None, checkpointing: bool
 ) -> tuple[float, Gradients]:
-    """Σ loss of one micro-batch, and the gradients of Σ loss / labelled. Its cache is gone before the next one's is
-    made: that is what accumulation saves."""
+    """Σ loss of one micro-batch, and the gradients of Σ loss / labelled."""
     tokens, labels, positions, segments = (to_device(array) for array in batch)
     hidden, past, cache = forward(model, tokens, positions, segments, seed=seed, checkpointing=checkpointing)
     del past  # the keys and values of every layer
@@ -45,12 +53,12 @@ def _share_of(
 
 def mean_loss(model: Model, batches: Sequence[Batch]) -> float:
     """Σ loss / Σ labelled tokens over all batches, in nats per token, without dropout; it saves nothing. (docs: M10)"""
-    total = 0.0
-    for batch in batches:
+
+    def loss(batch: Batch) -> float:
         hidden, labels = hidden_states(model, batch)
-        loss, _, _ = head_loss(model, hidden, labels, dloss=None)
-        total += float(loss)
-    return total / _labelled_tokens(batches)
+        return float(head_loss(model, hidden, labels, dloss=None)[0])
+
+    return sum(side_by_side(loss, batches, cores())) / _labelled_tokens(batches)
 
 
 def _labelled_tokens(batches: Sequence[Batch]) -> int:
