@@ -90,7 +90,7 @@ class Comparison:
         if args.data and not Path(args.data).is_dir():  # whose held-out rows evaluate cannot tell from the others
             print("few-shot left out: it needs --data to be a folder with train and test files")
             self.rivals = [rival for rival in self.rivals if rival.rates]
-        self.ranks = [lora_of_rank(rank, ()) for rank in sorted({*args.ranks})]
+        self.ranks = [lora_of_rank(rank, LORA.rates) for rank in sorted({*args.ranks})]
         self.cipher = [FULL, LORA, lora_of_rank(64, LORA.rates)] if args.cipher else []
         budget = {name: getattr(args, name) for name in ("model", "data", "steps", "batch_size", "eval_rows")}
         budget["flags"] = self.flags
@@ -103,9 +103,7 @@ class Comparison:
         """Of all trials, but for those that a search may add."""
         seeds = self.args.seeds
         count = expected_trials(self.rivals, seeds) + expected_trials(self.cipher, seeds[:1])
-        count += len(self.ranks) * len(seeds)
-        if self.ranks and LORA not in self.rivals:
-            count += expected_trials([LORA], seeds[:1])
+        count += expected_trials(self.ranks, seeds)
         return count * int(self.args.steps)
 
     def run(self) -> dict[str, Any]:
@@ -115,12 +113,7 @@ class Comparison:
         with tqdm(total=self.steps(), desc="comparing", unit="step", dynamic_ncols=True) as bar:
             field = self.field(args.out, data, bar)
             methods = [self.result(field, rival, args.seeds) for rival in self.rivals]
-            ranks = []
-            if self.ranks:
-                known = [result for result in methods if result["method"] == LORA.name]
-                (lora,) = known or [self.result(field, LORA, args.seeds[:1])]
-                rates = (lora["best_rate"],)
-                ranks = [self.result(field, rival._replace(rates=rates), args.seeds) for rival in self.ranks]
+            ranks = [self.result(field, rival, args.seeds) for rival in self.ranks]
             cipher = []
             if self.cipher:
                 far = args.out / "cipher"

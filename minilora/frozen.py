@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from minilora.backend import Array, read_only, widen, xp
+from minilora.backend import Array, on_cpu, read_only, to_device, to_host, widen, xp
 from minilora.ops.linear import x_times_transpose
 
-WIDENED_AT_ONCE = 2**18  # numbers
+WIDENED_AT_ONCE, WIDENED_AT_ONCE_ON_GPU = 2**18, 2**26  # numbers: a core's cache holds them; a GPU wants large products
 
 
 class FrozenWeight(Protocol):
@@ -56,15 +56,16 @@ class DenseWeight:
 class StoredWeight:
     """W held as the checkpoint stores it, bfloat16 (as uint16 bits) or float16, and widened for the moment of use.
 
-    Widening is exact: results are DenseWeight's, in half of float32's memory. A large W, an embedding that is the head,
-    is widened in slices of its rows, so that the whole of it is never there.
+    Widening is exact: results are DenseWeight's, in half of float32's memory. The products take W in slices of its
+    rows, so that a large one, as an embedding that is the head, is not widened as a whole. It may also stay on the host
+    (offloading): then a slice goes to the device when it is needed, and is gone from there afterwards.
     """
 
     def __init__(self, W: Array, dtype: Any = np.float32) -> None:
         self.W = read_only(W)
         self.dtype = dtype
         self.shape: tuple[int, int] = W.shape
-        rows = max(1, WIDENED_AT_ONCE // W.shape[1])
+        rows = max(1, (WIDENED_AT_ONCE if on_cpu() else WIDENED_AT_ONCE_ON_GPU) // W.shape[1])
         self.slices = [slice(start, start + rows) for start in range(0, W.shape[0], rows)]
 
     def forward(self, x: Array) -> Array:
@@ -72,17 +73,21 @@ class StoredWeight:
             return x_times_transpose(x, self.dense())
         y = xp.empty((len(x), self.shape[0]), x.dtype)
         for some in self.slices:
-            y[:, some] = x_times_transpose(x, widen(self.W[some], self.dtype))
+            y[:, some] = x_times_transpose(x, self._widened(some))
         return y
 
     def backward(self, dy: Array) -> Array:
-        dx = dy[:, self.slices[0]] @ widen(self.W[self.slices[0]], self.dtype)
-        for some in self.slices[1:]:
-            dx += dy[:, some] @ widen(self.W[some], self.dtype)
+        first, *others = self.slices
+        dx = dy[:, first] @ self._widened(first)
+        for some in others:
+            dx += dy[:, some] @ self._widened(some)
         return dx
 
     def rows(self, index: Array) -> Array:
-        return widen(self.W[index], self.dtype)
+        return self._widened(to_host(index) if isinstance(self.W, np.ndarray) else index)
 
     def dense(self) -> Array:
-        return widen(self.W, self.dtype)
+        return self._widened(slice(None))
+
+    def _widened(self, rows: Any) -> Array:
+        return widen(to_device(self.W[rows]), self.dtype)

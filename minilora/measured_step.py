@@ -6,7 +6,6 @@ python -m minilora.measured_step FOLDER takes the weights from there and the fla
 from __future__ import annotations
 
 import json
-import math
 import sys
 import tracemalloc
 from pathlib import Path
@@ -21,19 +20,11 @@ from minilora.model.config import Config
 from minilora.model.model import Model
 from minilora.plan import read_job
 from minilora.planning import Job
-from minilora.side_by_side import at_once
 from minilora.text.batches import Batch, collate
 from minilora.text.examples import Example
 from minilora.training.activations import Work
 from minilora.training.optimizers import OPTIMIZERS, Optimizer, clip_gradients, global_norm
 from minilora.training.step import loss_and_gradients
-
-
-def random_batches(config: Config, work: Work, shares: int, rng: np.random.Generator) -> list[Batch]:
-    """The rows of `work` in so many batches, as the training loop shares them out."""
-    each = math.ceil(work.rows / shares)
-    rows = [min(each, work.rows - start) for start in range(0, work.rows, each)]
-    return [random_batch(config, Work(n, work.length, round(work.labelled * n / work.rows)), rng) for n in rows]
 
 
 def random_batch(config: Config, work: Work, rng: np.random.Generator) -> Batch:
@@ -56,10 +47,10 @@ def take_step(
     optimizer: Optimizer,
     batches: list[Batch],
     checkpointing: bool,
-    shares: int = 1,
+    on_all_cores: bool,
 ) -> None:
     """One optimiser step, as the training loop takes it."""
-    _, gradients = loss_and_gradients(model, batches, range(len(batches)), checkpointing, shares)
+    _, gradients = loss_and_gradients(model, batches, range(len(batches)), checkpointing, on_all_cores)
     clip_gradients(gradients, global_norm(gradients), 1.0)
     optimizer.update(trainable, gradients, 1e-4)
 
@@ -77,12 +68,9 @@ def measure(job: Job, folder: Path) -> dict[str, int]:
     trainable = job.method.start(base, rng, dtype)
     model = job.method.attach(base, trainable)
     optimizer = OPTIMIZERS[settings.optimizer](trainable)
-    shares = at_once(job.work.rows)
-    batches = [
-        batch for _ in range(settings.grad_accumulation) for batch in random_batches(job.config, job.work, shares, rng)
-    ]
+    batches = [random_batch(job.config, job.work, rng) for _ in range(settings.grad_accumulation)]
     between_steps, _ = tracemalloc.get_traced_memory()
-    take_step(model, trainable, optimizer, batches, settings.activation_checkpointing, shares)
+    take_step(model, trainable, optimizer, batches, settings.activation_checkpointing, on_all_cores=True)
     _, peak = tracemalloc.get_traced_memory()
     return {"imported": imported, "between_steps": between_steps, "peak": peak, "resident": peak_memory_bytes()}
 

@@ -18,7 +18,7 @@ from minilora.methods.prefix import PrefixTuning
 from minilora.methods.prompt import PromptTuning
 from minilora.model.config import Config
 from minilora.model.names import parameter_count
-from minilora.side_by_side import at_once
+from minilora.side_by_side import shares
 from minilora.text.tokenizer import Tokenizer
 from minilora.training.activations import Work
 from minilora.training.flops import step_flops
@@ -99,8 +99,8 @@ def figures(job: Job, method: Method) -> dict[str, Any]:
     if isinstance(method, Full) and storage.frozen == "nf4":
         storage = storage._replace(frozen="stored")  # train refuses what cannot be trained
     checkpointing, micro_batches = settings.activation_checkpointing, settings.grad_accumulation
-    shares = at_once(job.work.rows)
-    memory = footprint(job.config, method, job.work, storage, settings.optimizer, checkpointing, micro_batches, shares)
+    parts = 1 if settings.device == "cuda" else shares(job.work.rows)
+    memory = footprint(job.config, method, job.work, storage, settings.optimizer, checkpointing, micro_batches, parts)
     passes = step_flops(job.config, method, job.work, checkpointing)
     forward, backward = ({part: micro_batches * n for part, n in one._asdict().items()} for one in passes)
     total = sum(forward.values()) + sum(backward.values())

@@ -1,4 +1,4 @@
-"""Independent work side by side, on the cores of the CPU.
+"""Shares of a batch side by side, on the cores of the CPU.
 
 A library of matrix products spreads each product over all cores, but NumPy does everything between two products on one
 of them, while the others wait. Rows of a batch are independent of each other until their gradients are added. So
@@ -28,23 +28,28 @@ def _libraries() -> ThreadpoolController:
 
 
 def cores() -> int:
-    """How many cores a matrix product may use, and work side by side instead: what OPENBLAS_NUM_THREADS and its like
-    say, else all. 1 on a GPU, and where the library cannot be told to use fewer (Apple's Accelerate)."""
+    """How many cores a matrix product may use: what OPENBLAS_NUM_THREADS and its like say, else all. 1 on a GPU, and
+    where the library cannot be told to use fewer (Apple's Accelerate)."""
     if not on_cpu():
         return 1
     return max((int(library["num_threads"]) for library in _libraries().info()), default=1)
 
 
-def at_once(rows: int) -> int:
-    """Into how many shares a batch of so many rows is to be divided."""
-    return min(cores(), rows)
+def shares(rows: int) -> int:
+    """Into how many shares a batch of so many rows is divided: one for each core, and none where most cores would get
+    nothing. Products that use all of them are the better way then."""
+    return min(cores(), rows) if 2 * rows >= cores() else 1
 
 
-def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], most: int) -> Iterator[Result]:
-    """work(item) for every item, in their order, at most so many at a time; one after the other where `most` is 1."""
-    if most == 1 or len(items) == 1:
-        yield from map(work, items)
+def side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """work(item) for every item, in their order, all at the same time; a single one with all cores for its products."""
+    if len(items) == 1:
+        yield work(items[0])
         return
-    with _libraries().limit(limits=1), ThreadPoolExecutor(most) as pool:
-        for start in range(0, len(items), most):
-            yield from pool.map(work, items[start : start + most])
+    with _libraries().limit(limits=1), ThreadPoolExecutor(len(items), initializer=_one_core) as pool:
+        yield from pool.map(work, items)
+
+
+def _one_core() -> None:
+    """For this thread: libraries built on OpenMP count for each thread by itself."""
+    _libraries().limit(limits=1)

@@ -124,6 +124,12 @@ adapters = st.builds(
     init=st.sampled_from(["kaiming", "gaussian"]),
     rslora=st.booleans(),
 )
+# Linear maps, the head among them.
+targets = st.one_of(
+    st.just(("all-linear",)),
+    st.just(("lm_head", "q_proj")),
+    st.lists(st.sampled_from(ROLES), min_size=1, unique=True).map(tuple),
+)
 
 
 @st.composite

@@ -257,7 +257,7 @@ def test_a_run_that_diverges_stops_with_advice_of_its_own_settings(model: Path, 
 def test_a_run_that_needs_more_memory_than_there_is_stops_with_advice_of_its_own_settings(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "loss_and_gradients", lambda *_: np.ones(2**58))
+    monkeypatch.setattr(loop, "loss_and_gradients", lambda *_, **__: np.ones(2**58))
     result = run("train", "--model", model, "--data", data, "--out", tmp_path / "run", "--batch-size", 8)
     assert_refused(
         result, "out of memory", "--batch-size 4 with --grad-accumulation 2", "longest row, 15 tokens",

@@ -218,8 +218,13 @@ def trained_steps(config: Config, adapter: LoRA | None, frozen: str, optimizer: 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
     ("adapter", "frozen"),
-    [(None, ""), (LoRA(4, target_modules=("all-linear",)), "stored"), (LoRA(4, target_modules=("all-linear",)), "nf4")],
-    ids=["full", "lora", "qlora"],
+    [
+        (None, ""),
+        (LoRA(4, target_modules=("all-linear",)), "stored"),
+        (LoRA(4, target_modules=("all-linear",)), "nf4"),
+        (LoRA(4, target_modules=("all-linear",)), "offloaded"),
+    ],
+    ids=["full", "lora", "qlora", "lora with offloading"],
 )
 @pytest.mark.parametrize("config", [TINY, UNTIED], ids=["tied", "untied"])
 def test_training_on_a_device_never_mixes_arrays_and_computes_what_the_host_computes(
@@ -231,6 +236,16 @@ def test_training_on_a_device_never_mixes_arrays_and_computes_what_the_host_comp
     assert on_host.keys() == on_the_device.keys()
     for name, array in on_host.items():
         np.testing.assert_array_equal(on_the_device[name], array, err_msg=name)
+
+
+def test_offloaded_matrices_stay_on_the_host_and_all_else_is_on_the_device(device: None) -> None:
+    weights = {name: array.astype(ml_dtypes.bfloat16) for name, array in random_weights(UNTIED, 0).items()}
+    for site in base_model(UNTIED, weights, np.float32, "offloaded").sites.values():
+        if hasattr(site, "gain"):
+            assert isinstance(site.gain, DeviceArray)
+        else:
+            assert isinstance(site.weight.W, np.ndarray) and site.weight.W.dtype == np.uint16
+            assert isinstance(site.weight.dense(), DeviceArray)
 
 
 def test_dropout_and_initialisation_stay_on_the_device(device: None) -> None:

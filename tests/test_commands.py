@@ -263,6 +263,27 @@ def test_training_reports_the_exact_match_that_evaluate_finds(model: Path, tmp_p
     assert math.isclose(figures["drift_kl"], summary["drift_kl"], rel_tol=1e-4)
 
 
+ONE_STEP_OF_DESCENT = (
+    "--optimizer sgd --learning-rate 1 --steps 1 --schedule constant --warmup 0 --max-grad-norm 0 --weight-decay 0"
+).split()
+
+
+def pytorch_loss(reference: Any, model: Path) -> Any:
+    """What a step of train on PAIRS is to descend: the mean over the tokens of all completions, each with its end."""
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    total, count = torch.zeros(()), 0
+    for row in PAIRS:
+        prompt, completion = (tokenizer(row[key]).input_ids for key in ("prompt", "completion"))
+        tokens = torch.tensor([prompt + completion + [tokenizer.eos_token_id]])
+        logits = reference(tokens).logits[0, len(prompt) - 1 : -1]
+        total = total + torch.nn.functional.cross_entropy(logits, tokens[0, len(prompt) :], reduction="sum")
+        count += len(completion) + 1
+    return total / count
+
+
 def test_a_step_of_plain_descent_from_pefts_adapter_is_minus_pytorchs_gradient(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -272,19 +293,9 @@ def test_a_step_of_plain_descent_from_pefts_adapter_is_minus_pytorchs_gradient(
     lora = peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
     reference = peft.get_peft_model(reference, lora)
     reference.save_pretrained(tmp_path / "peft")
-    flags = "--optimizer sgd --learning-rate 1 --steps 1 --schedule constant --warmup 0".split()
-    flags += ["--max-grad-norm", "0", "--weight-decay", "0", "--adapter", str(tmp_path / "peft")]
+    flags = [*ONE_STEP_OF_DESCENT, "--adapter", tmp_path / "peft"]
     good("train", "--model", model, "--data", data / "train-only", "--out", tmp_path / "run", *flags)
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    total, count = 0.0, 0
-    for row in PAIRS:
-        prompt, completion = (tokenizer(row[key]).input_ids for key in ("prompt", "completion"))
-        tokens = torch.tensor([prompt + completion + [tokenizer.eos_token_id]])
-        logits = reference(tokens).logits[0, len(prompt) - 1 : -1]
-        total = total + torch.nn.functional.cross_entropy(logits, tokens[0, len(prompt) :], reduction="sum")
-        count += len(completion) + 1
-    (total / count).backward()
+    pytorch_loss(reference, model).backward()
 
     before, after = load_file(tmp_path / "peft" / ADAPTER), load_file(tmp_path / "run" / ADAPTER)
     trained = {name.replace(".default", ""): p for name, p in reference.named_parameters() if p.requires_grad}

@@ -13,7 +13,8 @@ import pytest
 from complex_step import check_backward, check_gradients
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strategies import ROLES, TINY, batches, configs, normal, random_weights, seeds, sizes
+from strategies import TINY, batches, configs, normal, random_weights, seeds, sizes, targets
+from test_model import logits_of
 
 from minilora.backend import random_generator
 from minilora.formats.adapters import load_adapter, write_method
@@ -33,7 +34,6 @@ from minilora.methods.dora import (
 from minilora.methods.lora import LoRA
 from minilora.methods.merging import merged_parameters
 from minilora.model.config import Config
-from minilora.model.model import Model, forward
 from minilora.model.names import HEAD
 from minilora.model.sites import FrozenLinear
 from minilora.ops.cross_entropy import IGNORE
@@ -200,20 +200,11 @@ doras = st.builds(
     rank=st.integers(1, 4),
     alpha=st.sampled_from([1.0, 16.0]),
     dropout=st.sampled_from([0.0, 0.5]),
-    target_modules=st.one_of(
-        st.just(("all-linear",)),
-        st.just(("lm_head", "q_proj")),
-        st.lists(st.sampled_from(ROLES), min_size=1, unique=True).map(tuple),
-    ),
+    target_modules=targets,
     init=st.sampled_from(["kaiming", "gaussian"]),
     rslora=st.booleans(),
     dora=st.just(True),
 )
-
-
-def logits_of(model: Model, batch: Batch) -> np.ndarray:
-    hidden, _, _ = forward(model, batch.tokens, batch.positions, batch.segments, keep=False)
-    return np.asarray(model.sites[HEAD].forward(hidden)[0]).reshape(*batch.tokens.shape, -1)
 
 
 def trained(start: Arrays, seed: int) -> Arrays:

@@ -46,6 +46,19 @@ def best_by_full_forward(model: Model, prompt: Sequence[int], count: int) -> lis
     return text[len(prompt) :]
 
 
+@pytest.fixture
+def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Of the tokens in each forward of a generation, as it goes."""
+    seen: list[tuple[int, ...]] = []
+
+    def recording(model: Model, tokens: np.ndarray, *args: Any, **options: Any) -> Any:
+        seen.append(tokens.shape)
+        return forward(model, tokens, *args, **options)
+
+    monkeypatch.setattr(generation, "forward", recording)
+    return seen
+
+
 # --- the cache, and the rows of a batch ---
 
 
@@ -59,14 +72,7 @@ def test_with_the_cache_each_row_gets_what_full_forwards_give_it_alone(
     assert complete(model, prompts, 8, NEVER) == expected
 
 
-def test_after_the_prompt_each_step_runs_one_new_token_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = []
-
-    def recording(model: Model, tokens: np.ndarray, *args: Any, **options: Any) -> Any:
-        shapes.append(tokens.shape)
-        return forward(model, tokens, *args, **options)
-
-    monkeypatch.setattr(generation, "forward", recording)
+def test_after_the_prompt_each_step_runs_one_new_token_a_row(shapes: list[tuple[int, ...]]) -> None:
     complete(adapted_model(TINY, 0), [[1, 2, 3, 4], [5]], 3, NEVER)
     assert shapes == [(2, 4), (2, 1), (2, 1)]
 
@@ -123,14 +129,7 @@ def test_whatever_was_read_before_a_text_goes_on_as_it_does_alone(
             assert answer == complete(model, [prompt], length, NEVER)[0]
 
 
-def test_only_what_is_new_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = []
-
-    def recording(model: Model, tokens: np.ndarray, *args: Any, **options: Any) -> Any:
-        shapes.append(tokens.shape)
-        return forward(model, tokens, *args, **options)
-
-    monkeypatch.setattr(generation, "forward", recording)
+def test_only_what_is_new_is_computed(shapes: list[tuple[int, ...]]) -> None:
     memory = Memory(adapted_model(TINY, 0))
     first, second = islice(memory.stream([1, 2, 3, 4]), 2)
     next(memory.stream([1, 2, 3, 4, first, second, 5, 6]))  # the second has been said but not read

@@ -15,6 +15,7 @@ from complex_step import check_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import TINY, batches, configs, random_weights, seeds
+from test_model import logits_of
 
 from minilora.formats.adapters import read_method, write_method
 from minilora.methods import Method
@@ -29,7 +30,7 @@ from minilora.methods.random_subset import RandomSubset
 from minilora.methods.targets import projections
 from minilora.model.config import Config
 from minilora.model.model import Model, backward, forward, head_loss
-from minilora.model.names import HEAD, parameter_shapes
+from minilora.model.names import parameter_shapes
 from minilora.text.batches import Batch, count_labels
 from minilora.training.step import loss_and_gradients
 
@@ -64,18 +65,13 @@ def adapted(config: Config, method: Method, seed: int, dtype: type = np.float64)
     return base, method.attach(base, trainable), trainable
 
 
-def hidden_and_logits(model: Model, batch: Batch) -> np.ndarray:
-    hidden, _, _ = forward(model, batch.tokens, batch.positions, batch.segments, keep=False)
-    return model.sites[HEAD].forward(hidden)[0]
-
-
 @each
 @some
 @given(config=configs(), batch=batches(), seed=seeds)
 def test_every_method_starts_as_the_base_to_the_last_bit(name: str, config: Config, batch: Batch, seed: int) -> None:
     base = base_model(config, random_weights(config, seed), np.float64)
     fresh = METHODS[name].attach(base, METHODS[name].start(base, np.random.default_rng(seed), np.float64))
-    assert np.array_equal(hidden_and_logits(fresh, batch), hidden_and_logits(base, batch))
+    assert np.array_equal(logits_of(fresh, batch), logits_of(base, batch))
 
 
 @each
@@ -135,7 +131,7 @@ def test_the_merged_weights_compute_what_the_method_computes(
     weights |= dict(merged_parameters(base, model))
     assert weights.keys() == parameter_shapes(model.config).keys()
     plain = base_model(model.config, weights, np.float64)
-    np.testing.assert_allclose(hidden_and_logits(plain, batch), hidden_and_logits(model, batch), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(logits_of(plain, batch), logits_of(model, batch), rtol=1e-9, atol=1e-9)
 
 
 def test_what_is_not_linear_is_not_merged() -> None:

@@ -76,6 +76,12 @@ def loss_only(model: Model, batch: Batch, seed: int | None, chunk: int = 1024) -
     return head_loss(model, hidden, batch.labels.reshape(-1), None, chunk, seed)[0] / count_labels(batch)
 
 
+def logits_of(model: Model, batch: Batch) -> np.ndarray:
+    """(B, T, V)."""
+    hidden, _, _ = forward(model, batch.tokens, batch.positions, batch.segments, keep=False)
+    return np.asarray(model.sites[HEAD].forward(hidden)[0]).reshape(*batch.tokens.shape, -1)
+
+
 def assert_same(one: tuple[Any, Gradients], other: tuple[Any, Gradients]) -> None:
     """Equal losses and gradients, up to the order of summation."""
     (loss, gradients), (other_loss, other_gradients) = one, other

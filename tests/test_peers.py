@@ -16,13 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import LLAMA3, VOCAB, adapters, random_adapter, random_weights, rows, seeds
+from test_model import logits_of
 
 from minilora.formats.known_configs import KNOWN_CONFIGS
 from minilora.methods.base import base_model
 from minilora.methods.full import full_model
 from minilora.methods.lora import LoRA
 from minilora.model.config import Config
-from minilora.model.model import Model, forward
+from minilora.model.model import Model
 from minilora.model.names import HEAD, parameter_shapes
 from minilora.ops.cross_entropy import IGNORE
 from minilora.text.batches import Batch, collate
@@ -111,11 +112,6 @@ def peer_loss(model: Any, batch: Batch) -> tuple[Any, Any]:
     )
     output = model(input_ids=tokens, position_ids=positions, attention_mask=mask, labels=labels, use_cache=False)
     return output.loss, output.logits
-
-
-def logits_of(model: Model, batch: Batch) -> np.ndarray:
-    hidden, _, _ = forward(model, batch.tokens, batch.positions, batch.segments)
-    return np.asarray(model.sites[HEAD].forward(hidden)[0]).reshape(*batch.tokens.shape, -1)
 
 
 def assert_agree(ours: Gradients, theirs: Gradients, relative: float) -> None:

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from test_commands import ADAPTER, PAIRS, TEXTS, good, write_rows
+from test_commands import ADAPTER, ONE_STEP_OF_DESCENT, PAIRS, TEXTS, good, pytorch_loss, write_rows
 from test_commands import CONFIG as COMMAND_CONFIG
 from test_formats import CONFIG, Q0, RAW, SMOLLM3, UNTIED, quick, same
+from test_model import logits_of
 
 from minilora.formats.adapters import load_adapter, read_method
 from minilora.formats.checkpoint import DTYPES, random_weights, write_checkpoint
@@ -397,7 +398,7 @@ def test_weights_that_peft_ties_are_refused_for_they_would_be_read_as_untied(tmp
 def test_pytorch_has_the_same_gradient_of_everything_that_trains(table: ModuleType, number: int) -> None:
     """In float64, to ten digits: A and B at any place, and the modules that train whole, tied or not."""
     import torch
-    from test_peers import assert_agree, float64_throughout, logits_of, peer_loss, peer_of
+    from test_peers import assert_agree, float64_throughout, peer_loss, peer_of
 
     case = table.draw_case(number)
     weights = table.random_weights(case.config, number)
@@ -446,19 +447,9 @@ def test_a_step_of_plain_descent_moves_every_tensor_of_pefts_adapter_by_minus_py
     reference = table.made_by_peft(table.Case(raw, {"task_type": "CAUSAL_LM", **options}, []), reference)
     reference.save_pretrained(tmp_path / "peft")
     write_rows(tmp_path / "data" / "train.jsonl", PAIRS)
-    flags = "--optimizer sgd --learning-rate 1 --steps 1 --schedule constant --warmup 0 --max-grad-norm 0".split()
-    flags += ["--weight-decay", "0", "--adapter", str(tmp_path / "peft")]
+    flags = [*ONE_STEP_OF_DESCENT, "--adapter", tmp_path / "peft"]
     good("train", "--model", model, "--data", tmp_path / "data", "--out", tmp_path / "run", *flags)
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    total, count = torch.zeros(()), 0
-    for row in PAIRS:
-        prompt, completion = (tokenizer(row[key]).input_ids for key in ("prompt", "completion"))
-        tokens = torch.tensor([prompt + completion + [tokenizer.eos_token_id]])
-        logits = reference(tokens).logits[0, len(prompt) - 1 : -1]
-        total = total + torch.nn.functional.cross_entropy(logits, tokens[0, len(prompt) :], reduction="sum")
-        count += len(completion) + 1
-    (total / count).backward()
+    pytorch_loss(reference, model).backward()
 
     before, after = load_file(tmp_path / "peft" / ADAPTER), load_file(tmp_path / "run" / ADAPTER)
     gradients = {our_name(name): p.grad.numpy() for name, p in reference.named_parameters() if p.requires_grad}

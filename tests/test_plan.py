@@ -159,7 +159,7 @@ def seen_in_a_step(
         before, _ = tracemalloc.get_traced_memory()
         loss_and_gradients(model, batches, range(k), checkpointing)
         _, backward = tracemalloc.get_traced_memory()
-        take_step(model, trainable, state, batches, checkpointing)
+        take_step(model, trainable, state, batches, checkpointing, on_all_cores=False)
         _, step = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -439,6 +439,7 @@ COUNTED: dict[str, Method] = {
     "the embedding alone": Modules(("embed_tokens",)),
     "BitFit": BitFit(),
     "bottleneck": Bottleneck(3),
+    "a random subset": RandomSubset(0.1),
     "prefix": PrefixTuning(5),
     "prompt": PromptTuning(5),
 }

@@ -1,60 +1,86 @@
-"""Shares of a batch that go through the model side by side are the batch: same loss, same gradients, same order."""
+"""Shares of a batch that go through the model side by side are the batch: same loss, same gradients, no row lost."""
 
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import configs, seeds
+from strategies import batches, configs, seeds
 
 from minilora import side_by_side as module
 from minilora.backend import use_module
 from minilora.formats.checkpoint import random_weights
-from minilora.measured_step import random_batch, random_batches
 from minilora.methods.base import base_model
 from minilora.methods.lora import LoRA
 from minilora.model.config import Config
-from minilora.side_by_side import at_once, cores, side_by_side
-from minilora.training.activations import Work
+from minilora.model.model import Model
+from minilora.model.sites import Gradients, part_seed
+from minilora.side_by_side import cores, shares, side_by_side
+from minilora.text.batches import Batch, divide
 from minilora.training.step import loss_and_gradients, mean_loss
 
+IMPORTED = "minilora.training.step.shares"  # where a step asks for it
 
-@given(config=configs(max_layers=2), rows=st.integers(2, 5), at_once=st.integers(1, 4), seed=seeds)
-def test_shares_side_by_side_are_one_large_batch(config: Config, rows: int, at_once: int, seed: int) -> None:
+
+def adapted(config: Config, seed: int, dropout: float = 0.0) -> Model:
     rng = np.random.default_rng(seed)
     base = base_model(config, random_weights(config, seed), np.float64)
-    method = LoRA(2, dropout=0.5, target_modules=("all-linear",))
-    trainable = {name: rng.normal(size=p.shape) for name, p in method.start(base, rng, np.float64).items()}
-    model = method.attach(base, trainable)
-    batches = [random_batch(config, Work(1, 5, 3), rng) for _ in range(rows)]
-    loss, gradients = loss_and_gradients(model, batches, range(rows))
-    same_loss, same_gradients = loss_and_gradients(model, batches, range(rows), at_once=at_once)
-    assert same_loss == loss
-    assert same_gradients.keys() == gradients.keys()
-    assert all(np.array_equal(same_gradients[name], gradients[name]) for name in gradients)
+    method = LoRA(2, dropout=dropout, target_modules=("all-linear",))
+    return method.attach(base, {name: rng.normal(size=p.shape) for name, p in method.start(base, rng).items()})
 
 
-@given(items=st.lists(st.integers()), most=st.integers(1, 4))
-def test_results_come_in_the_order_of_the_items_and_never_more_than_allowed_are_at_work(
-    items: list[int], most: int
+def assert_same(one: tuple[float, Gradients], other: tuple[float, Gradients]) -> None:
+    """Up to the order of summation."""
+    assert one[0] == pytest.approx(other[0], rel=1e-12)
+    assert one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        np.testing.assert_allclose(gradient, other[1][name], rtol=1e-9, atol=1e-12 * max(1, abs(gradient).max()))
+
+
+@given(
+    config=configs(max_layers=2), drawn=st.lists(batches(), min_size=1, max_size=2), most=st.integers(1, 3), seed=seeds
+)
+def test_shares_side_by_side_are_the_whole_batch(config: Config, drawn: list[Batch], most: int, seed: int) -> None:
+    model = adapted(config, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(IMPORTED, lambda rows: min(most, rows))
+        on_cores, mean = loss_and_gradients(model, drawn, on_all_cores=True), mean_loss(model, drawn)
+        patch.setattr(IMPORTED, lambda rows: 1)
+        assert_same(on_cores, loss_and_gradients(model, drawn))
+        assert mean == pytest.approx(mean_loss(model, drawn), rel=1e-12)
+
+
+@given(config=configs(max_layers=2), batch=batches(), seed=seeds)
+def test_each_share_draws_its_own_dropout_and_the_first_that_of_the_batch(
+    config: Config, batch: Batch, seed: int
 ) -> None:
-    lock, at_work, seen = threading.Lock(), 0, 0
+    model, parts = adapted(config, seed, dropout=0.5), divide(batch, len(batch.tokens))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(IMPORTED, lambda rows: rows)
+        on_cores = loss_and_gradients(model, [batch], [seed], on_all_cores=True)
+    own = [part_seed(seed, j) for j in range(len(parts))]
+    assert own[0] == seed and len(set(own)) == len(own) and part_seed(None, 3) is None
+    assert_same(on_cores, loss_and_gradients(model, parts, own))
 
-    def work(item: int) -> int:
-        nonlocal at_work, seen
-        with lock:
-            at_work += 1
-            seen = max(seen, at_work)
-        with lock:
-            at_work -= 1
-        return -item
 
-    assert list(side_by_side(work, items, most)) == [-item for item in items]
-    assert seen <= most
+@given(batch=batches(), data=st.data())
+def test_a_divided_batch_has_the_same_rows_without_columns_of_filler(batch: Batch, data: st.DataObject) -> None:
+    parts = divide(batch, data.draw(st.integers(1, len(batch.tokens))))
+    assert max(len(part.tokens) for part in parts) - min(len(part.tokens) for part in parts) <= 1
+    assert all((part.segments > 0).any(axis=0).all() for part in parts)
+
+    def words(one: Batch) -> list[list[list[int]]]:
+        return [[array[row][one.segments[row] > 0].tolist() for array in one] for row in range(len(one.tokens))]
+
+    assert [row for part in parts for row in words(part)] == words(batch)
+
+
+@given(items=st.lists(st.integers(), min_size=1, max_size=5))
+def test_results_come_in_the_order_of_the_items(items: list[int]) -> None:
+    assert list(side_by_side(lambda item: -item, items)) == [-item for item in items]
 
 
 def test_items_are_worked_on_at_the_same_time_with_products_on_one_core_each() -> None:
@@ -65,8 +91,9 @@ def test_items_are_worked_on_at_the_same_time_with_products_on_one_core_each() -
         return item, cores()
 
     before = cores()
-    assert list(side_by_side(work, [1, 2], 2)) == [(1, 1), (2, 1)]
+    assert list(side_by_side(work, [1, 2])) == [(1, 1), (2, 1)]
     assert cores() == before
+    assert list(side_by_side(lambda item: cores(), [1])) == [before]
 
 
 def test_what_goes_wrong_side_by_side_is_raised_and_the_cores_are_given_back() -> None:
@@ -75,7 +102,7 @@ def test_what_goes_wrong_side_by_side_is_raised_and_the_cores_are_given_back() -
 
     before = cores()
     with pytest.raises(ArithmeticError, match="1"):
-        list(side_by_side(work, [1, 2], 2))
+        list(side_by_side(work, [1, 2]))
     assert cores() == before
 
 
@@ -83,25 +110,13 @@ def test_nothing_goes_side_by_side_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(module, "_libraries", lambda: pytest.fail("asked"))
     previous = use_module(object())
     try:
-        assert at_once(8) == 1
+        assert shares(8) == 1
     finally:
         use_module(previous)
 
 
-def test_a_batch_has_no_more_shares_than_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_divided_among_the_cores_unless_most_of_them_would_get_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(module, "cores", lambda: 4)
-    assert [at_once(rows) for rows in (1, 3, 8)] == [1, 3, 4]
-
-
-def test_a_thread_of_its_own_for_each_share_computes_the_same_mean_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = Config.from_dict({"vocab_size": 50, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
-                               "num_attention_heads": 2})  # fmt: skip
-    model = base_model(config, random_weights(config, 0))
-    batches = random_batches(config, Work(5, 6, 20), 3, np.random.default_rng(0))
-    assert [len(batch.tokens) for batch in batches] == [2, 2, 1]
-    alone = mean_loss(model, batches)
-    used: list[int] = []
-    monkeypatch.setattr(module, "ThreadPoolExecutor", lambda most: used.append(most) or ThreadPoolExecutor(most))
-    monkeypatch.setattr("minilora.training.step.cores", lambda: 2)
-    assert mean_loss(model, batches) == alone
-    assert used == [2]
+    assert [shares(rows) for rows in (1, 2, 3, 8)] == [1, 2, 3, 4]

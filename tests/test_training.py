@@ -399,14 +399,13 @@ def test_every_micro_batch_has_a_dropout_of_its_own_which_the_seed_decides(seed:
     def drawn(seed: int) -> list[int]:
         found: list[int] = []
 
-        def recording(model: Model, batches: Any, micro_seeds: list[int], *_: Any) -> Any:
+        def recording(model: Model, batches: Any, micro_seeds: list[int], *_: Any, **__: Any) -> Any:
             found.extend(micro_seeds)
             return 1.0, {name: np.zeros_like(p) for name, p in state.trainable.items()}
 
         model, state = new_run(seed=seed)
         with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "loss_and_gradients", recording)
-            patch.setattr(loop, "at_once", lambda rows: 1)
             train(model, state, ROWS, [], PLAN, Path(folder))
         return found
 
@@ -546,8 +545,8 @@ def test_a_number_that_is_not_finite_stops_training_and_the_last_saved_state_sta
     saved: list[bytes] = []
     calls = itertools.count(1)
 
-    def sickening(*args: Any) -> Any:
-        loss, gradients = loss_and_gradients(*args)
+    def sickening(*args: Any, **options: Any) -> Any:
+        loss, gradients = loss_and_gradients(*args, **options)
         if next(calls) == 6:
             if sick == "loss":
                 return math.inf, gradients

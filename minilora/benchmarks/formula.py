@@ -1,6 +1,6 @@
 """How much work and memory a job has to take, by counting: no measurement, no array.
 
-The prediction that W5 is plotted against, and the floor of memory in every table.
+The prediction that W5 is plotted against, and the floors in every table.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from minilora.benchmarks.job import Job, read_job_rows, steps_of
 from minilora.formats.peft import read_adapter
 from minilora.model.config import Config
 from minilora.model.names import EMBED, parameter_count, parameter_shapes
+from minilora.side_by_side import shares
+from minilora.training.activations import Work
+from minilora.training.footprint import Storage, footprint
 
 
 class Pass(NamedTuple):
@@ -86,6 +89,16 @@ def needed_bytes(job: Job, config: Config) -> dict[str, int]:
         "adapter": 4 * 4 * _adapter_numbers(job, config),
         "activations": sum(lengths[:together]) * token * number,
     }
+
+
+def step_bytes(job: Job, config: Config) -> int:
+    """The most that a training step on full rows takes here, as `plan` counts it."""
+    rows = read_job_rows(job)
+    (step,) = passes_of(job)
+    work = Work(len(rows), max(len(row.tokens) for row in rows), step.labelled)
+    method = read_adapter(Path(job.adapter), config).settings
+    parts = shares(len(rows)) if job.device == "cpu" else 1
+    return footprint(config, method, work, Storage(frozen=job.frozen), shares=parts).total
 
 
 def _adapter_numbers(job: Job, config: Config) -> int:

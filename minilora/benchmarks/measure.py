@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from minilora.benchmarks.formula import needed_bytes, operations, product_operations, useful_tokens
+from minilora.benchmarks.formula import needed_bytes, operations, product_operations, step_bytes, useful_tokens
 from minilora.benchmarks.worker import Worker, WorkerError, environment
 from minilora.benchmarks.workloads import Case, Plan, Side, config_of
 
@@ -70,6 +70,7 @@ def measure(case: Case, sides: Sequence[Side], on_run: Callable[[str], Any] = la
     }
     if case.workload == "W5":
         outcome |= {"axis": case.axis, "value": case.value, "operations": operations(case.job, config)}
+        outcome["step_bytes"] = step_bytes(case.job, config)
     compare(outcome)
     return outcome
 
@@ -129,7 +130,7 @@ def compare(outcome: Result) -> None:
 
 
 def predict(outcomes: Sequence[Result]) -> None:
-    """W5: what counting says, at the speed of the matrix products alone; memory on top of what the imports hold."""
+    """W5: operations at the speed of the matrix products alone; what `plan` counts on top of what the imports hold."""
     growing = [outcome for outcome in outcomes if outcome["workload"] == "W5"]
     floors = [(o, s) for o in growing for s in o["sides"] if s["program"] == "products" and "seconds" in s]
     if not floors:
@@ -140,7 +141,7 @@ def predict(outcomes: Sequence[Result]) -> None:
         for side in outcome["sides"]:
             if "seconds" in side and side is not floor:
                 side["predicted_seconds"] = outcome["operations"] / rate
-                side["predicted_bytes"] = side["imported_bytes"] + sum(side["needed_bytes"].values())
+                side["predicted_bytes"] = side["imported_bytes"] + outcome["step_bytes"]
 
 
 def main_job(plan: Plan) -> Result:

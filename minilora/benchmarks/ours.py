@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from minilora.formats.adapters import read_method
 from minilora.formats.load import load_model
 from minilora.model.generation import complete
 from minilora.model.model import Model
-from minilora.side_by_side import at_once
 from minilora.text.batches import Batch, batches_of
 from minilora.text.examples import Example
 from minilora.training.optimizers import AdamW, clip_gradients, global_norm
@@ -47,7 +45,7 @@ class Training:
 
     def step(self, rows: Sequence[JobRow]) -> float:
         """One optimiser step, as the training loop makes it."""
-        loss, gradients = loss_and_gradients(self.model, self.batches(rows), at_once=at_once(self.rows_at_once(rows)))
+        loss, gradients = loss_and_gradients(self.model, self.batches(rows), on_all_cores=True)
         clip_gradients(gradients, global_norm(gradients), 1.0)
         self.optimizer.update(self.trainable, gradients, self.job.learning_rate)
         return loss
@@ -61,12 +59,7 @@ class Training:
     def batches(self, rows: Sequence[JobRow]) -> list[Batch]:
         """Micro-batches of like length, which are exactly one large batch."""
         examples = [[Example(row.tokens, [i >= row.prompt for i in range(len(row.tokens))])] for row in rows]
-        batch_size = self.rows_at_once(rows)
-        return batches_of(examples, math.ceil(batch_size / at_once(batch_size)), PAD)
-
-    def rows_at_once(self, rows: Sequence[JobRow]) -> int:
-        """What is `--batch-size` to `train`."""
-        return self.job.micro_rows or len(rows)
+        return batches_of(examples, self.job.micro_rows or len(rows), PAD)
 
 
 class Generation:

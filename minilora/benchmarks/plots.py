@@ -12,7 +12,8 @@ from typing import Any
 
 import matplotlib
 
-from minilora.formats.files import read_json, replacing
+from minilora.formats.files import read_json
+from minilora.training.drawing import save
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -114,13 +115,6 @@ def plot_growth(outcomes: Sequence[Result], path: Path) -> Path:
     axes[1, 0].set_ylabel("peak memory, MB")
     axes[0, 0].legend(frameon=False, fontsize=8)
     return save(figure, path)
-
-
-def save(figure: Any, path: Path) -> Path:
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
-    plt.close(figure)
-    return path
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
-from minilora.comparison.drawing import BLUE, GREY, ORANGE, save
 from minilora.comparison.figures import Result, mean_and_spread
 from minilora.comparison.rank_plots import plot_ranks, plot_spectrum
+from minilora.training.drawing import BLUE, GREY, ORANGE, save
 
 FAMILY = ("lora", "rslora", "loraplus", "pissa", "orthogonal", "dora", "qlora")  # drawn in blue
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
-from minilora.comparison.drawing import BLUE, GREY, ORANGE, save
 from minilora.comparison.figures import Result, mean_and_spread
+from minilora.training.drawing import BLUE, GREY, ORANGE, save
 
 
 def plot_ranks(results: Sequence[Result], path: Path) -> Path:

@@ -16,7 +16,7 @@ from minilora.model.names import EMBED, HEAD, LINEAR, NORM, layer_module
 from minilora.model.sites import FrozenEmbedding, FrozenLinear, FrozenNorm, Site
 from minilora.nf4 import NF4Weight
 
-FROZEN = ("widened", "stored", "nf4")  # how matrices are held
+FROZEN = ("widened", "stored", "nf4", "offloaded")  # how matrices are held
 
 
 def base_model(
@@ -26,8 +26,9 @@ def base_model(
 
     How its matrices are held is `frozen`. "widened": in `dtype`. "stored": bfloat16 and float16 as they are, widened at
     each use; half the memory, the same results. "nf4": as "stored", but the linear maps of the layers in 4 bits, as in
-    QLoRA; an eighth of the memory, and nearly the same weights. Arrays of the right dtype are taken over as they are,
-    and are read-only from then on.
+    QLoRA; an eighth of the memory, and nearly the same weights. "offloaded": as "stored", but in the memory of the
+    host, and on the GPU for the moment of its use only. Arrays of the right dtype are taken over as they are, and are
+    read-only from then on.
     """
     if frozen not in FROZEN:
         raise ValueError(f"frozen {frozen!r} is unknown: choose {', '.join(FROZEN)}")
@@ -36,6 +37,8 @@ def base_model(
         return read_only(widen(_bits_to_device(weights[name]), dtype))
 
     def matrix(name: str) -> FrozenWeight:
+        if frozen == "offloaded":
+            return StoredWeight(_bits(weights[name]), dtype)
         array = _bits_to_device(weights[name])
         if frozen != "widened" and array.dtype.itemsize < np.dtype(dtype).itemsize:
             return StoredWeight(array, dtype)
@@ -63,4 +66,9 @@ def base_model(
 
 
 def _bits_to_device(array: np.ndarray[Any, Any]) -> Array:
-    return to_device(narrow(array) if array.dtype == ml_dtypes.bfloat16 else array)
+    return to_device(_bits(array))
+
+
+def _bits(array: np.ndarray[Any, Any]) -> Array:
+    """bfloat16 as uint16, which every array module has."""
+    return narrow(array) if array.dtype == ml_dtypes.bfloat16 else array

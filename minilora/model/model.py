@@ -9,10 +9,12 @@ from minilora.backend import Array, xp
 from minilora.model.block import BlockCache, Context, KeysValues, block, block_backward
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, LAYER, NORM, layer_module
-from minilora.model.sites import Gradients, Prefix, Prompt, Site, Sites, add_gradients, layer_sites
+from minilora.model.sites import Gradients, Prefix, Prompt, Site, Sites, add_gradients, layer_sites, part_seed
 from minilora.ops.attention import EVERYONE, visible_keys
 from minilora.ops.cross_entropy import IGNORE, cross_entropy, cross_entropy_backward
 from minilora.ops.rope import rope_angles, rope_frequencies
+
+LOGITS_AT_ONCE = 256  # rows
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,12 @@ def backward(model: Model, dx: Array, cache: ForwardCache) -> Gradients:
 
 
 def head_loss(
-    model: Model, hidden: Array, labels: Array, dloss: float | None, chunk: int = 256, seed: int | None = None
+    model: Model,
+    hidden: Array,
+    labels: Array,
+    dloss: float | None,
+    chunk: int = LOGITS_AT_ONCE,
+    seed: int | None = None,
 ) -> tuple[Array, Array | None, Gradients]:
     """Σ cross-entropy over the labelled rows; unless dloss is None, dhidden (N, D) and the head's gradients. (docs: M8)
 
@@ -200,12 +207,14 @@ def head_loss(
     dhidden = xp.zeros_like(hidden) if dloss is not None else None
     for start in range(0, len(rows), chunk):
         some = rows[start : start + chunk]
-        chunk_loss, dsome, chunk_grads = _chunk_loss(model.sites[HEAD], hidden[some], labels[some], dloss, seed)
+        chunk_loss, dsome, chunk_grads = _chunk_loss(
+            model.sites[HEAD], hidden[some], labels[some], dloss, part_seed(seed, start)
+        )
         loss = loss + chunk_loss
         if dhidden is not None:
             dhidden[some] = dsome
         add_gradients(grads, chunk_grads, prefix)
-        del dsome, chunk_grads
+        del dsome, chunk_grads  # before the next chunk's are made
     return loss, dhidden, grads
 
 

@@ -124,6 +124,11 @@ def layer_sites(sites: Sites, layer: int) -> LayerSites:
     return LayerSites(**{role: sites[layer_module(layer, role)] for role in LAYER})
 
 
+def part_seed(seed: int | None, part: int) -> int | None:
+    """The seed of a part of a batch; the first keeps the batch's. By one seed all parts would drop the same."""
+    return seed if seed is None or part == 0 else seed << 32 | part
+
+
 def add_gradients(total: Gradients, new: Gradients, prefix: str = "") -> None:
     """total[prefix + name] += new[name]. A parameter used in two places (a tied embedding) gets the sum. (docs: M6)
 

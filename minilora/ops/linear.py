@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from minilora.backend import Array, xp
+from minilora.backend import Array, on_cpu, xp
 
 FEW = 32  # rows of x
 
 
 def x_times_transpose(x: Array, W: Array) -> Array:
-    """x Wᵀ: (N, in) → (N, out). For few rows, as when generating, the library is faster with W as the left factor.
-    (docs: O1)"""
-    if 1 < len(x) <= FEW:
+    """x Wᵀ: (N, in) → (N, out). (docs: O1)
+
+    For few rows, as when generating, OpenBLAS is faster with W as the left factor. The result is put in the usual order
+    in memory all the same: on that depends how the next product rounds.
+    """
+    if on_cpu() and 1 < len(x) <= FEW:
         return xp.ascontiguousarray((W @ x.T).T)
     return x @ W.T
 

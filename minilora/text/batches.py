@@ -93,6 +93,15 @@ def batches_of(rows: Rows, batch_size: int, pad_id: int) -> list[Batch]:
     return [collate(group, pad_id) for group in of_like_length(rows, batch_size)]
 
 
+def divide(batch: Batch, parts: int) -> list[Batch]:
+    """The rows of a batch in so many parts, as equal as can be; columns that are filler in a whole part are cut off."""
+    divided = []
+    for rows in np.array_split(np.arange(len(batch.tokens)), parts):
+        used = (batch.segments[rows] > 0).any(axis=0)
+        divided.append(Batch(*(array[rows][:, used] for array in batch)))
+    return divided
+
+
 def padding_share(groups: Sequence[Rows]) -> float:
     """Which share of the batches of these groups is filler: 1 − tokens / (rows × the longest row of each batch)."""
     lengths = [[row_length(row) for row in group] for group in groups]

@@ -16,10 +16,9 @@ from typing import NamedTuple
 
 from minilora.formats.files import Shape
 from minilora.model.config import Config
+from minilora.model.model import LOGITS_AT_ONCE
 from minilora.model.names import HEAD, LINEAR, layer_module
 from minilora.ops.attention import QUERIES_AT_ONCE
-
-LOSS_CHUNK = 256  # rows of logits at a time: `chunk` of head_loss
 
 
 class Work(NamedTuple):
@@ -115,14 +114,14 @@ def site_numbers(trainable: Mapping[str, Shape], module: str, width: tuple[int, 
 def loss_numbers(config: Config, trainable: Mapping[str, Shape], labelled: int, tied: bool, made: Made) -> int:
     """At the fullest moment of `head_loss`: logits of a chunk, and what the head itself needs."""
     V, D = config.vocab_size, config.hidden_size
-    rows = min(labelled, LOSS_CHUNK)
+    rows = min(labelled, LOGITS_AT_ONCE)
     count = rows * V + 2 * rows * D  # logits, which become dlogits; hidden and dhidden
     if tied or f"{HEAD}.weight" in trainable:  # dW of this chunk, and of those before
-        return count + V * D * min(2, math.ceil(labelled / LOSS_CHUNK))
+        return count + V * D * min(2, math.ceil(labelled / LOGITS_AT_ONCE))
     if f"{HEAD}.lora_A.weight" in trainable:  # x Wᵀ, to which the branch is added; no dhidden yet
         return count + rows * V - rows * D
     widened = made(V * D)
-    return max(count, count - rows * D + widened + rows * widened // D)  # W in slices, and logits of a slice
+    return count + widened + max(0, rows * (widened // D - D))  # W in slices; logits of a slice, or again dhidden
 
 
 def lowest_trained_layer(config: Config, trainable: Mapping[str, Shape]) -> int:

@@ -70,6 +70,7 @@ def out_of_memory(settings: Settings, longest: int) -> str:
         ways += {
             "widened": ["--frozen stored, bfloat16 weights as they are", "--frozen nf4, 4 bits a weight"],
             "stored": ["--frozen nf4, 4 bits a weight (now stored)"],
+            "offloaded": ["--frozen nf4, 4 bits a weight (now offloaded)"],
         }.get(settings.frozen, [])
     return (
         f"out of memory. What usually helps, in this order: {'; '.join(ways)}. With the same flags, "

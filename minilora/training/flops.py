@@ -98,5 +98,5 @@ def site_flops(trainable: Mapping[str, Shape], method: Method, module: str, shap
         thin = 4 * N * math.prod(trainable[f"{module}.adapter_down.weight"])
         return thin, 3 * thin  # backwards once more what was done forwards
     if f"{module}.values" in trainable:
-        return 0, 2 * N * trainable[f"{module}.values"][0]
+        return 0, product
     return 0, product if f"{module}.weight" in trainable else 0

@@ -81,11 +81,11 @@ def footprint(
     optimizer: str = "adamw",
     checkpointing: bool = False,
     micro_batches: int = 1,
-    at_once: int = 1,
+    shares: int = 1,
 ) -> Footprint:
-    """Of a step: forward, loss and backward of each micro-batch, and the optimiser's update. The rows of `work` are
-    shared out among `at_once` cores."""
-    work = Work(math.ceil(work.rows / at_once), work.length, math.ceil(work.labelled / at_once))
+    """Of a step: forward, loss and backward of each micro-batch, and the optimiser's update. The rows of `work` go
+    through the model in so many shares side by side."""
+    work = Work(math.ceil(work.rows / shares), work.length, math.ceil(work.labelled / shares))
     trainable = trainable_shapes(method, config)
     virtual = method.num_virtual_tokens if isinstance(method, PrefixTuning | PromptTuning) else 0
     words, seen = work.rows * work.length, work.length + virtual
@@ -138,7 +138,7 @@ def footprint(
 
     summed = gradients if micro_batches > 1 else 0  # those of the micro-batches before
     moments = {
-        moment: count if moment == "the update" else at_once * count + summed for moment, count in moments.items()
+        moment: count if moment == "the update" else shares * count + summed for moment, count in moments.items()
     }
 
     b = storage.bytes
@@ -147,8 +147,8 @@ def footprint(
         trainable=b * gradients,
         optimizer=b * STATE[optimizer] * gradients,
         gradients=b * gradients,
-        activations=b * at_once * kept,
-        loss_chunk=b * at_once * chunk,
+        activations=b * shares * kept,
+        loss_chunk=b * shares * chunk,
         moments={moment: b * count for moment, count in moments.items()},
     )
 

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from minilora.backend import to_device, to_host
 from minilora.model.model import Model
-from minilora.side_by_side import at_once
 from minilora.text.batches import Batch, Rows, batches_of, count_labels
 from minilora.training.metrics import MetricsFile
 from minilora.training.optimizers import clip_gradients, global_norm
@@ -80,9 +79,8 @@ def train(
             batches = next_batches(state, rows, plan, pad_id)
             first_seed = int(state.rng.integers(2**62))  # one draw a step, however many micro-batches it has
             seeds = range(first_seed, first_seed + len(batches))
-            loss, gradients = loss_and_gradients(
-                model, batches, seeds, plan.activation_checkpointing, at_once(plan.batch_size)
-            )
+            checkpointing = plan.activation_checkpointing
+            loss, gradients = loss_and_gradients(model, batches, seeds, checkpointing, on_all_cores=True)
             norm = global_norm(gradients)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise Diverged(_stopped(state, loss, norm))
@@ -121,10 +119,9 @@ def train(
 
 
 def next_batches(state: State, rows: Rows, plan: Plan, pad_id: int) -> list[Batch]:
-    """The micro-batches of one step: `batch_size` rows at a time, shared out among the cores. Rows of like length go
-    together, so that little of a batch is padding."""
+    """The micro-batches of one step. Rows of like length go together, so that little of a batch is padding."""
     chosen = [rows[i] for i in state.order.take(plan.batch_size * plan.grad_accumulation, state.rng)]
-    return batches_of(chosen, math.ceil(plan.batch_size / at_once(plan.batch_size)), pad_id)
+    return batches_of(chosen, plan.batch_size, pad_id)
 
 
 def steps_per_epoch(rows: Rows, batch_size: int, grad_accumulation: int) -> int:

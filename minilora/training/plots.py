@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from minilora.formats.files import replacing
+from minilora.training.drawing import save
 from minilora.training.metrics import read_metrics
 
 matplotlib.use("Agg")
@@ -51,8 +51,4 @@ def plot_loss(folder: Path) -> Path:
     below.set_xlabel("step")
     below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     below.grid(alpha=0.25)
-    path = folder / PLOT_FILE
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
-    plt.close(figure)
-    return path
+    return save(figure, folder / PLOT_FILE)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from minilora.backend import Array, to_device
 from minilora.model.model import Model, backward, forward, head_loss
-from minilora.model.sites import Gradients, add_gradients
-from minilora.side_by_side import cores, side_by_side
-from minilora.text.batches import Batch, count_labels
+from minilora.model.sites import Gradients, add_gradients, part_seed
+from minilora.side_by_side import shares, side_by_side
+from minilora.text.batches import Batch, count_labels, divide
 
 
 def loss_and_gradients(
@@ -16,32 +16,33 @@ def loss_and_gradients(
     batches: Sequence[Batch],
     seeds: Sequence[int] | None = None,
     checkpointing: bool = False,
-    at_once: int = 1,
+    on_all_cores: bool = False,
 ) -> tuple[float, Gradients]:
     """The mean loss over all labelled tokens of all micro-batches, in nats per token, and its gradients. (docs: M9)
 
     Each micro-batch contributes Σ loss / M with M the labelled tokens of *all* of them, so that k micro-batches are one
-    large batch. (Averaging their means would weigh the tokens of a batch with few labels more than the others.)
-    `at_once` of them go through the model side by side; the caches of those are gone before the next ones' are made,
-    which is what accumulation saves.
+    large batch. (Averaging their means would weigh the tokens of a batch with few labels more than the others.) The
+    same holds of the shares of a micro-batch that go through the model side by side, `on_all_cores`.
     """
     labelled = _labelled_tokens(batches)
-
-    def share(i: int) -> tuple[float, Gradients]:
-        return _share_of(batches[i], model, labelled, seeds[i] if seeds is not None else None, checkpointing)
-
     total = 0.0
     gradients: Gradients = {}
-    for loss, batch_gradients in side_by_side(share, range(len(batches)), at_once):
-        add_gradients(gradients, batch_gradients)
-        total += loss
+    for i, batch in enumerate(batches):
+        parts = divide(batch, shares(len(batch.tokens))) if on_all_cores else [batch]
+        seed = seeds[i] if seeds is not None else None
+        arguments = [(part, model, labelled, part_seed(seed, j), checkpointing) for j, part in enumerate(parts)]
+        for loss, share_gradients in side_by_side(lambda given: _share_of(*given), arguments):
+            add_gradients(gradients, share_gradients)
+            total += loss
+            del share_gradients
     return total / labelled, gradients
 
 
 def _share_of(
     batch: Batch, model: Model, labelled: int, seed: int | None, checkpointing: bool
 ) -> tuple[float, Gradients]:
-    """Σ loss of one micro-batch, and the gradients of Σ loss / labelled."""
+    """Σ loss of some rows, and the gradients of Σ loss / labelled. Their cache is gone before the next micro-batch's is
+    made: that is what accumulation saves."""
     tokens, labels, positions, segments = (to_device(array) for array in batch)
     hidden, past, cache = forward(model, tokens, positions, segments, seed=seed, checkpointing=checkpointing)
     del past  # the keys and values of every layer
@@ -58,7 +59,8 @@ def mean_loss(model: Model, batches: Sequence[Batch]) -> float:
         hidden, labels = hidden_states(model, batch)
         return float(head_loss(model, hidden, labels, dloss=None)[0])
 
-    return sum(side_by_side(loss, batches, cores())) / _labelled_tokens(batches)
+    total = sum(sum(side_by_side(loss, divide(batch, shares(len(batch.tokens))))) for batch in batches)
+    return total / _labelled_tokens(batches)
 
 
 def _labelled_tokens(batches: Sequence[Batch]) -> int:
