@@ -127,7 +127,8 @@ def parse(argv: list[str] | None, description: str | None = None) -> argparse.Na
     add(
         group,
         "frozen",
-        "how weights that do not train are held: widened to --dtype, stored in 16 bits as they are, nf4 as in QLoRA, offloaded: stored, but off the GPU",
+        "how weights that do not train are held: widened to --dtype, stored in 16 bits as they are, nf4 as in QLoRA, "
+        "offloaded: stored, but off the GPU",
         nargs="?",
         const=True,
         metavar="NAME",
