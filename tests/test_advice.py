@@ -221,7 +221,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--learning-rate 1e-7 --epochs 30", ["The training loss hardly fell"]),
         ("--learning-rate 0.01 --epochs 60 --schedule constant --rank 16", ["Overfitting"]),
         (
-            "--learning-rate 1 --warmup 60 --steps 60 --eval-every 100",
+            "--learning-rate 0.3 --warmup 60 --steps 60 --eval-every 100",
             ["The training loss rose"],
         ),
     ],

@@ -554,7 +554,8 @@ def test_flags_of_train_mean_here_what_they_mean_there(tiny: Path) -> None:
     assert memory("--method", "full")["saved_file"] > usual["saved_file"]
 
 
-def test_the_table_shows_the_deciding_moment_and_full_fine_tuning_beside_it() -> None:
+def test_the_table_shows_the_deciding_moment_and_full_fine_tuning_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minilora.side_by_side.cores", lambda: 1)
     status, out, _ = run(
         "--model", "SmolLM2-135M", "--batch-size", "4", "--grad-accumulation", "1", "--max-length", "256"
     )
