@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from strategies import LLAMA3, normal, seeds, sizes
 
 from minilora.ops import attention as attention_module
-from minilora.ops.attention import attention, attention_backward, visible_keys
+from minilora.ops.attention import Block, attention, attention_backward, blocks_of_queries, visible_keys
 from minilora.ops.cross_entropy import IGNORE, cross_entropy, cross_entropy_backward
 from minilora.ops.embedding import embedding, embedding_backward
 from minilora.ops.linear import linear, linear_backward
@@ -98,13 +98,14 @@ def attention_case(draw: st.DrawFn) -> Case:
     batch, time, past, d, seed = draw(sizes), draw(sizes), draw(st.integers(0, 2)), draw(sizes), draw(seeds)
     key_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     segments = draw(st.lists(st.integers(0, 2), min_size=past + time, max_size=past + time).map(sorted))
-    visible = causal(np.array([segments] * batch), past)
+    rows = np.array([segments] * batch)
     inputs = {
         "q": draw(scales) * normal(seed, batch, time, key_heads * group, d),
         "k": normal(seed, batch, past + time, key_heads, d, stream=1),
         "v": normal(seed, batch, past + time, key_heads, d, stream=2),
     }
-    return Case(lambda q, k, v: attention(q, k, v, visible), attention_backward, inputs, visible)
+    visible = visible_keys(*places(rows, past))
+    return Case(lambda q, k, v: attention(q, k, v, causal(rows, past)), attention_backward, inputs, visible)
 
 
 @st.composite
@@ -142,10 +143,16 @@ OPERATIONS = {
 every_operation = pytest.mark.parametrize("operation", OPERATIONS)
 
 
-def causal(segments: np.ndarray, past: int = 0) -> np.ndarray:
-    """Which keys the queries may see, where the segments (B, S) stand in a row and the first `past` have no query."""
+def places(segments: np.ndarray, past: int = 0) -> tuple[np.ndarray, ...]:
+    """Positions and segments of queries and keys, where segments (B, S) stand in a row and the first `past` have no
+    query."""
     positions = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
-    return visible_keys(positions[:, past:], segments[:, past:], positions, segments)
+    return positions[:, past:], segments[:, past:], positions, segments
+
+
+def causal(segments: np.ndarray, past: int = 0) -> list[Block]:
+    """Which keys those queries may see."""
+    return blocks_of_queries(*places(segments, past))
 
 
 @every_operation
@@ -330,8 +337,9 @@ def test_a_query_sees_the_keys_of_its_own_segment_that_do_not_come_after_it(toke
 @given(attention_case())
 def test_attention_rows_sum_to_one(case: Case) -> None:
     _, cache = case.forward(**case.inputs)
-    for _, block in cache.blocks:
-        P = np.exp(attention_module._scores(block.q, block.k, block.visible) - block.log_z)
+    for block, block_cache in zip(cache.blocks, cache.caches, strict=True):
+        k = cache.k[:, block.keys].transpose(0, 2, 1, 3)
+        P = np.exp(attention_module._scores(block_cache.q, k, block.visible) - block_cache.log_z)
         np.testing.assert_allclose(P.sum(axis=-1), 1, **rounding())
 
 
@@ -343,9 +351,15 @@ def test_attention_in_blocks_of_queries_equals_attention_at_once(case: Case, que
         patch.setattr(attention_module, "QUERIES_AT_ONCE", queries)
         y, cache = case.forward(**case.inputs)
         gradients = attention_backward(dy, cache)
-    T, S = y.shape[1], case.inputs["k"].shape[1]
-    assert [here.stop for here, _ in cache.blocks] == [min(end, T) for end in range(queries, T + queries, queries)]
-    assert [block.k.shape[2] for _, block in cache.blocks] == [S - T + here.stop for here, _ in cache.blocks]
+    T = y.shape[1]
+    assert [block.queries.stop for block in cache.blocks] == [
+        min(end, T) for end in range(queries, T + queries, queries)
+    ]
+    assert case.visible is not None
+    for block in cache.blocks:
+        visible = case.visible[:, block.queries]
+        assert np.array_equal(visible[:, :, block.keys], block.visible)
+        assert block.visible.any(axis=(0, 1)).all() and block.visible.sum() == visible.sum()
     np.testing.assert_allclose(y, whole, **rounding())
     for ours, theirs in zip(gradients, attention_backward(dy, whole_cache), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9 * max(1, abs(theirs).max()))

@@ -33,7 +33,7 @@ from minilora.model.config import Config
 from minilora.model.generation import Memory, complete
 from minilora.model.model import Model, backward, forward
 from minilora.model.names import HEAD
-from minilora.ops.attention import EVERYONE, attention, visible_keys
+from minilora.ops.attention import EVERYONE, Block, attention, visible_keys
 from minilora.text.batches import Batch, collate, pad
 from minilora.text.examples import Example
 from minilora.training.run import default_max_length
@@ -208,12 +208,18 @@ def test_a_prefix_draws_each_output_of_attention_towards_its_own_by_its_share_of
     q, k, v = (normal(seed, 1, time, 2, 4, stream=i) for i in range(3))
     k_p, v_p = (normal(seed, 1, count, 2, 4, stream=i) for i in (3, 4))
     causal, everything = np.tril(np.ones((1, time, time), bool)), np.ones((1, time, count), bool)
-    y, y_p = attention(q, k, v, causal)[0], attention(q, k_p, v_p, everything)[0]
+    y, y_p = attend(q, k, v, causal), attend(q, k_p, v_p, everything)
     own = (np.exp(np.einsum("bthd,bshd->bths", q, k) / 2) * causal[:, :, None]).sum(-1)[..., None]
     of_prefix = np.exp(np.einsum("bthd,bshd->bths", q, k_p) / 2).sum(-1)[..., None]
     share = of_prefix / (own + of_prefix)
     both = [np.concatenate(pair, axis=axis) for pair, axis in (((k_p, k), 1), ((v_p, v), 1), ((everything, causal), 2))]
-    np.testing.assert_allclose(attention(q, *both)[0], (1 - share) * y + share * y_p, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(attend(q, *both), (1 - share) * y + share * y_p, rtol=1e-10, atol=1e-12)
+
+
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """Attention where `visible` says who sees whom."""
+    everywhere = [slice(0, length) for length in visible.shape[1:]]
+    return attention(q, k, v, [Block(*everywhere, visible)])[0]
 
 
 # --- Layouts that change nothing ---

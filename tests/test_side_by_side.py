@@ -19,7 +19,8 @@ from minilora.model.config import Config
 from minilora.model.model import Model
 from minilora.model.sites import Gradients, part_seed
 from minilora.side_by_side import cores, shares, side_by_side
-from minilora.text.batches import Batch, divide
+from minilora.text.batches import Batch, collate, count_examples, divide
+from minilora.text.examples import Example
 from minilora.training.step import loss_and_gradients, mean_loss
 
 IMPORTED = "minilora.training.step.shares"  # where a step asks for it
@@ -46,9 +47,9 @@ def assert_same(one: tuple[float, Gradients], other: tuple[float, Gradients]) ->
 def test_shares_side_by_side_are_the_whole_batch(config: Config, drawn: list[Batch], most: int, seed: int) -> None:
     model = adapted(config, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(IMPORTED, lambda rows: min(most, rows))
+        patch.setattr(IMPORTED, lambda examples: min(most, examples))
         on_cores, mean = loss_and_gradients(model, drawn, on_all_cores=True), mean_loss(model, drawn)
-        patch.setattr(IMPORTED, lambda rows: 1)
+        patch.setattr(IMPORTED, lambda examples: 1)
         assert_same(on_cores, loss_and_gradients(model, drawn))
         assert mean == pytest.approx(mean_loss(model, drawn), rel=1e-12)
 
@@ -57,25 +58,42 @@ def test_shares_side_by_side_are_the_whole_batch(config: Config, drawn: list[Bat
 def test_each_share_draws_its_own_dropout_and_the_first_that_of_the_batch(
     config: Config, batch: Batch, seed: int
 ) -> None:
-    model, parts = adapted(config, seed, dropout=0.5), divide(batch, len(batch.tokens))
+    model, parts = adapted(config, seed, dropout=0.5), divide(batch, count_examples(batch))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(IMPORTED, lambda rows: rows)
+        patch.setattr(IMPORTED, lambda examples: examples)
         on_cores = loss_and_gradients(model, [batch], [seed], on_all_cores=True)
     own = [part_seed(seed, j) for j in range(len(parts))]
     assert own[0] == seed and len(set(own)) == len(own) and part_seed(None, 3) is None
     assert_same(on_cores, loss_and_gradients(model, parts, own))
 
 
+def examples_of(batch: Batch) -> list[tuple[list[int], ...]]:
+    """Tokens, labels and positions of each example, in any order."""
+    found = []
+    for row in zip(*batch, strict=True):
+        *arrays, segments = row
+        found += [tuple(array[segments == s].tolist() for array in arrays) for s in np.unique(segments[segments > 0])]
+    return sorted(found)
+
+
 @given(batch=batches(), data=st.data())
-def test_a_divided_batch_has_the_same_rows_without_columns_of_filler(batch: Batch, data: st.DataObject) -> None:
-    parts = divide(batch, data.draw(st.integers(1, len(batch.tokens))))
-    assert max(len(part.tokens) for part in parts) - min(len(part.tokens) for part in parts) <= 1
-    assert all((part.segments > 0).any(axis=0).all() for part in parts)
+def test_a_divided_batch_has_the_same_examples_and_no_padding(batch: Batch, data: st.DataObject) -> None:
+    count = len(examples_of(batch))
+    assert count_examples(batch) == count
+    parts = divide(batch, data.draw(st.integers(1, count)))
+    assert sorted(example for part in parts for example in examples_of(part)) == examples_of(batch)
+    assert all((part.segments > 0).all() for part in parts)
+    for part in parts:
+        assert len(part.tokens) == 1 or all(len(np.unique(row)) == 1 for row in part.segments)
 
-    def words(one: Batch) -> list[list[list[int]]]:
-        return [[array[row][one.segments[row] > 0].tolist() for array in one] for row in range(len(one.tokens))]
 
-    assert [row for part in parts for row in words(part)] == words(batch)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), data=st.data())
+def test_the_parts_of_a_batch_differ_by_no_more_than_its_longest_example(
+    lengths: list[int], data: st.DataObject
+) -> None:
+    batch = collate([[Example([1] * length, [True] * length)] for length in lengths], 0)
+    sizes = [part.tokens.size for part in divide(batch, data.draw(st.integers(1, len(lengths))))]
+    assert sum(sizes) == sum(lengths) and max(sizes) - min(sizes) <= max(lengths)
 
 
 @given(items=st.lists(st.integers(), min_size=1, max_size=5))

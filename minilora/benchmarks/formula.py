@@ -68,8 +68,8 @@ def operations(job: Job, config: Config) -> int:
 def needed_bytes(job: Job, config: Config) -> dict[str, int]:
     """The bytes that must live at once, by what they are for.
 
-    Training: the frozen weights; A and B, their gradients and AdamW's two moments, in float32; and of the rows that go
-    through the model together what the backward reads and cannot cheaply compute again: the inputs of both norms, q, k,
+    Training: the frozen weights; A and B, their gradients and AdamW's two moments, in float32; and of the rows of a
+    step what the backward reads and cannot cheaply compute again: the inputs of both norms, q, k,
     v, attention's output and its row sums, gate and up. Generation: the weights, and all keys and values.
     """
     narrow = job.dtype in ("bfloat16", "float16")
@@ -82,12 +82,11 @@ def needed_bytes(job: Job, config: Config) -> dict[str, int]:
         cached = sum(len(row.tokens) + job.new_tokens for row in rows)
         return {"weights": weights, "keys_values": cached * L * 2 * K * number}
     token = L * (2 * D + 2 * Q + 2 * K + config.num_attention_heads + 2 * F) + D
-    lengths = sorted((len(row.tokens) for row in rows), reverse=True)
-    together = job.micro_rows or job.batch_rows or len(rows)
+    most = max(sum(len(row.tokens) for row in step) for step in steps_of(job, rows))
     return {
         "weights": weights,
         "adapter": 4 * 4 * _adapter_numbers(job, config),
-        "activations": sum(lengths[:together]) * token * number,
+        "activations": most * token * number,
     }
 
 

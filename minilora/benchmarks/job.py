@@ -34,7 +34,6 @@ class Job:
     # ----
     dtype: str = "float32"  # of the peer's model; of the products
     frozen: str = "widened"  # minilora's --frozen: "stored" keeps bfloat16 weights in 16 bits
-    micro_rows: int = 0  # rows that minilora takes through the model at a time; 0: all of the step
     grouped: bool = False  # the peer's Trainer gets rows sorted by length
     compiled: bool = False  # the peer's model goes through torch.compile
 

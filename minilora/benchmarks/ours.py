@@ -12,7 +12,7 @@ from minilora.formats.adapters import read_method
 from minilora.formats.load import load_model
 from minilora.model.generation import complete
 from minilora.model.model import Model
-from minilora.text.batches import Batch, batches_of
+from minilora.text.batches import Batch, collate
 from minilora.text.examples import Example
 from minilora.training.optimizers import AdamW, clip_gradients, global_norm
 from minilora.training.step import loss_and_gradients, mean_loss
@@ -57,9 +57,9 @@ class Training:
         return {"final_loss": mean_loss(self.model, self.batches(steps_of(self.job, self.rows)[0]))}
 
     def batches(self, rows: Sequence[JobRow]) -> list[Batch]:
-        """Micro-batches of like length, which are exactly one large batch."""
+        """All rows of the step in one batch."""
         examples = [[Example(row.tokens, [i >= row.prompt for i in range(len(row.tokens))])] for row in rows]
-        return batches_of(examples, self.job.micro_rows or len(rows), PAD)
+        return [collate(examples, PAD)]
 
 
 class Generation:

@@ -143,7 +143,6 @@ def instructions(plan: Plan) -> Iterator[Case]:
     job = Job(
         *("epoch", model, plan.inputs.adapter(model, 8, ALL), file),
         batch_rows=size.batch_rows,
-        micro_rows=2,  # train --batch-size 2 --grad-accumulation 4: the same step, rows of like length together
         device=plan.device,
         threads=plan.threads,
     )

@@ -8,7 +8,7 @@ from minilora.backend import Array, xp
 from minilora.model.config import Config
 from minilora.model.names import LAYER
 from minilora.model.sites import Gradients, LayerSites
-from minilora.ops.attention import AttentionCache, attention, attention_backward
+from minilora.ops.attention import AttentionCache, Block, attention, attention_backward
 from minilora.ops.rope import rope, rope_backward
 from minilora.ops.swiglu import SwiGLUCache, swiglu, swiglu_backward
 
@@ -20,7 +20,7 @@ class Context(NamedTuple):
 
     cos: Array  # (B, T, 1, d/2)
     sin: Array  # (B, T, 1, d/2)
-    visible: Array  # (B, T, S)
+    blocks: list[Block]  # who sees whom
 
 
 class BlockCache(NamedTuple):
@@ -39,7 +39,7 @@ def block(
     seed: int | None,
 ) -> tuple[Array, KeysValues, BlockCache]:
     """x (N, D) → x (N, D), the keys and values seen (those of the past first), and the cache. (docs: M1, M12)"""
-    B, T = context.visible.shape[:2]
+    B, T = context.cos.shape[:2]
     d = config.head_dim
 
     xn, c_attention_norm = site.attention_norm.forward(x, seed)
@@ -51,7 +51,7 @@ def block(
         q, k = rope(q, context.cos, context.sin), rope(k, context.cos, context.sin)
     if past is not None:
         k, v = xp.concatenate([past[0], k], axis=1), xp.concatenate([past[1], v], axis=1)
-    a, c_attention = attention(q, k, v, context.visible)
+    a, c_attention = attention(q, k, v, context.blocks)
     o, c_o = site.o.forward(a.reshape(B * T, -1), seed)
     x = x + o
 
@@ -74,7 +74,7 @@ def block_backward(
 
     Where forward ran x → branch → x + branch, the gradient of the sum goes unchanged into both: dx + dbranch.
     """
-    B, T = context.visible.shape[:2]
+    B, T = context.cos.shape[:2]
     c = cache.sites
     grads: dict[str, Gradients] = {}
 

@@ -10,7 +10,7 @@ from minilora.model.block import BlockCache, Context, KeysValues, block, block_b
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, LAYER, NORM, layer_module
 from minilora.model.sites import Gradients, Prefix, Prompt, Site, Sites, add_gradients, layer_sites, part_seed
-from minilora.ops.attention import EVERYONE, visible_keys
+from minilora.ops.attention import EVERYONE, blocks_of_queries
 from minilora.ops.cross_entropy import IGNORE, cross_entropy, cross_entropy_backward
 from minilora.ops.rope import rope_angles, rope_frequencies
 
@@ -103,7 +103,7 @@ def forward(
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     context = Context(
         *rope_angles(positions, frequencies, x.real.dtype),
-        visible_keys(positions, segments, past_positions, past_segments),
+        blocks_of_queries(positions, segments, past_positions, past_segments),
     )
     inputs: dict[int, Array] = {}
     blocks: dict[int, BlockCache] = {}
@@ -159,7 +159,7 @@ def backward(model: Model, dx: Array, cache: ForwardCache) -> Gradients:
         return grads
     dx, site_grads = sites[NORM].backward(dx, cache.norm)
     add_gradients(grads, site_grads, f"{NORM}.")
-    rows, prefix, prompt = len(cache.context.visible), cache.prefix, cache.prompt
+    rows, prefix, prompt = len(cache.context.cos), cache.prefix, cache.prompt
     if prompt:  # its hidden states went no further: their gradient is zero
         dx = _put_first(xp.zeros((rows, prompt.length, dx.shape[-1]), dx.dtype), dx)
     dpast = []

@@ -11,16 +11,24 @@ QUERIES_AT_ONCE = 64
 EVERYONE = -1  # a segment that all others see: what a method puts before every example
 
 
+class Block(NamedTuple):
+    """Neighbouring queries, the keys that any of them sees, and which one sees which."""
+
+    queries: slice
+    keys: slice | Array  # places in the row; a slice where nothing lies between
+    visible: Array  # (B, t, s)
+
+
 class BlockCache(NamedTuple):
     q: Array  # (B, K, G·t, d), divided by √d
-    k: Array  # (B, K, s, d)
-    v: Array  # (B, K, s, d)
-    visible: Array  # (B, t, s)
     log_z: Array  # (B, K, G·t, 1), the logarithm of what each row of exp(scores) sums to
 
 
 class AttentionCache(NamedTuple):
-    blocks: list[tuple[slice, BlockCache]]  # the place of each block of queries, and its cache
+    blocks: list[Block]
+    caches: list[BlockCache]  # of each block
+    k: Array  # (B, S, K, d)
+    v: Array  # (B, S, K, d)
     y: Array  # (B, T, H, d)
 
 
@@ -36,34 +44,53 @@ def visible_keys(query_positions: Array, query_segments: Array, key_positions: A
     return visible
 
 
-def attention(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, AttentionCache]:
-    """y = P v with P = softmax(q kᵀ/√d) over the visible keys. (docs: O11)
+def blocks_of_queries(
+    query_positions: Array, query_segments: Array, key_positions: Array, key_segments: Array
+) -> list[Block]:
+    """Who sees whom as in `visible_keys`, for a few queries at a time, with only the keys that they need. (docs: O10)
 
-    q (B, T, H, d), k and v (B, S, K, d), visible (B, T, S), y (B, T, H, d). S > T where keys of the past come first.
-    Keys stand in the order of time, the last T beside their queries. Queries go in blocks: none sees a key that stands
-    after it, so the early blocks need only the early keys.
+    Keys stand in the order of time, the last T beside their queries; those of the past (S > T) come first. No query
+    sees a key that stands after it, and none of a packed row sees the examples before its own: their keys are left out.
     """
-    T, S = visible.shape[1:]
-    y = xp.empty_like(q)
+    T, S = query_positions.shape[1], key_positions.shape[1]
     blocks = []
     for start in range(0, T, QUERIES_AT_ONCE):
-        here = slice(start, min(start + QUERIES_AT_ONCE, T))
-        s = S - T + here.stop
-        y[:, here], block = _attend(q[:, here], k[:, :s], v[:, :s], visible[:, here, :s])
-        blocks.append((here, block))
-    return y, AttentionCache(blocks, y)
+        queries = slice(start, min(start + QUERIES_AT_ONCE, T))
+        s = S - T + queries.stop
+        visible = visible_keys(
+            query_positions[:, queries], query_segments[:, queries], key_positions[:, :s], key_segments[:, :s]
+        )
+        needed = xp.flatnonzero(visible.any(axis=(0, 1)))
+        first, last = int(needed[0]), int(needed[-1])
+        keys = slice(first, last + 1) if last - first < len(needed) else needed
+        blocks.append(Block(queries, keys, visible[:, :, keys].copy()))
+    return blocks
+
+
+def attention(q: Array, k: Array, v: Array, blocks: list[Block]) -> tuple[Array, AttentionCache]:
+    """y = P v with P = softmax(q kᵀ/√d) over the visible keys. (docs: O11)
+
+    q (B, T, H, d), k and v (B, S, K, d), y (B, T, H, d). The matrix of all scores (T, S) never exists: each block of
+    queries goes by itself.
+    """
+    y = xp.empty_like(q)
+    caches = []
+    for queries, keys, visible in blocks:
+        y[:, queries], cache = _attend(q[:, queries], k[:, keys], v[:, keys], visible)
+        caches.append(cache)
+    return y, AttentionCache(blocks, caches, k, v, y)
 
 
 def attention_backward(dy: Array, cache: AttentionCache) -> tuple[Array, Array, Array]:
     """dq (B, T, H, d), dk and dv (B, S, K, d). A key that several blocks have seen gets the sum. (docs: O12)"""
-    _, last = cache.blocks[-1]  # it sees all keys
-    B, K, S, d = last.k.shape
-    dq, dk, dv = xp.empty_like(dy), xp.zeros((B, S, K, d), dy.dtype), xp.zeros((B, S, K, d), dy.dtype)
-    for here, block in cache.blocks:
-        dq[:, here], dk_block, dv_block = _attend_backward(dy[:, here], cache.y[:, here], block)
-        s = dk_block.shape[1]
-        dk[:, :s] += dk_block
-        dv[:, :s] += dv_block
+    blocks, caches, k, v, y = cache
+    dq, dk, dv = xp.empty_like(dy), xp.zeros(k.shape, dy.dtype), xp.zeros(v.shape, dy.dtype)
+    for (queries, keys, visible), block_cache in zip(blocks, caches, strict=True):
+        dq[:, queries], dk_block, dv_block = _attend_backward(
+            dy[:, queries], y[:, queries], k[:, keys], v[:, keys], visible, block_cache
+        )
+        dk[:, keys] += dk_block
+        dv[:, keys] += dv_block
     return dq, dk, dv
 
 
@@ -76,8 +103,7 @@ def _attend(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, BlockC
     """
     t, d = q.shape[1], q.shape[3]
     q = _stack_group(q, k.shape[2]) * (1 / math.sqrt(d))
-    k = k.transpose(0, 2, 1, 3)
-    v = v.transpose(0, 2, 1, 3)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     e = _scores(q, k, visible)
     largest = e.real.max(axis=-1, keepdims=True)
     e -= largest  # softmax does not change, and exp cannot overflow
@@ -85,10 +111,12 @@ def _attend(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, BlockC
     z = e.sum(axis=-1, keepdims=True)
     y = e @ v
     y /= z
-    return _unstack_group(y, t), BlockCache(q, k, v, visible, xp.log(z) + largest)
+    return _unstack_group(y, t), BlockCache(q, xp.log(z) + largest)
 
 
-def _attend_backward(dy: Array, y: Array, cache: BlockCache) -> tuple[Array, Array, Array]:
+def _attend_backward(
+    dy: Array, y: Array, k: Array, v: Array, visible: Array, cache: BlockCache
+) -> tuple[Array, Array, Array]:
     """dq, dk, dv of one block.
 
     Forward was y = P v, so dv = Pᵀ dy and dP = dy vᵀ. The softmax of a row has ∂P_i/∂S_j = P_i (δ_ij − P_j), so
@@ -96,8 +124,10 @@ def _attend_backward(dy: Array, y: Array, cache: BlockCache) -> tuple[Array, Arr
     a key that was not visible has P = 0 and gets no gradient. With S = q kᵀ/√d: dq = dS k/√d and dk = dSᵀ q/√d, where
     the q saved has the 1/√d already. P = exp(S − log z) is computed again: saved, it would be by far the largest array.
     """
-    q, k, v, visible, log_z = cache
-    t, K, d = dy.shape[1], k.shape[1], q.shape[-1]
+    q, log_z = cache
+    t, d = dy.shape[1], dy.shape[3]
+    K = k.shape[2]
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     P = _scores(q, k, visible)
     P -= log_z
     xp.exp(P, out=P)

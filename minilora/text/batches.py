@@ -94,12 +94,35 @@ def batches_of(rows: Rows, batch_size: int, pad_id: int) -> list[Batch]:
 
 
 def divide(batch: Batch, parts: int) -> list[Batch]:
-    """The rows of a batch in so many parts, as equal as can be; columns that are filler in a whole part are cut off."""
+    """The examples of a batch in so many parts of about as many tokens each, without padding.
+
+    Examples of one length become the rows of a rectangle; others stand end to end in a single row.
+    """
+    numbers = numbered_examples(batch)
+    examples, lengths = np.unique(numbers[numbers > 0], return_counts=True)
+    chosen: list[list[int]] = [[] for _ in range(parts)]
+    sizes = [0] * parts
+    for i in np.argsort(-lengths, kind="stable"):  # the longest first, each to the part that has least
+        part = int(np.argmin(sizes))
+        chosen[part].append(i)
+        sizes[part] += lengths[i]
     divided = []
-    for rows in np.array_split(np.arange(len(batch.tokens)), parts):
-        used = (batch.segments[rows] > 0).any(axis=0)
-        divided.append(Batch(*(array[rows][:, used] for array in batch)))
+    for some in chosen:
+        rows = len(some) if len(set(lengths[some])) == 1 else 1
+        used = np.isin(numbers, examples[some])
+        divided.append(Batch(*(array[used].reshape(rows, -1) for array in batch._replace(segments=numbers))))
     return divided
+
+
+def numbered_examples(batch: Batch) -> Ints:
+    """The segments (B, T), but so numbered that examples of different rows differ, too. Padding is still 0."""
+    before = np.arange(len(batch.segments))[:, None] * batch.segments.max()
+    return np.where(batch.segments > 0, before + batch.segments, 0)
+
+
+def count_examples(batch: Batch) -> int:
+    """How many examples a batch has, those packed into one row counted one by one."""
+    return len(np.unique(numbered_examples(batch))) - bool((batch.segments == 0).any())
 
 
 def padding_share(groups: Sequence[Rows]) -> float:

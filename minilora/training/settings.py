@@ -135,7 +135,7 @@ AT_LEAST = {
 DEFAULT_JOB: dict[str, Any] = {
     "steps": 215,
     "batch_size": 8,
-    "grad_accumulation": 2,  # sorted by length within a step: the same gradient, with half of the padding
+    "grad_accumulation": 2,  # the same gradient as of 16 rows at once, in less memory
     "learning_rate": 5e-3,
     "weight_decay": 0.0,
     "eval_every": 108,

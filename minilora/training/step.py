@@ -8,7 +8,7 @@ from minilora.backend import Array, to_device
 from minilora.model.model import Model, backward, forward, head_loss
 from minilora.model.sites import Gradients, add_gradients, part_seed
 from minilora.side_by_side import shares, side_by_side
-from minilora.text.batches import Batch, count_labels, divide
+from minilora.text.batches import Batch, count_examples, count_labels, divide
 
 
 def loss_and_gradients(
@@ -28,7 +28,7 @@ def loss_and_gradients(
     total = 0.0
     gradients: Gradients = {}
     for i, batch in enumerate(batches):
-        parts = divide(batch, shares(len(batch.tokens))) if on_all_cores else [batch]
+        parts = divide(batch, shares(count_examples(batch))) if on_all_cores else [batch]
         seed = seeds[i] if seeds is not None else None
         arguments = [(part, model, labelled, part_seed(seed, j), checkpointing) for j, part in enumerate(parts)]
         for loss, share_gradients in side_by_side(lambda given: _share_of(*given), arguments):
@@ -59,7 +59,7 @@ def mean_loss(model: Model, batches: Sequence[Batch]) -> float:
         hidden, labels = hidden_states(model, batch)
         return float(head_loss(model, hidden, labels, dloss=None)[0])
 
-    total = sum(sum(side_by_side(loss, divide(batch, shares(len(batch.tokens))))) for batch in batches)
+    total = sum(sum(side_by_side(loss, divide(batch, shares(count_examples(batch))))) for batch in batches)
     return total / _labelled_tokens(batches)
 
 
