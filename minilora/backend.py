@@ -15,6 +15,7 @@ import numpy as np
 
 __all__ = [
     "Array",
+    "knows",
     "narrow",
     "on_cpu",
     "peak_memory_bytes",
@@ -105,6 +106,15 @@ def read_only(array: Array) -> Array:
 def random_generator(*seeds: int) -> Any:
     """The device's random generator for these seeds: the same seeds give the same draws on the same device."""
     return xp.random.default_rng(np.random.SeedSequence(seeds).generate_state(1, np.uint64).item())
+
+
+def knows(dtype: Any) -> bool:
+    """Whether the array module has such numbers: CuPy has bfloat16 from version 14 on."""
+    try:
+        xp.zeros(1, dtype)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def narrow(array: Array) -> Array:

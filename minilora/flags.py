@@ -47,6 +47,7 @@ ALIASES: dict[str, tuple[str, ...]] = {  # of train: ours → theirs
     "patience": ("early_stopping_patience",),
     "save_every": ("save_steps",),
     "frozen": ("load_in_4bit",),
+    "mixed_precision": ("bf16", "fp16"),
 }
 OTHER_COMMANDS: dict[str, tuple[str, ...]] = {  # of generate, merge and evaluate: ours → theirs
     "model": ("model_name_or_path",),
@@ -119,6 +120,8 @@ def by_setting(values: Mapping[str, Any], where: Callable[[str], str]) -> dict[s
             if NEEDLESS[name]:
                 print(f"{where(name)} changes nothing: {NEEDLESS[name]}")
             continue
+        if name in ALIASES["mixed_precision"] and str(value).lower() == "false":
+            continue  # a configuration often says both, one of them false
         ours = OURS.get(name, name)
         if ours in found:
             raise ValueError(f"{where(name)} and {found[ours].where} are two names for one setting: give one of them")
@@ -156,6 +159,8 @@ def convert(written: Written, setting: Callable[[str], Any]) -> Any:
             return "dora" if str(value).lower() == "true" else Settings.method
         case "load_in_4bit", bool() | "true" | "True" | "false" | "False":
             return "nf4" if str(value).lower() == "true" else Settings.frozen
+        case (("bf16" | "fp16"), True | "true" | "True"):
+            return name
         case "init_lora_weights", True | "true" | "True":  # PEFT's default
             return "kaiming"
         case "resume_adapter_file", str() if value.endswith(".safetensors"):

@@ -64,7 +64,7 @@ def measure(job: Job, folder: Path) -> dict[str, int]:
     warm @ warm  # the library of products sets up its threads
     imported = peak_memory_bytes()
     tracemalloc.start()
-    base, _ = load_model(folder, settings.dtype, settings.frozen)
+    base, _ = load_model(folder, settings.dtype, settings.frozen, settings.mixed_precision)
     trainable = job.method.start(base, rng, dtype)
     model = job.method.attach(base, trainable)
     optimizer = OPTIMIZERS[settings.optimizer](trainable)

@@ -94,7 +94,8 @@ def heading(job: Job, found: dict[str, Any]) -> list[str]:
         f"{job.name}: {config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{found['parameters']:,} parameters, {size(found['checkpoint_file'])} in {job.storage.file}",
         f"{rows} × {work.length} tokens, {k * work.labelled:,} with a label; "
-        f"computed in {job.storage.dtype}, frozen weights {job.storage.frozen}",
+        f"computed in {job.storage.dtype}, frozen weights {job.storage.frozen}"
+        + (f", products with them in {mixed}" if (mixed := job.storage.mixed_precision) != "no" else ""),
     ]
 
 

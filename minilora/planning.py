@@ -54,7 +54,12 @@ def make_job(settings: Settings, labelled: float) -> Job:
     rows = settings.batch_size
     tokens = max(1, round(labelled * rows * (length - 1)))  # what follows the last token of a row is unknown
     stored = raw.get("dtype") or raw.get("torch_dtype")
-    storage = Storage(settings.dtype, settings.frozen, stored if stored in DTYPES else "float32")
+    storage = Storage(
+        settings.dtype,
+        settings.frozen,
+        stored if stored in DTYPES else "float32",
+        settings.mixed_precision,
+    )
     return Job(name, settings, config, folder, method, Work(rows, length, tokens), storage)
 
 
@@ -98,6 +103,8 @@ def figures(job: Job, method: Method) -> dict[str, Any]:
     settings, storage = job.settings, job.storage
     if isinstance(method, Full) and storage.frozen == "nf4":
         storage = storage._replace(frozen="stored")  # train refuses what cannot be trained
+    if isinstance(method, Full):
+        storage = storage._replace(mixed_precision="no")  # nothing is frozen
     checkpointing, micro_batches = settings.activation_checkpointing, settings.grad_accumulation
     parts = 1 if settings.device == "cuda" else shares(job.work.rows)
     memory = footprint(job.config, method, job.work, storage, settings.optimizer, checkpointing, micro_batches, parts)

@@ -133,6 +133,14 @@ def parse(argv: list[str] | None, description: str | None = None) -> argparse.Na
         const=True,
         metavar="NAME",
     )
+    add(
+        group,
+        "mixed_precision",
+        "products with frozen weights in 16 bits: bf16, or fp16 with a loss scale; no: all in --dtype",
+        nargs="?",
+        const=True,
+        metavar="NAME",
+    )
     for name in NEEDLESS:
         parser.add_argument(flag(name), nargs="?", const="true", help=argparse.SUPPRESS)
     return parser.parse_args(dashed(argv))

@@ -263,3 +263,8 @@ def test_a_run_that_needs_more_memory_than_there_is_stops_with_advice_of_its_own
         result, "out of memory", "--batch-size 4 with --grad-accumulation 2", "longest row, 15 tokens",
         "--frozen stored", "--frozen nf4", "minilora.plan",
     )  # fmt: skip
+
+
+def test_a_divergence_in_float16_is_first_met_with_bfloat16() -> None:
+    in_half, plain = (after_divergence(Settings(mixed_precision=name), 7) for name in ("fp16", "no"))
+    assert in_half.replace("--mixed-precision bf16, whose range is float32's; ", "") == plain != in_half

@@ -25,7 +25,11 @@ FLOORS = [  # from the top; `commands` are all other files beside these, each a 
     "training",
     "commands",
 ]
-ROOMS_OF_A_FLOOR = {"nf4": "frozen", "side_by_side": "backend"}  # files that share a floor with another
+ROOMS_OF_A_FLOOR = {
+    "nf4": "frozen",
+    "mixed_precision": "frozen",
+    "side_by_side": "backend",
+}  # files that share a floor with another
 STRANGERS = {  # a room → those it does not know, although they are above it
     "model": {"lora"},  # the model is written once, for any method
     "text": {"lora", "model", "methods"},

@@ -238,6 +238,28 @@ def test_training_on_a_device_never_mixes_arrays_and_computes_what_the_host_comp
         np.testing.assert_array_equal(on_the_device[name], array, err_msg=name)
 
 
+@pytest.mark.parametrize("frozen", ["stored", "nf4", "offloaded"])
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_mixed_precision_on_a_device_never_mixes_arrays_and_computes_nearly_what_the_host_computes(
+    half: str, frozen: str, request: pytest.FixtureRequest
+) -> None:
+    """Nearly: the device multiplies and adds in 16 bits by its own means."""
+
+    def gradients() -> dict[str, np.ndarray]:
+        base = base_model(UNTIED, random_weights(UNTIED, 0), np.float32, frozen, half)
+        method = LoRA(4, target_modules=("all-linear",))
+        fresh = method.start(base, np.random.default_rng(0))
+        start = random_adapter({name: to_host(array) for name, array in fresh.items()}, 1)
+        adapter = {name: to_device(array.astype(np.float32)) for name, array in start.items()}
+        loss, found = loss_and_gradients(method.attach(base, adapter), BATCHES, loss_scale=1024.0)
+        return {name: to_host(array) for name, array in found.items()} | {"loss": np.array(loss)}
+
+    on_host = gradients()
+    request.getfixturevalue("device")
+    for name, array in gradients().items():
+        assert abs(array - on_host[name]).max() < 0.1 * abs(on_host[name]).max(), name
+
+
 def test_offloaded_matrices_stay_on_the_host_and_all_else_is_on_the_device(device: None) -> None:
     weights = {name: array.astype(ml_dtypes.bfloat16) for name, array in random_weights(UNTIED, 0).items()}
     for site in base_model(UNTIED, weights, np.float32, "offloaded").sites.values():

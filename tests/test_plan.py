@@ -94,7 +94,7 @@ def a_batch(config: Config, work: Work) -> Any:
 
 def prepared(config: Config, method: Method, storage: Storage) -> tuple[Model, dict[str, np.ndarray]]:
     dtype = np.dtype(storage.dtype)
-    base = base_model(config, random_weights(config, 0, storage.file), dtype, storage.frozen)
+    base = base_model(config, random_weights(config, 0, storage.file), dtype, storage.frozen, storage.mixed_precision)
     trainable = method.start(base, np.random.default_rng(0), dtype)
     return method.attach(base, trainable), trainable
 
@@ -213,6 +213,24 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {  # → the mom
     "stored": (
         "the loss",
         (replace(SMALL, vocab_size=8000), LoRA(target_modules=ALL), Work(2, 32, 62), Storage("float32", "stored")),
+        {},
+    ),
+    "bf16, a large vocabulary": (
+        "the loss",
+        (replace(SMALL, vocab_size=8000), LoRA(target_modules=ALL), Work(2, 32, 62), Storage(mixed_precision="bf16")),
+        {},
+    ),
+    "fp16": (
+        "a layer's backward",
+        (SMALL, LoRA(8, target_modules=ALL), Work(4, 64, 100), Storage(mixed_precision="fp16")),
+        {},
+    ),
+    "nf4 and bf16": (
+        "a layer's backward",
+        (
+            replace(SMALL, hidden_size=480, vocab_size=50), LoRA(), Work(1, 32, 31),
+            Storage(frozen="nf4", mixed_precision="bf16"),
+        ),
         {},
     ),
     "nf4, one short row": (

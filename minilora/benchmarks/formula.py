@@ -74,7 +74,7 @@ def needed_bytes(job: Job, config: Config) -> dict[str, int]:
     """
     narrow = job.dtype in ("bfloat16", "float16")
     number = 2 if narrow else 4
-    weights = parameter_count(config) * (2 if job.frozen == "stored" else number)
+    weights = parameter_count(config) * (2 if job.frozen == "stored" or job.mixed_precision != "no" else number)
     D, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     Q, K = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     rows = read_job_rows(job)

@@ -34,6 +34,7 @@ class Job:
     # ----
     dtype: str = "float32"  # of the peer's model; of the products
     frozen: str = "widened"  # minilora's --frozen: "stored" keeps bfloat16 weights in 16 bits
+    mixed_precision: str = "no"  # minilora's --mixed-precision
     grouped: bool = False  # the peer's Trainer gets rows sorted by length
     compiled: bool = False  # the peer's model goes through torch.compile
 

@@ -85,7 +85,7 @@ class Generation:
 def load(job: Job) -> Work:
     """The model of the job, and perhaps its adapter."""
     use(job.device)
-    model, _ = load_model(Path(job.model), frozen=job.frozen)
+    model, _ = load_model(Path(job.model), frozen=job.frozen, mixed_precision=job.mixed_precision)
     if job.kind == "generate":
         return Generation(job, model)
     method, trainable = read_method(Path(job.adapter), model)

@@ -112,10 +112,10 @@ GROUPED = tuple(
     Side(f"{side.name}, grouped by length", side.program, side.options | {"grouped": True}) for side in PEFT
 )
 TRANSFORMERS = tuple(Side(side.name.replace("PEFT", "transformers"), side.program, side.options) for side in PEFT)
-# minilora computes in float32 on the GPU, too; a side that computes in half precision is another line here.
 OURS_GPU = (
     Side("minilora float32", "ours"),
-    Side("minilora float32, weights stored in bf16", "ours", {"frozen": "stored"}),
+    Side("minilora mixed precision, bf16", "ours", {"mixed_precision": "bf16"}),
+    Side("minilora mixed precision, fp16", "ours", {"mixed_precision": "fp16"}),
 )
 PEFT_GPU = (
     Side("PEFT bfloat16 eager", "peft_side", {"dtype": "bfloat16"}),

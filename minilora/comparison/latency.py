@@ -69,7 +69,7 @@ def models(source: Path, folder: Path, settings: Settings) -> tuple[Model, Model
     if settings.method == "full":
         model = load_model(folder)[0]
         return model, model, ""
-    base, _ = load_model(source, settings.dtype, settings.frozen)
+    base, _ = load_model(source, settings.dtype, settings.frozen, settings.mixed_precision)
     adapted = load_adapter(base, folder)
     config, _ = read_config(source)
     weights = dict(read_weights(source, config))

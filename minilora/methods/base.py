@@ -8,8 +8,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from minilora.backend import Array, narrow, read_only, to_device, widen
+from minilora.backend import Array, knows, narrow, read_only, to_device, widen
 from minilora.frozen import DenseWeight, FrozenWeight, StoredWeight
+from minilora.mixed_precision import HALVES, HalfWeight
 from minilora.model.config import Config
 from minilora.model.model import Model
 from minilora.model.names import EMBED, HEAD, LINEAR, NORM, layer_module
@@ -20,23 +21,36 @@ FROZEN = ("widened", "stored", "nf4", "offloaded")  # how matrices are held
 
 
 def base_model(
-    config: Config, weights: Mapping[str, np.ndarray[Any, Any]], dtype: Any = np.float32, frozen: str = "widened"
+    config: Config,
+    weights: Mapping[str, np.ndarray[Any, Any]],
+    dtype: Any = np.float32,
+    frozen: str = "widened",
+    mixed_precision: str = "no",
 ) -> Model:
     """A model computing in `dtype` from the host arrays of a checkpoint.
 
     How its matrices are held is `frozen`. "widened": in `dtype`. "stored": bfloat16 and float16 as they are, widened at
     each use; half the memory, the same results. "nf4": as "stored", but the linear maps of the layers in 4 bits, as in
     QLoRA; an eighth of the memory, and nearly the same weights. "offloaded": as "stored", but in the memory of the
-    host, and on the GPU for the moment of its use only. Arrays of the right dtype are taken over as they are, and are
+    host, and on the GPU for the moment of its use only. With `mixed_precision` bf16 or fp16 products with them are in
+    16 bits; what is not nf4 is then held in these. Arrays of the right dtype are taken over as they are, and are
     read-only from then on.
     """
     if frozen not in FROZEN:
         raise ValueError(f"frozen {frozen!r} is unknown: choose {', '.join(FROZEN)}")
+    half = HALVES[mixed_precision] if mixed_precision != "no" else None
+    if half is not None and not knows(half):
+        raise RuntimeError(f"this CuPy has no {mixed_precision}: install CuPy 14 or later, or take the other one")
 
     def vector(name: str) -> Array:
         return read_only(widen(_bits_to_device(weights[name]), dtype))
 
     def matrix(name: str) -> FrozenWeight:
+        if half is not None:
+            W = weights[name].astype(half, copy=False)
+            return HalfWeight(
+                StoredWeight(W, half) if frozen == "offloaded" else DenseWeight(to_device(W)), half, dtype
+            )
         if frozen == "offloaded":
             return StoredWeight(_bits(weights[name]), dtype)
         array = _bits_to_device(weights[name])
@@ -45,7 +59,8 @@ def base_model(
         return DenseWeight(widen(array, dtype))
 
     def four_bit_matrix(name: str) -> FrozenWeight:
-        return NF4Weight(widen(_bits_to_device(weights[name]), np.float32), dtype)
+        W = widen(_bits_to_device(weights[name]), np.float32)
+        return HalfWeight(NF4Weight(W, half), half, dtype) if half is not None else NF4Weight(W, dtype)
 
     def linear(module: str, matrix: Callable[[str], FrozenWeight]) -> FrozenLinear:
         bias = vector(f"{module}.bias") if f"{module}.bias" in weights else None

@@ -29,7 +29,7 @@ class Work(NamedTuple):
     labelled: int  # tokens with a label, in all rows
 
 
-Made = Callable[[int], int]  # what each use of a matrix of so many numbers makes of it
+Made = Callable[[int, int, int], int]  # tokens N, out, in: what the use of a matrix makes beside its result
 
 
 class Layer(NamedTuple):
@@ -59,7 +59,7 @@ def layer_numbers(
 
     block = min(T, QUERIES_AT_ONCE)
     scores = B * H * block * seen
-    forward = N * D + N * Q + max(2 * N * D, N * F, scores) + made(F * D)  # o; q as it came; down and x, or σ(gate)
+    forward = N * D + N * Q + max(2 * N * D, N * F, scores) + made(N, F, D)  # o; q as it came; down and x, or σ(gate)
     forward += N * D * (not mlp) + N * F * (not site["down"].input)
 
     # Backwards df, dgate and dup stay until the layer is done; beside them the fullest of its stages. Attention's half
@@ -67,9 +67,9 @@ def layer_numbers(
     half = 3 * N * D + 2 * N * Q
     backward = 3 * N * F + max(
         N * F,  # swiglu: σ(gate)
-        2 * N * D + max(site[role].needs(N, made(F * D)) for role in ("gate", "up")),  # dxn of gate, and of up
+        2 * N * D + max(site[role].needs(N, made(N, F, D)) for role in ("gate", "up")),  # dxn of gate, and of up
         half + N * D + 2 * scores + B * (4 * block * Q + 2 * seen * K),  # dxn; of a block P, dS, dy, dq; dk, dv
-        half + 2 * N * D + M * K + max(site[role].needs(N, made(Q * D)) for role in "qkv"),  # dxn of q, and of k; dk
+        half + 2 * N * D + M * K + max(site[role].needs(N, made(N, Q, D)) for role in "qkv"),  # dxn of q, and of k; dk
         half + 6 * N * D + M * K,  # the norm: dxn of q, k and v; x̂, dx̂ and their product; dk, turned back by RoPE
     )
     return Layer(kept, forward, backward)
@@ -120,8 +120,7 @@ def loss_numbers(config: Config, trainable: Mapping[str, Shape], labelled: int, 
         return count + V * D * min(2, math.ceil(labelled / LOGITS_AT_ONCE))
     if f"{HEAD}.lora_A.weight" in trainable:  # x Wᵀ, to which the branch is added; no dhidden yet
         return count + rows * V - rows * D
-    widened = made(V * D)
-    return count + widened + max(0, rows * (widened // D - D))  # W in slices; logits of a slice, or again dhidden
+    return count + made(rows, V, D)
 
 
 def lowest_trained_layer(config: Config, trainable: Mapping[str, Shape]) -> int:

@@ -51,7 +51,8 @@ def advise(
 
 def after_divergence(settings: Settings, warmup: int) -> str:
     """What to change when the loss is no longer a number; `warmup` is in steps."""
-    return f"What usually helps, in this order: {_calmer(settings, warmup)}."
+    wider = "--mixed-precision bf16, whose range is float32's; " if settings.mixed_precision == "fp16" else ""
+    return f"What usually helps, in this order: {wider}{_calmer(settings, warmup)}."
 
 
 def out_of_memory(settings: Settings, longest: int) -> str:

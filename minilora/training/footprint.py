@@ -34,6 +34,7 @@ class Storage(NamedTuple):
     dtype: str = "float32"  # of the computation, of what trains and of the optimiser's state
     frozen: str = "widened"  # --frozen
     file: str = "bfloat16"  # the checkpoint's
+    mixed_precision: str = "no"  # --mixed-precision
 
     @property
     def bytes(self) -> int:
@@ -93,14 +94,26 @@ def footprint(
         work = work._replace(length=seen)
     narrow = storage.frozen != "widened" and storage.file_bytes < storage.bytes
 
-    def made(size: int) -> int:
-        """Of a layer's matrix; in NF4 codes become whole numbers, by which values are looked up."""
-        if storage.frozen == "nf4":
-            return 2 * size
-        return size if isinstance(method, RandomSubset) else widened(size)  # W + S
+    def made(N: int, out: int, into: int) -> int:
+        """By a layer's matrix; in NF4 codes become whole numbers, by which values are looked up."""
+        size = out * into
+        dequantised = 2 * size if storage.frozen == "nf4" else 0
+        if isinstance(method, RandomSubset):  # W + S
+            return size
+        if storage.mixed_precision != "no":
+            return max(dequantised, dequantised // 4 + in_half(N, out, into))  # the dequantised is soon in 16 bits
+        return dequantised or (min(size, WIDENED_AT_ONCE) if narrow else 0)
 
-    def widened(size: int) -> int:
-        return min(size, WIDENED_AT_ONCE) if narrow else 0
+    def made_by_head(N: int, out: int, into: int) -> int:
+        """W in slices; logits of a slice, or again dhidden."""
+        if storage.mixed_precision != "no":
+            return in_half(N, out, into)
+        widened = min(out * into, WIDENED_AT_ONCE) if narrow else 0
+        return widened + max(0, N * (widened // into - into))
+
+    def in_half(N: int, out: int, into: int) -> int:
+        """W, and of the larger side a number in 16 bits and one in 32."""
+        return out * into + 3 * N * max(out, into) // 2
 
     dropout = isinstance(method, LoRA) and method.dropout > 0
     tied = config.tie_word_embeddings and isinstance(method, Full)  # all other methods part them
@@ -121,7 +134,7 @@ def footprint(
 
     gradients = numbers(trainable)
     embedding = V * D if f"{EMBED}.weight" in trainable else 0
-    chunk = loss_numbers(config, trainable, work.labelled, tied, widened)
+    chunk = loss_numbers(config, trainable, work.labelled, tied, made_by_head)
     outer = kept + 2 * words * D  # hidden states and their gradient live as long as what is kept
     below = outer + inputs + keys_values * (len(layers) if isinstance(method, PrefixTuning) else 1)  # dx; dk and dv
     moments = {
@@ -160,6 +173,8 @@ def weight_bytes(config: Config, method: Method, storage: Storage) -> int:
         size = math.prod(shape)
         if storage.frozen == "nf4" and ".layers." in name and len(shape) == 2:
             total += math.ceil(size / 2 + size / BLOCK + 4 * size / BLOCK / ABSMAX_BLOCK)
+        elif storage.mixed_precision != "no" and len(shape) == 2:
+            total += 2 * size
         elif storage.frozen == "widened" or len(shape) == 1:
             total += storage.bytes * size
         else:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,7 +15,7 @@ from minilora.backend import to_device, to_host
 from minilora.model.model import Model
 from minilora.text.batches import Batch, Rows, batches_of, count_labels
 from minilora.training.metrics import MetricsFile
-from minilora.training.optimizers import clip_gradients, global_norm
+from minilora.training.optimizers import clip_gradients
 from minilora.training.schedules import learning_rate
 from minilora.training.state import State
 from minilora.training.step import loss_and_gradients, mean_loss
@@ -80,8 +81,8 @@ def train(
             first_seed = int(state.rng.integers(2**62))  # one draw a step, however many micro-batches it has
             seeds = range(first_seed, first_seed + len(batches))
             checkpointing = plan.activation_checkpointing
-            loss, gradients = loss_and_gradients(model, batches, seeds, checkpointing, on_all_cores=True)
-            norm = global_norm(gradients)
+            compute = partial(loss_and_gradients, model, batches, seeds, checkpointing, True)
+            loss, gradients, norm = state.loss_scale.gradients(compute)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise Diverged(_stopped(state, loss, norm))
             clip_gradients(gradients, norm, plan.max_grad_norm)
@@ -97,6 +98,7 @@ def train(
                 loss=loss,
                 learning_rate=rate,
                 grad_norm=norm,
+                loss_scale=state.loss_scale.value,
                 tokens=tokens,
                 labelled_tokens=sum(count_labels(batch) for batch in batches),
                 tokens_per_second=round(speed, 1),

@@ -26,6 +26,7 @@ from minilora.text.tokenizer import Tokenizer, save_tokenizer_files
 from minilora.training.advice import advise, after_divergence
 from minilora.training.evaluation import answers, can_be_matched, drift, exact_match, outside_text
 from minilora.training.loop import Diverged, Plan, steps_per_epoch, train
+from minilora.training.loss_scale import FIRST
 from minilora.training.method import check_tied, make_method
 from minilora.training.metrics import read_metrics
 from minilora.training.optimizers import OPTIMIZERS, loraplus
@@ -70,7 +71,7 @@ def prepare(settings: Settings, folder: Path) -> Run:
     day = settings.date or date.today().isoformat()
     settings = replace(settings, model=source.hub_id or settings.model, revision=source.revision, date=day)
     model_folder = source.folder
-    base, raw_config = load_model(model_folder, settings.dtype, settings.frozen)
+    base, raw_config = load_model(model_folder, settings.dtype, settings.frozen, settings.mixed_precision)
     tokenizer = Tokenizer.load(model_folder, datetime.fromisoformat(settings.date))
     if tokenizer.vocab_size > base.config.vocab_size:
         raise ValueError(
@@ -92,7 +93,9 @@ def prepare(settings: Settings, folder: Path) -> Run:
 
     factors = loraplus(trainable, settings.loraplus_lr_ratio)
     optimizer = OPTIMIZERS[settings.optimizer](trainable, settings.weight_decay, factors)
-    state = State(trainable, optimizer, Order(len(task.rows)), rng, data=task.digest)
+    state = State(trainable, optimizer, Order(len(task.rows)), rng, task.digest)
+    if settings.mixed_precision == "fp16":
+        state.loss_scale.value = FIRST
     return Run(
         settings, source, folder, make_plan(settings, task), task, tokenizer, raw_config, method, base, adapted, state
     )

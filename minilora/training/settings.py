@@ -14,6 +14,7 @@ from minilora.formats.files import read_json, write_json
 from minilora.formats.load import SHIPPED_MODEL
 from minilora.methods.base import FROZEN
 from minilora.methods.lora import INITIALISATIONS
+from minilora.mixed_precision import MIXED_PRECISION
 from minilora.text.conversations import TRAIN_ON
 from minilora.training.metrics import TENSORBOARD, check_report_to
 from minilora.training.optimizers import OPTIMIZERS
@@ -78,6 +79,7 @@ class Settings:
     device: str = "auto"
     dtype: str = "float32"
     frozen: str = "widened"
+    mixed_precision: str = "no"
 
     def check(self) -> None:
         """Raise ValueError naming the flag whose value makes no sense."""
@@ -106,6 +108,10 @@ class Settings:
             raise ValueError(f"--random-share {self.random_share} is not above 0 and at most 1")
         if self.frozen == "nf4" and self.method == "full":
             raise ValueError("--frozen nf4: weights in 4 bits cannot be trained themselves; take another --method")
+        if self.mixed_precision != "no" and self.method == "full":
+            raise ValueError("--mixed-precision is for products with frozen weights; --method full has none")
+        if self.mixed_precision != "no" and self.dtype != "float32":
+            raise ValueError(f"--mixed-precision {self.mixed_precision} goes with --dtype float32, not {self.dtype}")
 
     def save(self, folder: Path) -> None:
         write_json(folder / SETTINGS_FILE, asdict(self))
@@ -123,6 +129,7 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("float32", "float64"),
     "frozen": FROZEN,
+    "mixed_precision": MIXED_PRECISION,
 }
 AT_LEAST = {
     **{"rank": 1, "loraplus_lr_ratio": 1, "batch_size": 1, "grad_accumulation": 1, "num_virtual_tokens": 1},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from minilora.backend import Array, to_device, to_host
 from minilora.formats.files import open_safetensors, write_safetensors
+from minilora.training.loss_scale import LossScale
 from minilora.training.optimizers import Optimizer
 from minilora.training.order import Order
 
@@ -33,6 +34,7 @@ class State:
     best_step: int = 0
     best: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     evaluations_without_gain: int = 0
+    loss_scale: LossScale = field(default_factory=LossScale)
 
     def save(self, folder: Path) -> None:
         """Write the state beside the old one, then put it in its place: a kill leaves one or the other, whole."""
@@ -46,6 +48,7 @@ class State:
             "order": json.dumps([self.order.epoch, self.order.cursor]),
             "rng": json.dumps(self.rng.bit_generator.state),
             "data": self.data,
+            "loss_scale": json.dumps(asdict(self.loss_scale)),
         }
         write_safetensors(folder / STATE_FILE, tensors, metadata)
 
@@ -66,6 +69,8 @@ class State:
         self.order.permutation = tensors["order"]
         self.order.epoch, self.order.cursor = json.loads(metadata["order"])
         self.rng.bit_generator.state = json.loads(metadata["rng"])
+        if "loss_scale" in metadata:  # not in states of before there was one
+            self.loss_scale = LossScale(**json.loads(metadata["loss_scale"]))
         self.best = {name.removeprefix("best."): a for name, a in tensors.items() if name.startswith("best.")}
         for name, value in json.loads(metadata["numbers"]).items():
             setattr(self, name, value)

@@ -17,12 +17,14 @@ def loss_and_gradients(
     seeds: Sequence[int] | None = None,
     checkpointing: bool = False,
     on_all_cores: bool = False,
+    loss_scale: float = 1.0,
 ) -> tuple[float, Gradients]:
     """The mean loss over all labelled tokens of all micro-batches, in nats per token, and its gradients. (docs: M9)
 
     Each micro-batch contributes Σ loss / M with M the labelled tokens of *all* of them, so that k micro-batches are one
     large batch. (Averaging their means would weigh the tokens of a batch with few labels more than the others.) The
-    same holds of the shares of a micro-batch that go through the model side by side, `on_all_cores`.
+    same holds of the shares of a micro-batch that go through the model side by side, `on_all_cores`. On their way the
+    gradients are `loss_scale` times as large. (docs: H2)
     """
     labelled = _labelled_tokens(batches)
     total = 0.0
@@ -30,23 +32,28 @@ def loss_and_gradients(
     for i, batch in enumerate(batches):
         parts = divide(batch, shares(count_examples(batch))) if on_all_cores else [batch]
         seed = seeds[i] if seeds is not None else None
-        arguments = [(part, model, labelled, part_seed(seed, j), checkpointing) for j, part in enumerate(parts)]
+        arguments = [
+            (part, model, loss_scale / labelled, part_seed(seed, j), checkpointing) for j, part in enumerate(parts)
+        ]
         for loss, share_gradients in side_by_side(lambda given: _share_of(*given), arguments):
             add_gradients(gradients, share_gradients)
             total += loss
             del share_gradients
+    if loss_scale != 1:
+        for gradient in gradients.values():
+            gradient *= 1 / loss_scale
     return total / labelled, gradients
 
 
 def _share_of(
-    batch: Batch, model: Model, labelled: int, seed: int | None, checkpointing: bool
+    batch: Batch, model: Model, dloss: float, seed: int | None, checkpointing: bool
 ) -> tuple[float, Gradients]:
-    """Σ loss of some rows, and the gradients of Σ loss / labelled. Their cache is gone before the next micro-batch's is
+    """Σ loss of some rows, and the gradients of dloss · Σ loss. Their cache is gone before the next micro-batch's is
     made: that is what accumulation saves."""
     tokens, labels, positions, segments = (to_device(array) for array in batch)
     hidden, past, cache = forward(model, tokens, positions, segments, seed=seed, checkpointing=checkpointing)
     del past  # the keys and values of every layer
-    loss, dhidden, gradients = head_loss(model, hidden, labels.reshape(-1), 1 / labelled, seed=seed)
+    loss, dhidden, gradients = head_loss(model, hidden, labels.reshape(-1), dloss, seed=seed)
     assert dhidden is not None
     add_gradients(gradients, backward(model, dhidden, cache))
     return float(loss), gradients
