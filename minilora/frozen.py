@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from minilora.backend import Array, on_cpu, read_only, to_device, to_host, widen, xp
-from minilora.ops.linear import x_times_transpose
+from minilora.ops.linear import CACHED, PIECE, x_times_transpose
 
-WIDENED_AT_ONCE, WIDENED_AT_ONCE_ON_GPU = 2**18, 2**26  # numbers: a core's cache holds them; a GPU wants large products
+WIDENED_AT_ONCE, WIDENED_AT_ONCE_ON_GPU = CACHED, 2**26  # numbers; a GPU wants large products
 
 
 class FrozenWeight(Protocol):
@@ -66,6 +66,7 @@ class StoredWeight:
         self.dtype = dtype
         self.shape: tuple[int, int] = W.shape
         rows = max(1, (WIDENED_AT_ONCE if on_cpu() else WIDENED_AT_ONCE_ON_GPU) // W.shape[1])
+        rows = rows // PIECE * PIECE or rows
         self.slices = [slice(start, start + rows) for start in range(0, W.shape[0], rows)]
 
     def forward(self, x: Array) -> Array:

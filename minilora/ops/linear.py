@@ -6,18 +6,24 @@ from typing import NamedTuple
 
 from minilora.backend import Array, on_cpu, xp
 
-FEW = 32  # rows of x
+FEW, VERY_FEW = 32, 8  # rows of x
+CACHED = 2**18  # numbers of a W that a core's cache holds
+PIECE = 64  # rows of such a W
 
 
 def x_times_transpose(x: Array, W: Array) -> Array:
     """x Wᵀ: (N, in) → (N, out). (docs: O1)
 
     For few rows, as when generating, OpenBLAS is faster with W as the left factor. The result is put in the usual order
-    in memory all the same: on that depends how the next product rounds.
+    in memory all the same: on that depends how the next product rounds. A W in the cache of this core goes in pieces:
+    products so small stay on one core, where others would first have to fetch it.
     """
-    if on_cpu() and 1 < len(x) <= FEW:
-        return xp.ascontiguousarray((W @ x.T).T)
-    return x @ W.T
+    if not (on_cpu() and 1 < len(x) <= FEW):
+        return x @ W.T
+    out, into = W.shape
+    if len(x) <= VERY_FEW and W.size <= CACHED and out % PIECE == 0:
+        W = W.reshape(-1, PIECE, into)
+    return xp.ascontiguousarray((W @ x.T).reshape(out, len(x)).T)
 
 
 class LinearCache(NamedTuple):
