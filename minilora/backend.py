@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ml_dtypes
@@ -109,12 +110,12 @@ def random_generator(*seeds: int) -> Any:
 
 
 def knows(dtype: Any) -> bool:
-    """Whether the array module has such numbers: CuPy has bfloat16 from version 14 on."""
+    """Whether the array module can convert to such numbers and multiply them: CuPy to bfloat16 from version 14."""
     try:
-        xp.zeros(1, dtype)
-    except (TypeError, ValueError):
+        some = xp.ones((2, 2), np.float32).astype(dtype)
+        return bool((some @ some).shape == some.shape)
+    except Exception:  # each version refuses in its own way
         return False
-    return True
 
 
 def narrow(array: Array) -> Array:
@@ -142,10 +143,14 @@ def peak_memory_bytes() -> int:
         return int(_module.get_default_memory_pool().total_bytes())
     if platform.system() == "Windows":
         return 0
+    if platform.system() == "Linux":  # its account in `resource` begins with the peak of the parent
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):  # kibibytes
+                return 1024 * int(line.split()[1])
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
+    return peak if platform.system() == "Darwin" else peak * 1024  # macOS counts bytes, others kibibytes
 
 
 def _keep_large_temporaries() -> None:

@@ -120,9 +120,15 @@ def by_setting(values: Mapping[str, Any], where: Callable[[str], str]) -> dict[s
             if NEEDLESS[name]:
                 print(f"{where(name)} changes nothing: {NEEDLESS[name]}")
             continue
-        if name in ALIASES["mixed_precision"] and str(value).lower() == "false":
-            continue  # a configuration often says both, one of them false
         ours = OURS.get(name, name)
+        if (
+            ours == "mixed_precision"
+            and ours in found
+            and "false" in (str(value).lower(), str(found[ours].value).lower())
+        ):
+            if str(value).lower() != "false":  # a configuration often has both bf16 and fp16, one of them false
+                found[ours] = Written(name, value, where(name))
+            continue
         if ours in found:
             raise ValueError(f"{where(name)} and {found[ours].where} are two names for one setting: give one of them")
         found[ours] = Written(name, value, where(name))
@@ -161,6 +167,8 @@ def convert(written: Written, setting: Callable[[str], Any]) -> Any:
             return "nf4" if str(value).lower() == "true" else Settings.frozen
         case (("bf16" | "fp16"), True | "true" | "True"):
             return name
+        case (("mixed_precision" | "bf16" | "fp16"), False | "false" | "False"):  # YAML's "no", too
+            return "no"
         case "init_lora_weights", True | "true" | "True":  # PEFT's default
             return "kaiming"
         case "resume_adapter_file", str() if value.endswith(".safetensors"):

@@ -66,7 +66,7 @@ class StoredWeight:
         self.dtype = dtype
         self.shape: tuple[int, int] = W.shape
         rows = max(1, (WIDENED_AT_ONCE if on_cpu() else WIDENED_AT_ONCE_ON_GPU) // W.shape[1])
-        rows = rows // PIECE * PIECE or rows
+        rows = rows // PIECE * PIECE or rows  # whole pieces, as `x_times_transpose` cuts them
         self.slices = [slice(start, start + rows) for start in range(0, W.shape[0], rows)]
 
     def forward(self, x: Array) -> Array:

@@ -8,7 +8,7 @@ rounding,
 
 So W is held in 16 bits. Norms, softmax, loss, A and B, their gradients and the optimiser stay in float32: the sums in
 them are long, or the steps small. bfloat16 has float32's range and 8 significant bits. float16 has 11, but nothing
-above 65,504 and little below 6e-8: gradients are smaller than that, and are multiplied by a *loss scale* on their way
+above 65,504 or below 6e-8: gradients are smaller than that, and are multiplied by a *loss scale* on their way
 (training/loss_scale.py). Numbers like H1 are those of docs/mixed-precision.md.
 """
 
@@ -27,7 +27,7 @@ MIXED_PRECISION = ("no", *HALVES)
 
 
 class HalfWeight:
-    """A frozen weight whose products are in 16 bits, between arrays of 32. `weight` gives W in 16 bits."""
+    """A frozen weight whose products are in 16 bits, between arrays of 32. `weight` gives W in 16 bits, as a whole."""
 
     def __init__(self, weight: FrozenWeight, half: Any, dtype: Any = np.float32) -> None:
         self.weight = weight
@@ -52,10 +52,10 @@ def half_product(a: Array, b: Array, half: Any) -> Array:
     """r(r(a) b) in a's dtype, for a b that is in 16 bits already. (docs: H1)
 
     A GPU multiplies 16-bit numbers and adds in float32. The CPU's library cannot, but float32 holds each product of
-    two such numbers exactly: widened first, they give the same sums but for their order. That saves memory there, not
-    time. What is too large for float16 becomes infinite.
+    two such numbers exactly: widened first, they give the same sums but for their order. That takes no less time. What
+    is too large for float16 becomes infinite.
     """
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         rounded = a.astype(half)
         product = rounded.astype(np.float32) @ b.astype(np.float32) if on_cpu() else rounded @ b
         return product.astype(half, copy=False).astype(a.dtype)

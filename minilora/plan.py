@@ -95,7 +95,7 @@ def heading(job: Job, found: dict[str, Any]) -> list[str]:
         f"{found['parameters']:,} parameters, {size(found['checkpoint_file'])} in {job.storage.file}",
         f"{rows} × {work.length} tokens, {k * work.labelled:,} with a label; "
         f"computed in {job.storage.dtype}, frozen weights {job.storage.frozen}"
-        + (f", products with them in {mixed}" if (mixed := job.storage.mixed_precision) != "no" else ""),
+        + (f", matrices and products in {mixed}" if (mixed := job.storage.mixed_precision) != "no" else ""),
     ]
 
 

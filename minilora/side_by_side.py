@@ -1,8 +1,8 @@
 """Shares of a batch side by side, on the cores of the CPU.
 
 A library of matrix products spreads each product over all cores, but NumPy does everything between two products on one
-of them, while the others wait. Rows of a batch are independent of each other until their gradients are added. So
-instead each core takes rows of its own through the whole model, with products on that one core: NumPy lets go of
+of them, while the others wait. The examples of a batch are independent of each other until their gradients are added.
+So instead each core takes examples of its own through the whole model, with products on that one core: NumPy lets go of
 Python's lock while it computes.
 """
 
@@ -35,10 +35,10 @@ def cores() -> int:
     return max((int(library["num_threads"]) for library in _libraries().info()), default=1)
 
 
-def shares(rows: int) -> int:
-    """Into how many shares a batch of so many rows is divided: one for each core, and none where most cores would get
-    nothing. Products that use all of them are the better way then."""
-    return min(cores(), rows) if 2 * rows >= cores() else 1
+def shares(examples: int) -> int:
+    """Into how many shares a batch of so many examples is divided: one for each core, and none where most cores would
+    get nothing. Products that use all of them are the better way then."""
+    return min(cores(), examples) if 2 * examples >= cores() else 1
 
 
 def side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:

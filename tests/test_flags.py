@@ -70,6 +70,7 @@ TRAIN = [  # theirs, and how it is said here
     ("--bf16", "--mixed-precision bf16"),
     ("--fp16 True --bf16 False", "--mixed-precision fp16"),
     ("--bf16 false", ""),
+    ("--mixed-precision false", ""),
     ("--adapter-path here", "--out here"),
     ("--output-dir here", "--out here"),
     ("--resume-from-checkpoint old", "--resume old"),
@@ -303,3 +304,12 @@ def test_flags_and_files_say_the_same_of_every_setting() -> None:
     values = {name: value for name, value in vars(settings).items() if name != "revision"}
     written("run.json", json.dumps(values))
     assert meaning("-c run.json")[0] == settings
+
+
+def test_a_file_may_say_no_to_one_half_and_a_flag_to_the_file(tmp_path: Path) -> None:
+    written("both.yaml", "bf16: true\nfp16: false\n")
+    assert meaning("-c both.yaml") == meaning("--mixed-precision bf16")
+    assert meaning("-c both.yaml --bf16 false") == meaning("")
+    written("no.yaml", "mixed_precision: no\n")
+    assert meaning("-c no.yaml") == meaning("")
+    refused("--bf16 --fp16", "--fp16 and --bf16 are two names for one setting")

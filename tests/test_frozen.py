@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import ml_dtypes
@@ -61,6 +62,24 @@ def test_a_weight_widened_in_slices_gives_the_same_products(
     wide = DenseWeight(W.astype(HALVES[half]).astype(np.float64))
     np.testing.assert_allclose(weight.forward(x), wide.forward(x), atol=1e-12)
     np.testing.assert_allclose(weight.backward(dy), wide.backward(dy), atol=1e-12)
+
+
+@pytest.mark.parametrize("out", [64, 192, 256, 100, 300])
+@pytest.mark.parametrize("cached", [0, 2**18])
+@pytest.mark.parametrize("n", [1, 2, 8, 9, 32, 33])
+def test_however_many_rows_go_in_however_large_pieces_the_product_is_the_same(
+    n: int, cached: int, out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W with slices of 128 rows, and pieces of 64 within them."""
+    monkeypatch.setattr("minilora.ops.linear.CACHED", cached)
+    monkeypatch.setattr("minilora.frozen.WIDENED_AT_ONCE", 150 * 8)
+    W, x = normal(0, out, 8), normal(1, n, 8)
+    weight = stored("bfloat16", W, np.float64)
+    assert [some.stop - some.start for some in weight.slices] == [128] * math.ceil(out / 128)
+    y = weight.forward(x)
+    np.testing.assert_allclose(y, x @ W.astype(ml_dtypes.bfloat16).astype(np.float64).T, atol=1e-12)
+    assert y.flags.c_contiguous
+    np.testing.assert_allclose(DenseWeight(W).forward(x), x @ W.T, atol=1e-12)
 
 
 @given(seeds, sizes, sizes, sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from minilora.methods.lora import LoRA
 from minilora.mixed_precision import HALVES, HalfWeight, half_product
 from minilora.model.model import Model
 from minilora.model.names import HEAD, layer_module
-from minilora.text.batches import Batch
+from minilora.text.batches import Batch, collate
+from minilora.text.examples import Example
 from minilora.train import main
-from minilora.training.loss_scale import FIRST, GROWS_AFTER, LARGEST, LossScale
+from minilora.training.loss_scale import FIRST, GROWS_AFTER, LARGEST, LEAST, LossScale
 from minilora.training.metrics import read_metrics
+from minilora.training.optimizers import global_norm
 from minilora.training.run import prepare
 from minilora.training.settings import Settings, read_settings
 from minilora.training.step import loss_and_gradients
@@ -145,15 +148,20 @@ def test_loss_and_gradients_in_16_bits_are_nearly_those_in_32(
 
 def test_an_array_module_without_bfloat16_is_told_about(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minilora.methods.base.knows", lambda dtype: False)
-    with pytest.raises(RuntimeError, match="this CuPy has no bf16: install CuPy 14 or later"):
+    with pytest.raises(RuntimeError, match=r"this CuPy has no bf16: install CuPy 14 with CUDA 12\.2, or later"):
         base_model(CONFIG, random_weights(CONFIG, 0), np.float32, "stored", "bf16")
 
 
 def test_a_module_knows_the_numbers_that_it_can_make_arrays_of() -> None:
     class Old:
-        @staticmethod
-        def zeros(shape: int, dtype: Any) -> None:
-            raise TypeError(dtype)
+        """It makes such arrays, and cannot multiply them."""
+
+        class ones(np.ndarray):
+            def __new__(cls, shape: tuple[int, int], dtype: Any) -> Any:
+                return np.ones(shape, dtype).view(cls)
+
+            def __matmul__(self, other: Any) -> Any:
+                raise RuntimeError("no kernel for these")
 
     assert all(backend.knows(half) for half in HALVES.values())
     previous = backend.use_module(Old())
@@ -193,7 +201,18 @@ def overflowing(above: float, calls: list[float]) -> Any:
     return compute
 
 
-@given(power=st.integers(0, 16))
+def test_a_real_overflow_is_mended_without_a_warning() -> None:
+    model = adapted("fp16")
+    batch = collate([[Example([1, 2, 3], [True, True, True])]], 0)
+    scale = LossScale(2.0**30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, _, norm = scale.gradients(lambda S: loss_and_gradients(model, [batch], loss_scale=S))
+    _, plain = loss_and_gradients(adapted("no"), [batch])
+    assert 2 < scale.value < 2.0**30 and norm == pytest.approx(global_norm(plain), rel=0.01)
+
+
+@given(power=st.integers(1, 16))
 def test_a_step_that_overflows_is_computed_again_with_half_of_the_scale(power: int) -> None:
     scale, calls = LossScale(FIRST, steps=7), []
     assert scale.gradients(overflowing(2.0**power, calls))[0::2] == (1.0, 3.0)
@@ -206,16 +225,16 @@ def test_what_no_scale_mends_is_handed_on() -> None:
     calls: list[float] = []
     scale = LossScale(4.0)
     assert scale.gradients(overflowing(0, calls))[2] == math.inf
-    assert calls == [4, 2, 1]
+    assert calls == [4, 2]
     nan = LossScale(4.0)
     loss, _, _ = nan.gradients(lambda scale: (math.nan, {"A": np.array([math.nan])}))
     assert math.isnan(loss) and nan.value == 4
 
 
 def test_the_scale_doubles_when_nothing_has_overflowed_for_long_and_1_stays() -> None:
-    for before, after in ((2.0**10, 2.0**11), (LARGEST, LARGEST), (1.0, 1.0)):
+    for before, after in ((2.0**10, 2.0**11), (LEAST, 2 * LEAST), (LARGEST, LARGEST), (1.0, 1.0)):
         scale = LossScale(before)
-        for _ in range(GROWS_AFTER - 1):
+        for _ in range(GROWS_AFTER):
             scale.gradients(overflowing(math.inf, []))
         assert scale.value == before
         scale.gradients(overflowing(math.inf, []))
@@ -230,6 +249,7 @@ def test_the_scale_doubles_when_nothing_has_overflowed_for_long_and_1_stays() ->
     [
         ({"mixed_precision": "fp8"}, "--mixed-precision 'fp8': choose no, bf16, fp16"),
         ({"mixed_precision": "bf16", "method": "full"}, "--method full has none"),
+        ({"mixed_precision": "bf16", "method": "random"}, "--method random has none"),
         ({"mixed_precision": "bf16", "dtype": "float64"}, "goes with --dtype float32, not float64"),
     ],
 )

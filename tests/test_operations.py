@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from strategies import LLAMA3, normal, seeds, sizes
 
 from minilora.ops import attention as attention_module
-from minilora.ops.attention import Block, attention, attention_backward, blocks_of_queries, visible_keys
+from minilora.ops.attention import EVERYONE, Block, attention, attention_backward, blocks_of_queries, visible_keys
 from minilora.ops.cross_entropy import IGNORE, cross_entropy, cross_entropy_backward
 from minilora.ops.embedding import embedding, embedding_backward
 from minilora.ops.linear import linear, linear_backward
@@ -94,10 +94,11 @@ def rope_case(draw: st.DrawFn) -> Case:
 
 @st.composite
 def attention_case(draw: st.DrawFn) -> Case:
-    """Several segments in a row, keys of the past before them, and groups of queries that share a key."""
+    """Several segments in a row, keys of the past and some for everyone before them, groups of queries that share a
+    key."""
     batch, time, past, d, seed = draw(sizes), draw(sizes), draw(st.integers(0, 2)), draw(sizes), draw(seeds)
     key_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    segments = draw(st.lists(st.integers(0, 2), min_size=past + time, max_size=past + time).map(sorted))
+    segments = draw(st.lists(st.integers(EVERYONE, 2), min_size=past + time, max_size=past + time).map(sorted))
     rows = np.array([segments] * batch)
     inputs = {
         "q": draw(scales) * normal(seed, batch, time, key_heads * group, d),

@@ -21,8 +21,9 @@ Result = dict[str, Any]
 def measure(case: Case, sides: Sequence[Side], on_run: Callable[[str], Any] = lambda name: None) -> Result:
     """The figures of each of `sides`. `on_run` hears the name of each side before it is warmed up and run.
 
-    All are loaded first, and then measured A B C, A B C, …: what drifts on the machine meets them all alike. A side
-    that fails is told of, and left out from then on.
+    All are loaded first, and then measured A B C, A B C, …: what drifts on the machine meets them all alike. With a
+    single turn each side is loaded when its turn comes, and gone before the next: together they may need more memory
+    than there is. A side that fails is told of, and left out from then on.
     """
     jobs = {side.name: replace(case.job, **side.options) for side in sides}
     results: dict[str, Result] = {side.name: {"side": side.name, "program": side.program, "runs": []} for side in sides}
@@ -36,7 +37,7 @@ def measure(case: Case, sides: Sequence[Side], on_run: Callable[[str], Any] = la
             workers.pop(name).close()
             return {}
 
-    try:
+    def take_turns(sides: Sequence[Side]) -> None:
         for side in sides:
             workers[side.name] = Worker(side.program, case.job.threads)
             workers[side.name].tell("load", jobs[side.name])
@@ -49,6 +50,12 @@ def measure(case: Case, sides: Sequence[Side], on_run: Callable[[str], Any] = la
             for name in list(workers):
                 on_run(name)
                 results[name]["runs"].append(attempt(name, lambda worker: worker.ask("measure")))
+        while workers:
+            workers.popitem()[1].close()
+
+    try:
+        for together in [sides] if case.repeats > 1 else [[side] for side in sides]:
+            take_turns(together)
     finally:
         for worker in workers.values():
             worker.close()

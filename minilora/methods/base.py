@@ -33,14 +33,16 @@ def base_model(
     each use; half the memory, the same results. "nf4": as "stored", but the linear maps of the layers in 4 bits, as in
     QLoRA; an eighth of the memory, and nearly the same weights. "offloaded": as "stored", but in the memory of the
     host, and on the GPU for the moment of its use only. With `mixed_precision` bf16 or fp16 products with them are in
-    16 bits; what is not nf4 is then held in these. Arrays of the right dtype are taken over as they are, and are
-    read-only from then on.
+    16 bits, and matrices that are not in nf4 are held in those 16 bits. Arrays of the right dtype are taken over as
+    they are, and are read-only from then on.
     """
     if frozen not in FROZEN:
         raise ValueError(f"frozen {frozen!r} is unknown: choose {', '.join(FROZEN)}")
     half = HALVES[mixed_precision] if mixed_precision != "no" else None
     if half is not None and not knows(half):
-        raise RuntimeError(f"this CuPy has no {mixed_precision}: install CuPy 14 or later, or take the other one")
+        raise RuntimeError(
+            f"this CuPy has no {mixed_precision}: install CuPy 14 with CUDA 12.2, or later ones, or take fp16"
+        )
 
     def vector(name: str) -> Array:
         return read_only(widen(_bits_to_device(weights[name]), dtype))

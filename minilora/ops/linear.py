@@ -8,7 +8,7 @@ from minilora.backend import Array, on_cpu, xp
 
 FEW, VERY_FEW = 32, 8  # rows of x
 CACHED = 2**18  # numbers of a W that a core's cache holds
-PIECE = 64  # rows of such a W
+PIECE = 64  # rows of it that are multiplied at a time
 
 
 def x_times_transpose(x: Array, W: Array) -> Array:

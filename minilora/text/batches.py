@@ -82,7 +82,8 @@ def pack(examples: Sequence[Example], length: int) -> list[list[int]]:
 def of_like_length(rows: Rows, batch_size: int) -> list[Rows]:
     """All rows in groups of `batch_size`, rows of like length together, so that little of a batch is padding.
 
-    The loss is a sum over tokens: the order of the rows, and which of them share a batch, change nothing.
+    A training step cuts away even that (`divide`); generation and the drift do not. The loss is a sum over tokens: the
+    order of the rows, and which of them share a batch, change nothing.
     """
     ordered = sorted(rows, key=row_length)
     return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]

@@ -25,7 +25,7 @@ class Shown(NamedTuple):
 
 def show_batch(batch: Batch, tokenizer: Tokenizer, color: bool = False) -> Iterator[str]:
     """Lines to print. What is trained stands in brackets, or with `color` inverted, and each line begins with the
-    position of its first token. All is taken from the arrays that the model gets, not from the rows they came from.
+    position of its first token. All is taken from the batch's arrays, not from the rows they came from.
     """
     opening, closing = marks = INVERSE if color else BRACKETS
     for number, (tokens, labels, positions, segments) in enumerate(zip(*batch, strict=True), start=1):

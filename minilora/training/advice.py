@@ -72,7 +72,7 @@ def out_of_memory(settings: Settings, longest: int) -> str:
             "widened": ["--frozen stored, bfloat16 weights as they are", "--frozen nf4, 4 bits a weight"],
             "stored": ["--frozen nf4, 4 bits a weight (now stored)"],
             "offloaded": ["--frozen nf4, 4 bits a weight (now offloaded)"],
-        }.get(settings.frozen, [])
+        }.get("stored" if settings.mixed_precision != "no" and settings.frozen == "widened" else settings.frozen, [])
     return (
         f"out of memory. What usually helps, in this order: {'; '.join(ways)}. With the same flags, "
         "`python -m minilora.plan` counts what a run takes before it begins"

@@ -95,7 +95,7 @@ def footprint(
     narrow = storage.frozen != "widened" and storage.file_bytes < storage.bytes
 
     def made(N: int, out: int, into: int) -> int:
-        """By a layer's matrix; in NF4 codes become whole numbers, by which values are looked up."""
+        """What the use of a layer's matrix makes. In NF4 codes become whole numbers, by which values are looked up."""
         size = out * into
         dequantised = 2 * size if storage.frozen == "nf4" else 0
         if isinstance(method, RandomSubset):  # W + S
@@ -105,14 +105,14 @@ def footprint(
         return dequantised or (min(size, WIDENED_AT_ONCE) if narrow else 0)
 
     def made_by_head(N: int, out: int, into: int) -> int:
-        """W in slices; logits of a slice, or again dhidden."""
+        """What the use of the head makes: W in slices; logits of a slice, or again dhidden."""
         if storage.mixed_precision != "no":
             return in_half(N, out, into)
         widened = min(out * into, WIDENED_AT_ONCE) if narrow else 0
         return widened + max(0, N * (widened // into - into))
 
     def in_half(N: int, out: int, into: int) -> int:
-        """W, and of the larger side a number in 16 bits and one in 32."""
+        """What a product in 16 bits makes on the CPU: W in 32 bits; the wider side once in 16 and once in 32."""
         return out * into + 3 * N * max(out, into) // 2
 
     dropout = isinstance(method, LoRA) and method.dropout > 0

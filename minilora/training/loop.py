@@ -98,7 +98,7 @@ def train(
                 loss=loss,
                 learning_rate=rate,
                 grad_norm=norm,
-                loss_scale=state.loss_scale.value,
+                **({"loss_scale": state.loss_scale.value} if state.loss_scale.value > 1 else {}),
                 tokens=tokens,
                 labelled_tokens=sum(count_labels(batch) for batch in batches),
                 tokens_per_second=round(speed, 1),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from minilora.model.sites import Gradients
 from minilora.training.optimizers import global_norm
 
-FIRST, LARGEST = 2.0**16, 2.0**24
+FIRST, LEAST, LARGEST = 2.0**16, 2.0, 2.0**24
 GROWS_AFTER = 2000  # steps without overflow; this and the first scale are PyTorch's
 
 
@@ -27,16 +27,17 @@ class LossScale:
     def gradients(self, compute: Callable[[float], tuple[float, Gradients]]) -> tuple[float, Gradients, float]:
         """Loss, gradients and their norm, by `compute` of S. (docs: H2)
 
-        Where a gradient overflows, S is halved and the step computed again: no row is passed over. After 2,000 steps
-        without, S is doubled. Not finite are only what S = 1 gives, and the gradients of a loss that is not finite.
+        Where a gradient overflows, S is halved and the step computed again: no row is left out. After 2,000 steps
+        without overflow S is doubled. A norm that is not finite is returned where S cannot help: the loss itself is not
+        finite, or S is as small as it gets.
         """
+        if self.steps >= GROWS_AFTER and 1 < self.value < LARGEST:
+            self.value, self.steps = 2 * self.value, 0
         while True:
             loss, gradients = compute(self.value)
             norm = global_norm(gradients)
-            if math.isfinite(norm) or not math.isfinite(loss) or self.value <= 1:
+            if math.isfinite(norm) or not math.isfinite(loss) or self.value <= LEAST:
                 break
             self.value, self.steps = self.value / 2, 0
         self.steps += 1
-        if self.steps >= GROWS_AFTER and 1 < self.value < LARGEST:
-            self.value, self.steps = 2 * self.value, 0
         return loss, gradients, norm

@@ -108,8 +108,8 @@ class Settings:
             raise ValueError(f"--random-share {self.random_share} is not above 0 and at most 1")
         if self.frozen == "nf4" and self.method == "full":
             raise ValueError("--frozen nf4: weights in 4 bits cannot be trained themselves; take another --method")
-        if self.mixed_precision != "no" and self.method == "full":
-            raise ValueError("--mixed-precision is for products with frozen weights; --method full has none")
+        if self.mixed_precision != "no" and self.method in ("full", "random"):
+            raise ValueError(f"--mixed-precision is for products with frozen weights; --method {self.method} has none")
         if self.mixed_precision != "no" and self.dtype != "float32":
             raise ValueError(f"--mixed-precision {self.mixed_precision} goes with --dtype float32, not {self.dtype}")
 

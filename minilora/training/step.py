@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from minilora.backend import Array, to_device
 from minilora.model.model import Model, backward, forward, head_loss
 from minilora.model.sites import Gradients, add_gradients, part_seed
@@ -23,8 +25,8 @@ def loss_and_gradients(
 
     Each micro-batch contributes Σ loss / M with M the labelled tokens of *all* of them, so that k micro-batches are one
     large batch. (Averaging their means would weigh the tokens of a batch with few labels more than the others.) The
-    same holds of the shares of a micro-batch that go through the model side by side, `on_all_cores`. On their way the
-    gradients are `loss_scale` times as large. (docs: H2)
+    same holds of the shares of a micro-batch that go through the model side by side, `on_all_cores`, and without
+    padding. On their way the gradients are `loss_scale` times as large. (docs: H2)
     """
     labelled = _labelled_tokens(batches)
     total = 0.0
@@ -51,11 +53,12 @@ def _share_of(
     """Σ loss of some rows, and the gradients of dloss · Σ loss. Their cache is gone before the next micro-batch's is
     made: that is what accumulation saves."""
     tokens, labels, positions, segments = (to_device(array) for array in batch)
-    hidden, past, cache = forward(model, tokens, positions, segments, seed=seed, checkpointing=checkpointing)
-    del past  # the keys and values of every layer
-    loss, dhidden, gradients = head_loss(model, hidden, labels.reshape(-1), dloss, seed=seed)
-    assert dhidden is not None
-    add_gradients(gradients, backward(model, dhidden, cache))
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite shows in the gradient's norm
+        hidden, past, cache = forward(model, tokens, positions, segments, seed=seed, checkpointing=checkpointing)
+        del past  # the keys and values of every layer
+        loss, dhidden, gradients = head_loss(model, hidden, labels.reshape(-1), dloss, seed=seed)
+        assert dhidden is not None
+        add_gradients(gradients, backward(model, dhidden, cache))
     return float(loss), gradients
 
 
