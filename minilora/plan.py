@@ -90,12 +90,14 @@ def run(command: str, *arguments: str) -> str:
 def heading(job: Job, found: dict[str, Any]) -> list[str]:
     config, work, k = job.config, job.work, job.settings.grad_accumulation
     rows = f"{k} × {work.rows}" if k > 1 else str(work.rows)
+    held, mixed = job.storage.frozen, job.storage.mixed_precision
+    if mixed != "no":
+        held = f"{held if held == 'nf4' else mixed}, products with them in {mixed}"
     return [
         f"{job.name}: {config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{found['parameters']:,} parameters, {size(found['checkpoint_file'])} in {job.storage.file}",
         f"{rows} × {work.length} tokens, {k * work.labelled:,} with a label; "
-        f"computed in {job.storage.dtype}, frozen weights {job.storage.frozen}"
-        + (f", matrices and products in {mixed}" if (mixed := job.storage.mixed_precision) != "no" else ""),
+        f"computed in {job.storage.dtype}, frozen weights {held}",
     ]
 
 
