@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -377,7 +378,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_every_workload_writes_all_its_figures_and_a_missing_peer_is_left_out(quick: Run) -> None:
     assert quick.code == 0, quick.err
-    assert "PEFT left out: peft not installed" in quick.out
+    assert re.search(r"PEFT left out: (.*, )?peft not installed", quick.out)  # perhaps others are missing as well
     results = json.loads((quick.folder / "benchmark.json").read_text())
     assert results["machine"]["numpy"] == np.__version__ and results["machine"]["threads"] == 1
     assert {"processor", "cores", "blas", "memory_bytes", "gpu", "torch"} <= results["machine"].keys()
