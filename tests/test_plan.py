@@ -233,6 +233,11 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {  # → the mom
         ),
         {},
     ),
+    "a random subset in nf4": (
+        "a layer's backward",
+        (replace(SMALL, hidden_size=480, vocab_size=50), RandomSubset(0.05), Work(1, 32, 31), Storage(frozen="nf4")),
+        {},
+    ),
     "nf4, one short row": (
         "a layer's backward",
         (replace(SMALL, hidden_size=480, vocab_size=50), LoRA(), Work(1, 32, 31), Storage("float32", "nf4")),

@@ -69,8 +69,8 @@ def needed_bytes(job: Job, config: Config) -> dict[str, int]:
     """The bytes that must live at once, by what they are for.
 
     Training: the frozen weights; A and B, their gradients and AdamW's two moments, in float32; and of the rows of a
-    step what the backward reads and cannot cheaply compute again: the inputs of both norms, q, k,
-    v, attention's output and its row sums, gate and up. Generation: the weights, and all keys and values.
+    step what the backward reads and cannot cheaply compute again: the inputs of both norms, q, k, v, attention's output
+    and its row sums, gate and up. Generation: the weights, and all keys and values.
     """
     narrow = job.dtype in ("bfloat16", "float16")
     number = 2 if narrow else 4

@@ -99,7 +99,7 @@ def footprint(
         size = out * into
         dequantised = 2 * size if storage.frozen == "nf4" else 0
         if isinstance(method, RandomSubset):  # W + S
-            return size
+            return max(size, dequantised)
         if storage.mixed_precision != "no":
             return max(dequantised, dequantised // 4 + in_half(N, out, into))  # the dequantised is soon in 16 bits
         return dequantised or (min(size, WIDENED_AT_ONCE) if narrow else 0)
