@@ -10,12 +10,12 @@ import contextlib
 import itertools
 import sys
 
-from minilora import cli
-from minilora.answering import Loaded, add_flags, check, load, pieces, room
-from minilora.flags import dashed
+from minilora.cli import errors
+from minilora.cli.answering import Loaded, add_flags, check, load, pieces, room
+from minilora.cli.flags import dashed
+from minilora.data.prompts import end_of_turn
 from minilora.formats.library import BASE
 from minilora.model.generation import Memory
-from minilora.text.prompts import end_of_turn
 
 HELP = """\
 /adapter NAME   go on with this adapter; the conversation stays
@@ -120,7 +120,7 @@ def chat_command(argv: list[str] | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(chat_command, argv)
+    return errors.run(chat_command, argv)
 
 
 if __name__ == "__main__":

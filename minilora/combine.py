@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minilora import cli
-from minilora.flags import dashed, flags
+from minilora.adapters.combination import Adapter, Combination, combine, relative_error
+from minilora.cli import errors
+from minilora.cli.flags import dashed, flags
 from minilora.formats.checkpoint import read_config, read_weights
 from minilora.formats.files import read_json, write_json
 from minilora.formats.hub import find_model
 from minilora.formats.library import contradiction, named_adapters, trained_on
 from minilora.formats.peft import CONFIG, check_copies, read_adapter, write_adapter
-from minilora.methods.combination import Adapter, Combination, combine, relative_error
 from minilora.model.config import Config
 
 REPORT_FILE = "combine.json"
@@ -64,7 +64,7 @@ def check(args: argparse.Namespace) -> list[float]:
         raise ValueError(f"--weights {given}: give one number for each of the {len(args.adapter)} adapters")
     if args.rank < 0 or (args.rank and args.combination_type == "cat"):
         raise ValueError(f"--rank {args.rank} goes with --combination-type svd, and is at least 1; cat keeps all ranks")
-    if not cli.is_free(args.out):
+    if not errors.is_free(args.out):
         raise ValueError(f"--out {args.out} exists and is not an empty folder: choose another")
     return weights
 
@@ -141,7 +141,7 @@ def show(out: Path, combination: Combination, report: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(combine_command, argv)
+    return errors.run(combine_command, argv)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from minilora import cli
 from minilora.backend import to_host, use
-from minilora.flags import dashed, flags
+from minilora.cli import errors
+from minilora.cli.flags import dashed, flags
 from minilora.formats.adapters import FORMATS, read_method, write_method
 from minilora.formats.hub import find_adapter, find_model
 from minilora.formats.library import trained_on
@@ -28,7 +28,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def convert_command(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if not cli.is_free(args.out):
+    if not errors.is_free(args.out):
         raise ValueError(f"--out {args.out} exists and is not an empty folder: choose another")
     use("cpu")
     folder = find_adapter(args.adapter).folder
@@ -45,7 +45,7 @@ def convert_command(argv: list[str] | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(convert_command, argv)
+    return errors.run(convert_command, argv)
 
 
 if __name__ == "__main__":

@@ -9,24 +9,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from minilora import cli
 from minilora.backend import use
-from minilora.flags import add_model_flags, dashed, flags
+from minilora.cli import errors
+from minilora.cli.flags import add_model_flags, dashed, flags
+from minilora.data.batches import batches_of
+from minilora.data.conversations import TRAIN_ON
+from minilora.data.datasets import FLAGS, Features, load_dataset, read_rows
+from minilora.data.examples import Row, encode_rows
+from minilora.data.few_shot import few_shot_rows, first_answer
+from minilora.data.report import report
+from minilora.data.tokenizer import Tokenizer
 from minilora.formats.adapters import load_adapter
 from minilora.formats.hub import find_adapter, find_model
 from minilora.formats.load import load_model
-from minilora.text.batches import batches_of
-from minilora.text.conversations import TRAIN_ON
-from minilora.text.datasets import FLAGS, Features, load_dataset, read_rows
-from minilora.text.examples import Row, encode_rows
-from minilora.text.few_shot import few_shot_rows, first_answer
-from minilora.text.figures import report
-from minilora.text.nl2sql import nl2sql_rows
-from minilora.text.tokenizer import Tokenizer
-from minilora.training.evaluation import answers, can_be_matched, drift, exact_match, outside_text
-from minilora.training.run import default_max_length
+from minilora.runs.evaluation import answers, can_be_matched, drift, exact_match, outside_text
+from minilora.runs.run import default_max_length
+from minilora.runs.task import BUILT_IN_ROWS
+from minilora.tasks.nl2sql.rows import nl2sql_rows
 from minilora.training.step import mean_loss
-from minilora.training.task import BUILT_IN_ROWS
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -113,7 +113,7 @@ def evaluate_command(argv: list[str] | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(evaluate_command, argv)
+    return errors.run(evaluate_command, argv)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from minilora import cli
-from minilora.answering import Loaded, add_flags, check, load, pieces, room
-from minilora.flags import dashed, flags
+from minilora.adapters.mixed import mixed, shares_batches
+from minilora.cli import errors
+from minilora.cli.answering import Loaded, add_flags, check, load, pieces, room
+from minilora.cli.flags import dashed, flags
+from minilora.data.prompts import Prompt, as_messages, conversation, encode_prompt, end_of_turn, read_prompts
+from minilora.data.tokenizer import Tokenizer
 from minilora.formats.files import write_text
 from minilora.formats.library import BASE
-from minilora.methods.mixed import mixed, shares_batches
 from minilora.model.generation import complete, stream
-from minilora.text.prompts import Prompt, as_messages, conversation, encode_prompt, end_of_turn, read_prompts
-from minilora.text.tokenizer import Tokenizer
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -147,7 +147,7 @@ def as_line(request: Request, tokens: Sequence[int], tokenizer: Tokenizer) -> st
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(generate_command, argv)
+    return errors.run(generate_command, argv)
 
 
 if __name__ == "__main__":

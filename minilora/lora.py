@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora.backend import Array, to_device, xp
-from minilora.frozen import FrozenWeight
+from minilora.frozen.weight import FrozenWeight
 
 
 def init_kaiming(

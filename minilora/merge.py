@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from minilora import cli
+from minilora.adapters.merging import merged_parameters
 from minilora.backend import Array, to_host, use
-from minilora.flags import add_model_flags, dashed, flags
+from minilora.cli import errors
+from minilora.cli.flags import add_model_flags, dashed, flags
+from minilora.data.tokenizer import Tokenizer, save_tokenizer_files
 from minilora.formats.adapters import load_adapter
 from minilora.formats.checkpoint import DTYPES, convert, read_config, read_weights, write_checkpoint
 from minilora.formats.files import write_json
 from minilora.formats.hub import find_adapter, find_model
-from minilora.methods.base import base_model
-from minilora.methods.merging import merged_parameters
+from minilora.model.base import base_model
 from minilora.model.names import EMBED, HEAD
-from minilora.text.tokenizer import Tokenizer, save_tokenizer_files
-from minilora.training.evaluation import largest_logit_difference, outside_text
+from minilora.runs.evaluation import largest_logit_difference, outside_text
 
 REPORT_FILE = "merge.json"
 
@@ -75,7 +75,7 @@ class Rounding:
 
 def merge_command(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if not cli.is_free(args.out):
+    if not errors.is_free(args.out):
         raise ValueError(f"--out {args.out} exists and is not an empty folder: choose another")
     if not args.max_shard_size > 0:
         raise ValueError(f"--max-shard-size {args.max_shard_size} is not a size")
@@ -133,7 +133,7 @@ def tell(report: dict[str, Any], out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(merge_command, argv)
+    return errors.run(merge_command, argv)
 
 
 if __name__ == "__main__":

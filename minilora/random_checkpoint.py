@@ -9,16 +9,14 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
-from minilora import cli
-from minilora.formats.checkpoint import DTYPES, named_dtype, random_weights, read_config_file, write_checkpoint
+from minilora.cli import errors
+from minilora.data.tokenizer import TOKENIZER_FILES
+from minilora.formats.checkpoint import DTYPES, named_dtype, random_weights, write_checkpoint
 from minilora.formats.files import replacing
-from minilora.formats.known_configs import KNOWN_CONFIGS
+from minilora.formats.known_configs import KNOWN_CONFIGS, find_config
 from minilora.formats.load import SHIPPED_MODEL
-from minilora.model.config import Config
 from minilora.model.names import parameter_count
-from minilora.text.tokenizer import TOKENIZER_FILES
 
 
 def random_checkpoint_command(argv: list[str] | None = None) -> None:
@@ -33,7 +31,7 @@ def random_checkpoint_command(argv: list[str] | None = None) -> None:
     config, raw = find_config(args.config)
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed} is negative")
-    if not cli.is_free(args.out):
+    if not errors.is_free(args.out):
         raise ValueError(f"{args.out} exists and is not an empty folder: choose another --out")
     tokenizer = tokenizer_files(args.tokenizer)
     write_checkpoint(args.out, raw, random_weights(config, args.seed, args.dtype), args.dtype)
@@ -42,15 +40,6 @@ def random_checkpoint_command(argv: list[str] | None = None) -> None:
             shutil.copyfile(path, partial)
     count = parameter_count(config)
     print(f"{count:,} parameters, {count * named_dtype(args.dtype).itemsize:,} bytes, in {args.out}")
-
-
-def find_config(name: str) -> tuple[Config, dict[str, Any]]:
-    """A configuration by its known name or by its path."""
-    if name in KNOWN_CONFIGS:
-        return Config.from_dict(KNOWN_CONFIGS[name]), KNOWN_CONFIGS[name]
-    if not Path(name).is_file():
-        raise ValueError(f"{name} is neither a file nor a known configuration: {', '.join(KNOWN_CONFIGS)}")
-    return read_config_file(Path(name))
 
 
 def tokenizer_files(folder: Path | None) -> list[Path]:
@@ -62,7 +51,7 @@ def tokenizer_files(folder: Path | None) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(random_checkpoint_command, argv)
+    return errors.run(random_checkpoint_command, argv)
 
 
 if __name__ == "__main__":

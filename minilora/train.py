@@ -11,16 +11,16 @@ import sys
 import time
 from typing import Any
 
-from minilora import cli
 from minilora.backend import use
+from minilora.cli import errors
+from minilora.cli.train_flags import choose_settings, parse
+from minilora.data.examples import Row
+from minilora.data.show import show_batch
 from minilora.formats.files import write_json
-from minilora.text.examples import Row
-from minilora.text.show import show_batch
-from minilora.train_flags import choose_settings, parse
-from minilora.training.advice import out_of_memory
+from minilora.runs.advice import out_of_memory
+from minilora.runs.plots import plot_loss
+from minilora.runs.run import Judgement, Run, judge, prepare, summarize, train_run
 from minilora.training.loop import next_batches
-from minilora.training.plots import plot_loss
-from minilora.training.run import Judgement, Run, judge, prepare, summarize, train_run
 
 SUMMARY_FILE = "summary.json"
 
@@ -52,7 +52,7 @@ def train_command(argv: list[str] | None = None) -> None:
         print(f"\nstopped at step {run.state.step}; go on with: python -m minilora.train --resume {folder}")
         raise
     except Exception as error:
-        if cli.is_out_of_memory(error):
+        if errors.is_out_of_memory(error):
             raise RuntimeError(out_of_memory(run.settings, run.task.figures["train"]["longest"])) from error
         raise
     plot = plot_loss(folder)
@@ -112,7 +112,7 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(train_command, argv)
+    return errors.run(train_command, argv)
 
 
 if __name__ == "__main__":

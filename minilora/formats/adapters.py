@@ -20,10 +20,10 @@ from minilora.methods import Method
 from minilora.methods.bitfit import BitFit
 from minilora.methods.bottleneck import Bottleneck
 from minilora.methods.lora import LoRA, frozen_site
-from minilora.methods.modules import Modules
 from minilora.methods.prefix import PrefixTuning
 from minilora.methods.prompt import PromptTuning
 from minilora.methods.random_subset import RandomSubset
+from minilora.methods.whole_modules import Modules
 from minilora.model.config import Config
 from minilora.model.model import Model
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from minilora.formats.checkpoint import read_config_file
+from minilora.model.config import Config
 
 
 def _llama(
@@ -80,3 +84,12 @@ GPT_3: dict[str, Any] = {
     "vocab_size": 50257,
     "torch_dtype": "float16",
 }
+
+
+def find_config(name: str) -> tuple[Config, dict[str, Any]]:
+    """A configuration by its known name or by its path."""
+    if name in KNOWN_CONFIGS:
+        return Config.from_dict(KNOWN_CONFIGS[name]), KNOWN_CONFIGS[name]
+    if not Path(name).is_file():
+        raise ValueError(f"{name} is neither a file nor a known configuration: {', '.join(KNOWN_CONFIGS)}")
+    return read_config_file(Path(name))

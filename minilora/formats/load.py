@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minilora.formats.checkpoint import read_config, read_weights
-from minilora.methods.base import base_model
+from minilora.model.base import base_model
 from minilora.model.model import Model
 
 SHIPPED_MODEL = Path(__file__).resolve().parents[2] / "weights" / "tinysmol"

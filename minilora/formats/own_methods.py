@@ -13,8 +13,8 @@ from minilora.formats.files import HostArray, check_shapes, open_safetensors, re
 from minilora.formats.peft import CONFIG, TENSORS
 from minilora.methods.bitfit import BitFit
 from minilora.methods.bottleneck import Bottleneck
-from minilora.methods.modules import Modules
 from minilora.methods.random_subset import RandomSubset
+from minilora.methods.whole_modules import Modules
 from minilora.model.model import Model
 
 OwnMethod = Bottleneck | BitFit | Modules | RandomSubset

@@ -15,12 +15,12 @@ from minilora.methods.bitfit import BitFit
 from minilora.methods.bottleneck import NAMES, Bottleneck
 from minilora.methods.full import Full
 from minilora.methods.lora import LoRA
-from minilora.methods.modules import Modules
 from minilora.methods.prefix import PrefixTuning
 from minilora.methods.prompt import PromptTuning
 from minilora.methods.random_subset import RandomSubset
 from minilora.methods.targets import projections, saved_module_names
 from minilora.methods.virtual_tokens import EMBEDDINGS
+from minilora.methods.whole_modules import Modules
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, layer_module, parameter_shapes
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from minilora.backend import Array, random_generator, xp
-from minilora.frozen import FrozenWeight
+from minilora.frozen.weight import FrozenWeight
 from minilora.lora import LoRACache, Merged, delta, dropout_mask, lora, lora_backward
 from minilora.model.sites import FrozenLinear, Gradients
 

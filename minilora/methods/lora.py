@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora.backend import Array, random_generator
-from minilora.frozen import FrozenWeight
+from minilora.frozen.weight import FrozenWeight
 from minilora.lora import (
     LoRACache,
     dropout_mask,

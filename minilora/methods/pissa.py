@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from minilora.backend import Array, read_only, to_host, xp
-from minilora.frozen import FrozenWeight
+from minilora.frozen.weight import FrozenWeight
 
 HostArray = np.ndarray[Any, Any]
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora.backend import Array, to_device, xp
-from minilora.frozen import FrozenWeight
+from minilora.frozen.weight import FrozenWeight
 from minilora.methods.lora import frozen_site
 from minilora.methods.targets import projections
 from minilora.model.model import Model

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from minilora.backend import Array
-from minilora.frozen import FrozenWeight
+from minilora.frozen.weight import FrozenWeight
 from minilora.model.names import LAYER, layer_module
 from minilora.ops.rmsnorm import rmsnorm, rmsnorm_backward
 

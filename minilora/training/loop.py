@@ -12,9 +12,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minilora.backend import to_device, to_host
+from minilora.data.batches import Batch, Rows, batches_of, count_labels
 from minilora.model.model import Model
-from minilora.text.batches import Batch, Rows, batches_of, count_labels
-from minilora.training.metrics import MetricsFile
+from minilora.runs.metrics import MetricsFile
 from minilora.training.optimizers import clip_gradients
 from minilora.training.schedules import learning_rate
 from minilora.training.state import State

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from minilora.backend import Array, to_device
+from minilora.data.batches import Batch, count_examples, count_labels, divide
 from minilora.model.model import Model, backward, forward, head_loss
 from minilora.model.sites import Gradients, add_gradients, part_seed
-from minilora.side_by_side import shares, side_by_side
-from minilora.text.batches import Batch, count_examples, count_labels, divide
+from minilora.training.side_by_side import shares, side_by_side
 
 
 def loss_and_gradients(

@@ -1,0 +1,96 @@
+"""The measured side minilora: the same calls that `train` and `generate` make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from minilora.backend import Array, peak_memory_bytes, to_host, use
+from minilora.benchmark.job import PAD, Figures, Job, JobRow, read_job_rows, steps_of
+from minilora.benchmark.worker import Work, serve
+from minilora.data.batches import Batch, collate
+from minilora.data.examples import Example
+from minilora.formats.adapters import read_method
+from minilora.formats.load import load_model
+from minilora.model.generation import complete
+from minilora.model.model import Model
+from minilora.training.optimizers import AdamW, clip_gradients, global_norm
+from minilora.training.step import loss_and_gradients, mean_loss
+
+
+class Training:
+    """LoRA training steps on given rows: one step on all of them, or an epoch of several."""
+
+    def __init__(self, job: Job, model: Model, trainable: dict[str, Array]) -> None:
+        self.job, self.model, self.trainable = job, model, trainable
+        self.rows = read_job_rows(job)
+        self.start = {name: p.copy() for name, p in trainable.items()}
+        self.optimizer = AdamW(trainable)
+
+    def warm_up(self) -> None:
+        """A step on all rows, which is one of many; before an epoch, on its two shortest rows."""
+        self.step(self.rows if self.job.kind == "step" else sorted(self.rows, key=lambda row: len(row.tokens))[:2])
+
+    def reset(self) -> None:
+        """Every epoch begins with the same adapter; steps follow each other."""
+        if self.job.kind == "epoch":
+            for name, p in self.trainable.items():
+                p[...] = self.start[name]
+            self.optimizer = AdamW(self.trainable)
+
+    def run(self) -> Figures:
+        losses = [self.step(rows) for rows in steps_of(self.job, self.rows)]
+        to_host(next(iter(self.trainable.values())))  # a GPU is done when it has handed over what it updated last
+        return {"losses": losses}
+
+    def step(self, rows: Sequence[JobRow]) -> float:
+        """One optimiser step, as the training loop makes it."""
+        loss, gradients = loss_and_gradients(self.model, self.batches(rows), on_all_cores=True)
+        clip_gradients(gradients, global_norm(gradients), 1.0)
+        self.optimizer.update(self.trainable, gradients, self.job.learning_rate)
+        return loss
+
+    def judge(self) -> Figures:
+        """After an epoch, the loss of its first step's rows."""
+        if self.job.kind == "step":
+            return {}
+        return {"final_loss": mean_loss(self.model, self.batches(steps_of(self.job, self.rows)[0]))}
+
+    def batches(self, rows: Sequence[JobRow]) -> list[Batch]:
+        """All rows of the step in one batch."""
+        examples = [[Example(row.tokens, [i >= row.prompt for i in range(len(row.tokens))])] for row in rows]
+        return [collate(examples, PAD)]
+
+
+class Generation:
+    """Greedy continuation of prompts, with the key/value cache."""
+
+    def __init__(self, job: Job, model: Model) -> None:
+        self.job, self.model = job, model
+        self.prompts = [row.tokens for row in read_job_rows(job)]
+
+    def warm_up(self) -> None:
+        complete(self.model, self.prompts, min(4, self.job.new_tokens), frozenset())
+
+    def reset(self) -> None:
+        """Nothing: a run leaves no trace."""
+
+    def run(self) -> Figures:
+        return {"answers": complete(self.model, self.prompts, self.job.new_tokens, frozenset())}
+
+    def judge(self) -> Figures:
+        return {}
+
+
+def load(job: Job) -> Work:
+    """The model of the job, and perhaps its adapter."""
+    use(job.device)
+    model, _ = load_model(Path(job.model), frozen=job.frozen, mixed_precision=job.mixed_precision)
+    if job.kind == "generate":
+        return Generation(job, model)
+    method, trainable = read_method(Path(job.adapter), model)
+    return Training(job, method.attach(model, trainable), trainable)
+
+
+if __name__ == "__main__":
+    serve(load, peak_memory_bytes)

@@ -1,0 +1,124 @@
+"""What generate and chat share: their flags, the models by name, and words that appear as they are made."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from minilora.backend import use
+from minilora.cli.flags import add_model_flags, flags
+from minilora.data.tokenizer import Tokenizer
+from minilora.formats.hub import find_model
+from minilora.formats.library import BASE, contradiction, load_adapters, named_adapters
+from minilora.formats.load import load_model
+from minilora.model.base import FROZEN
+from minilora.model.generation import Choose, sampler
+from minilora.model.model import Model
+
+
+def add_flags(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    """Which models, and how to draw from them; `max_tokens` is the default of that flag."""
+    add_model_flags(parser)
+    parser.add_argument(
+        *flags("adapter"),
+        action="append",
+        default=[],
+        metavar="[NAME=]ADAPTER",
+        help="folder of an adapter, or its id on the hub, under a name of your own; may be given several times",
+    )
+    parser.add_argument("--system-prompt", default="", metavar="TEXT", help="said to the model before a conversation")
+    parser.add_argument(
+        *flags("max_tokens"),
+        metavar="N",
+        type=int,
+        default=max_tokens,
+        help="at most this many new tokens (%(default)s)",
+    )
+    parser.add_argument(
+        *flags("temp"), metavar="X", type=float, default=0.0, help="temperature; 0 takes the best token (%(default)s)"
+    )
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k best tokens only; 0: all (%(default)s)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the fewest tokens that reach p (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
+    parser.add_argument(
+        "--extra-eos-token", nargs="+", default=[], metavar="TOKEN", help="ends an answer, beside the model's own"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--frozen", choices=FROZEN, default="widened", help="how weights are held")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError naming the flag whose value makes no sense."""
+    for name, fine in (
+        ("max_tokens", args.max_tokens >= 1),
+        ("temp", args.temp >= 0),
+        ("top_k", args.top_k >= 0),
+        ("top_p", 0 < args.top_p <= 1),
+        ("seed", args.seed >= 0),
+    ):
+        if not fine:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} makes no sense: see --help")
+
+
+class Loaded(NamedTuple):
+    """What answers are made with."""
+
+    models: dict[str, Model]  # "base" first, then the adapters on it
+    tokenizer: Tokenizer
+    choose: Choose
+    stop_ids: frozenset[int]
+
+    @property
+    def adapters(self) -> list[str]:
+        """Those that the user gave; without any, the base."""
+        return [name for name in self.models if name != BASE] or [BASE]
+
+
+def load(args: argparse.Namespace) -> Loaded:
+    """The base, the adapters on it, and the rest. Adapters that name different bases are remarked upon."""
+    use(args.device)
+    folder = find_model(args.model, args.revision).folder
+    adapters = named_adapters(args.adapter)
+    base, _ = load_model(folder, frozen=args.frozen)
+    models = load_adapters(base, adapters)
+    if different := contradiction(adapters):
+        print(f"remark: {different}", file=sys.stderr)
+    tokenizer = Tokenizer.load(folder)
+    choose = sampler(args.temp, args.top_k, args.top_p, np.random.default_rng(args.seed))
+    return Loaded(models, tokenizer, choose, tokenizer.stop_ids | extra_stops(args.extra_eos_token, tokenizer))
+
+
+def extra_stops(texts: list[str], tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that `--extra-eos-token` names."""
+    encoded = {text: tokenizer.encode(text) for text in texts}
+    for text, ids in encoded.items():
+        if len(ids) != 1:
+            raise ValueError(f"--extra-eos-token {text!r} is {len(ids)} tokens of this model, and has to be one")
+    return frozenset(ids[0] for ids in encoded.values())
+
+
+def room(model: Model, length: int) -> int:
+    """How many tokens may follow a prompt of this length. ValueError if none."""
+    most = model.config.max_position_embeddings - model.virtual_tokens
+    if length >= most:
+        raise ValueError(f"the prompt has {length} tokens, the model sees {most}")
+    return most - length
+
+
+def pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """The text of the tokens, as soon as it is certain: bytes of a character that is not whole yet are held back."""
+    seen: list[int] = []
+    done = ""
+    for token in tokens:
+        seen.append(token)
+        text = tokenizer.decode(seen)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(done) :]
+            done = text
+    yield tokenizer.decode(seen)[len(done) :]

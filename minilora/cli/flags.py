@@ -1,0 +1,180 @@
+"""Names that users bring from mlx-lm, TRL, transformers and PEFT: beside our own as flags and in config files.
+
+Where theirs means something else than ours, `convert` converts it or says what to give instead. The defaults are ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minilora.formats.load import SHIPPED_MODEL
+from minilora.runs.settings import Settings, flag
+
+ALIASES: dict[str, tuple[str, ...]] = {  # of train: ours → theirs
+    "model": ("model_name_or_path",),
+    "revision": ("model_revision",),
+    "data": ("dataset_name",),
+    "text_feature": ("dataset_text_field",),
+    "train_on": ("mask_prompt", "completion_only_loss", "assistant_only_loss"),
+    "out": ("adapter_path", "output_dir"),
+    "resume": ("resume_from_checkpoint",),
+    "adapter": ("resume_adapter_file",),
+    "method": ("fine_tune_type", "use_dora"),
+    "rank": ("lora_r",),
+    "alpha": ("lora_alpha", "lora_scale", "scale"),
+    "dropout": ("lora_dropout",),
+    "target_modules": ("lora_target_modules", "keys"),
+    "init": ("init_lora_weights",),
+    "rslora": ("use_rslora",),
+    "modules_to_save": ("lora_modules_to_save",),
+    "init_text": ("prompt_tuning_init_text",),
+    "steps": ("iters", "max_steps"),
+    "epochs": ("num_train_epochs",),
+    "batch_size": ("per_device_train_batch_size",),
+    "grad_accumulation": ("grad_accumulation_steps", "gradient_accumulation_steps"),
+    "optimizer": ("optim",),
+    "schedule": ("lr_scheduler_type",),
+    "warmup": ("warmup_steps", "warmup_ratio"),
+    "max_length": ("max_seq_length",),
+    "activation_checkpointing": ("grad_checkpoint", "gradient_checkpointing"),
+    "eval_every": ("eval_steps", "steps_per_eval"),
+    "patience": ("early_stopping_patience",),
+    "save_every": ("save_steps",),
+    "frozen": ("load_in_4bit",),
+    "mixed_precision": ("bf16", "fp16"),
+}
+OTHER_COMMANDS: dict[str, tuple[str, ...]] = {  # of generate, merge and evaluate: ours → theirs
+    "model": ("model_name_or_path",),
+    "revision": ("model_revision",),
+    "adapter": ("adapter_path",),
+    "out": ("save_path", "output_dir"),
+    "data": ("dataset_name",),
+    "max_tokens": ("max_new_tokens",),
+    "temp": ("temperature",),
+    "batch_size": ("per_device_eval_batch_size",),
+    "max_length": ("max_seq_length",),
+}
+NEEDLESS = {  # what train does anyway: taken, and told where it may surprise
+    "train": "",
+    "test": "the held-out part is always judged",
+    "use_peft": "--method lora is the default",
+    "warmup_init": "the warm-up climbs from peak / (warmup + 1)",
+    "steps_per_report": "every step is reported",
+    "logging_steps": "every step is reported",
+    "val_batches": "every held-out row is used",
+    "test_batches": "every held-out row is used",
+}
+OURS = {theirs: ours for ours, names in ALIASES.items() for theirs in names}
+
+
+def flags(name: str, aliases: Mapping[str, tuple[str, ...]] = OTHER_COMMANDS) -> list[str]:
+    """A flag and its other names, for `add_argument`."""
+    return [flag(one) for one in (name, *aliases.get(name, ()))]
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """`--model` and `--revision`, as `find_model` takes them."""
+    help = "folder of the model, or its id on the Hugging Face Hub (default: tinysmol)"
+    parser.add_argument(*flags("model"), default=str(SHIPPED_MODEL), metavar="MODEL", help=help)
+    parser.add_argument(*flags("revision"), default="", metavar="NAME", help="branch, tag or commit of that id")
+
+
+def dashed(argv: list[str] | None) -> list[str]:
+    """The command line with `--lora_r` written `--lora-r`; values stay as they are."""
+    argv = sys.argv[1:] if argv is None else argv
+    return [re.sub(r"^--\w[\w-]*", lambda name: name[0].replace("_", "-"), word) for word in argv]
+
+
+class AsWritten(argparse.Action):
+    """Stores a value under the name by which the user gave it: only `choose` knows what that name means."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, (option or self.dest).lstrip("-").replace("-", "_"), values)
+
+
+class Written(NamedTuple):
+    """A value, and by what name it was given: `--lora-r`, or `--config run.yaml: lora_r`."""
+
+    name: str
+    value: Any
+    where: str
+
+
+def by_setting(values: Mapping[str, Any], where: Callable[[str], str]) -> dict[str, Written]:
+    """What was written, under our names. Two names for one setting are an error, and so is `--train false`."""
+    found: dict[str, Written] = {}
+    for name, value in values.items():
+        if name in NEEDLESS:
+            if str(value).lower() == "false" and name in ("train", "use_peft"):
+                raise ValueError(
+                    f"{where(name)} false: this command trains an adapter; --method full trains all weights"
+                )
+            if NEEDLESS[name]:
+                print(f"{where(name)} changes nothing: {NEEDLESS[name]}")
+            continue
+        ours = OURS.get(name, name)
+        if (
+            ours == "mixed_precision"
+            and ours in found
+            and "false" in (str(value).lower(), str(found[ours].value).lower())
+        ):
+            if str(value).lower() != "false":  # a configuration often has both bf16 and fp16, one of them false
+                found[ours] = Written(name, value, where(name))
+            continue
+        if ours in found:
+            raise ValueError(f"{where(name)} and {found[ours].where} are two names for one setting: give one of them")
+        found[ours] = Written(name, value, where(name))
+    return found
+
+
+def convert(written: Written, setting: Callable[[str], Any]) -> Any:
+    """The value in our unit. `setting` looks up another setting, for units that depend on it."""
+    name, value, where = written
+    match name, value:
+        case (("iters" | "steps_per_eval"), int()) if value > 0:  # mlx-lm counts micro-batches
+            return max(1, value // setting("grad_accumulation"))
+        case "num_layers", -1:  # mlx-lm's word for all
+            return 0
+        case "max_steps", int():  # -1: as many as the epochs have
+            return max(0, value)
+        case (("scale" | "lora_scale"), int() | float()):  # mlx-lm's is the factor itself: s = α/r, or α/√r
+            return float(value * (math.sqrt(setting("rank")) if setting("rslora") else setting("rank")))
+        case "warmup_ratio", int() | float() if value >= 1:
+            raise ValueError(f"{where} {value} is not below 1: for a number of steps, give --warmup")
+        case "mask_prompt", True | "true" | "True":  # mlx-lm's: of a chat, the last message only
+            return "last-turn"
+        case (("completion_only_loss" | "assistant_only_loss"), True | "true" | "True"):
+            return "all-turns"
+        case (("mask_prompt" | "completion_only_loss" | "assistant_only_loss"), False | "false" | "False"):
+            return "everything"
+        case "lr_scheduler_type", "constant_with_warmup":
+            return "constant"
+        case "optim", "adamw_torch" | "adamw_torch_fused" | "adamw_hf":
+            return "adamw"
+        case (("optimizer" | "optim"), "adam"):
+            raise ValueError(f"{where} adam: give --optimizer adamw --weight-decay 0, which is the same")
+        case "use_dora", bool() | "true" | "True" | "false" | "False":
+            return "dora" if str(value).lower() == "true" else Settings.method
+        case "load_in_4bit", bool() | "true" | "True" | "false" | "False":
+            return "nf4" if str(value).lower() == "true" else Settings.frozen
+        case (("bf16" | "fp16"), True | "true" | "True"):
+            return name
+        case (("mixed_precision" | "bf16" | "fp16"), False | "false" | "False"):  # YAML's "no", too
+            return "no"
+        case "init_lora_weights", True | "true" | "True":  # PEFT's default
+            return "kaiming"
+        case "resume_adapter_file", str() if value.endswith(".safetensors"):
+            if Path(value).name not in ("adapters.safetensors", "adapter_model.safetensors"):
+                raise ValueError(
+                    f"{where} {value}: give the adapter's folder, with adapter_config.json beside the file"
+                )
+            return str(Path(value).parent)
+    return value

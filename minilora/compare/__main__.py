@@ -1,0 +1,190 @@
+"""Every method on the same model, data and budget: what each is worth and what it costs.
+
+Each method is tried with three learning rates, and with more where the best is the lowest or the highest; the best goes
+on with the other seeds. Each trial is a run of `python -m minilora.train` in a process of its own. A comparison that
+was cut off goes on where it stopped when the same command is given again. Flags that are not listed here go to every
+trial: --max-length, --target-modules, --activation-checkpointing and so on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from minilora.cli import errors, train_flags
+from minilora.cli.flags import dashed
+from minilora.cli.train_flags import choose_settings
+from minilora.compare import figures
+from minilora.compare.claims import as_page
+from minilora.compare.inputs import write_rows
+from minilora.compare.latency import latency
+from minilora.compare.plots import plot
+from minilora.compare.report import tables
+from minilora.compare.rivals import FULL, LORA, RIVALS, Rival, choose, lora_of_rank
+from minilora.compare.spectrum import spectra
+from minilora.compare.trials import Field, expected_trials
+from minilora.figures.machine import cores, facts
+from minilora.figures.tables import as_markdown, as_text, check_markdown_file, machine_line, write_markdown
+from minilora.formats.files import read_json, write_json, write_text
+from minilora.formats.load import SHIPPED_MODEL
+from minilora.runs.settings import read_settings
+
+RESULTS_FILE, BUDGET_FILE = "comparison.json", "budget.json"
+PAGES = ("comparison.md", "claims.md")
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Our flags, and those for every trial."""
+    parser = argparse.ArgumentParser(
+        prog="python -m minilora.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="methods:\n" + "\n".join(f"  {rival.name:12}{rival.what}" for rival in RIVALS),
+    )
+    names = [rival.name for rival in RIVALS]
+    parser.add_argument("--methods", nargs="+", default=names, metavar="NAME", help="those to compare (default: all)")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[], metavar="R", help="LoRA at these ranks, too")
+    parser.add_argument(
+        "--cipher", action="store_true", help="full and LoRA on the task enciphered, too: far from home"
+    )
+    parser.add_argument("--model", default=str(SHIPPED_MODEL), help="folder or hub id of the base (default: tinysmol)")
+    parser.add_argument("--data", default="", help="folder of data, or file (default: the built-in SQL task)")
+    parser.add_argument("--steps", type=int, default=40, metavar="N", help="of each trial (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows of a step (%(default)s)")
+    parser.add_argument("--eval-rows", type=int, default=100, metavar="N", help="rows to answer (%(default)s)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="one run each (0 1)")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of all of it (%(default)s)")
+    parser.add_argument("--docs", type=Path, metavar="FOLDER", help="write the outcome into this folder's pages, too")
+    return parser.parse_known_args(dashed(argv))
+
+
+def check(args: argparse.Namespace, rest: list[str]) -> None:
+    """Raise ValueError naming the flag that makes no sense, to us or to train."""
+    choose_settings(train_flags.parse(rest))
+    if args.steps < 1 or args.batch_size < 1 or args.eval_rows < 0:
+        raise ValueError("--steps and --batch-size must be at least 1, --eval-rows at least 0")
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"--seeds {args.seeds}: give different numbers, none below 0")
+    if min(args.ranks, default=1) < 1:
+        raise ValueError(f"--ranks {args.ranks}: a rank is at least 1")
+    if args.cipher and args.data:
+        raise ValueError("--cipher enciphers the built-in task: leave out --data")
+    if args.docs:
+        for page in PAGES:
+            check_markdown_file(args.docs / page)
+
+
+class Comparison:
+    """The trials of one call. What is compared must have had the same budget; methods and seeds may be added later."""
+
+    def __init__(self, args: argparse.Namespace, rest: Sequence[str]) -> None:
+        self.args = args
+        self.flags = list(rest)
+        self.rivals = choose(args.methods)
+        if args.data and not Path(args.data).is_dir():  # whose held-out rows evaluate cannot tell from the others
+            print("few-shot left out: it needs --data to be a folder with train and test files")
+            self.rivals = [rival for rival in self.rivals if rival.rates]
+        self.ranks = [lora_of_rank(rank, LORA.rates) for rank in sorted({*args.ranks})]
+        self.cipher = [FULL, LORA, lora_of_rank(64, LORA.rates)] if args.cipher else []
+        budget = {name: getattr(args, name) for name in ("model", "data", "steps", "batch_size", "eval_rows")}
+        budget["flags"] = self.flags
+        path = args.out / BUDGET_FILE
+        if path.exists() and read_json(path) != budget:
+            raise ValueError(f"{args.out} holds a comparison with another budget, see {path}: choose another --out")
+        write_json(path, budget)
+
+    def steps(self) -> int:
+        """Of all trials, but for those that a search may add."""
+        seeds = self.args.seeds
+        count = expected_trials(self.rivals, seeds) + expected_trials(self.cipher, seeds[:1])
+        count += expected_trials(self.ranks, seeds)
+        return count * int(self.args.steps)
+
+    def run(self) -> dict[str, Any]:
+        """Run what has not been run, and gather the figures of all."""
+        args = self.args
+        data = args.data or str(write_rows(args.out / "data", args.steps * args.batch_size))
+        with tqdm(total=self.steps(), desc="comparing", unit="step", dynamic_ncols=True) as bar:
+            field = self.field(args.out, data, bar)
+            methods = [self.result(field, rival, args.seeds) for rival in self.rivals]
+            ranks = [self.result(field, rival, args.seeds) for rival in self.ranks]
+            cipher = []
+            if self.cipher:
+                far = args.out / "cipher"
+                there = self.field(far, str(write_rows(far / "data", args.steps * args.batch_size, cipher=True)), bar)
+                cipher = [self.result(there, rival, args.seeds[:1]) for rival in self.cipher]
+        return {"methods": methods, "ranks": ranks, "cipher": cipher}
+
+    def field(self, out: Path, data: str, bar: tqdm[Any]) -> Field:
+        args = self.args
+        both = ["--model", args.model, "--data", data, "--eval-rows", str(args.eval_rows)]
+        often = str(max(1, args.steps // 2))
+        shared = [*both, "--steps", str(args.steps), "--batch-size", str(args.batch_size), "--weight-decay", "0"]
+        shared += ["--eval-every", often, "--save-every", often, *self.flags]
+        return Field(out, shared, both, args.steps, bar)
+
+    def result(self, field: Field, rival: Rival, seeds: Sequence[int]) -> figures.Result:
+        return figures.result(rival, seeds, field.compete(rival, seeds), field.folder)
+
+
+def compare_command(argv: list[str] | None = None) -> None:
+    """Parse, run, measure, write, print."""
+    args, rest = parse(argv)
+    check(args, rest)
+    comparison = Comparison(args, rest)
+    machine = facts(cores())
+    print(machine_line(machine))
+    found = comparison.run()
+    print("answering, singular values …", flush=True)
+    found |= after_training(found)
+    write_json(args.out / RESULTS_FILE, {"machine": machine, "budget": read_json(args.out / BUDGET_FILE), **found})
+    told = tables(found)
+    write_text(args.out / "comparison.md", as_markdown(told, machine, []))
+    for table in told:
+        print(f"\n{as_text(table)}")
+    pictures = plot(found, args.out)
+    write_text(args.out / "claims.md", as_page(found))
+    if args.docs:
+        write_pages(args.docs, found, machine, pictures)
+    print(f"\n{args.out}: {', '.join(sorted(path.name for path in args.out.glob('*.*')))}")
+
+
+def after_training(found: dict[str, Any]) -> dict[str, Any]:
+    """What is measured on the trained models: latencies, into each result; and the spectrum of full's and LoRA's ΔW.
+
+    By this process, and so after all trials: a process inherits the peak memory of the one that starts it.
+    """
+    good = {result["method"]: result for result in found["methods"] if result["seeds"]}
+    trained = next((Path(result["folder"]) for result in good.values() if "rates" in result), None)
+    if trained:
+        for result in good.values():
+            result["latency"] = latency(result, read_settings(trained))
+    both = {"full", "lora"} <= good.keys()
+    spectrum = spectra(Path(good["full"]["folder"]), Path(good["lora"]["folder"])) if both else {}
+    return {"spectrum": spectrum}
+
+
+def write_pages(docs: Path, found: dict[str, Any], machine: dict[str, Any], pictures: Sequence[Path]) -> None:
+    """The tables and pictures of docs/comparison.md, and the answers of docs/claims.md."""
+    shown = []
+    for picture in pictures:
+        place = docs / "images" / f"compare-{picture.name}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(picture.read_bytes())
+        shown.append(f"![{picture.stem}](images/{place.name})")
+    write_markdown(docs / PAGES[0], "\n\n".join([as_markdown(tables(found), machine, []).rstrip(), *shown]) + "\n")
+    write_markdown(docs / PAGES[1], as_page(found))
+
+
+def main(argv: list[str] | None = None) -> int:
+    return errors.run(compare_command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

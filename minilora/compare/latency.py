@@ -1,0 +1,92 @@
+"""How long an answer takes: by the base, by base and adapter, and by the two merged."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from minilora.adapters.merging import merged_parameters
+from minilora.backend import to_host
+from minilora.compare.figures import Result
+from minilora.compare.rivals import SHOTS
+from minilora.data.examples import encode_row
+from minilora.data.few_shot import few_shot_rows
+from minilora.data.tokenizer import Tokenizer
+from minilora.formats.adapters import load_adapter
+from minilora.formats.checkpoint import read_config, read_weights
+from minilora.formats.hub import find_model
+from minilora.formats.load import load_model
+from minilora.model.base import base_model
+from minilora.model.generation import stream
+from minilora.model.model import Model
+from minilora.model.names import EMBED, HEAD
+from minilora.runs.run import default_max_length
+from minilora.runs.settings import Settings, read_settings
+from minilora.runs.task import load_data
+
+NEW_TOKENS, REPEATS = 64, 7
+
+
+def latency(result: Result, settings: Settings) -> dict[str, Any]:
+    """Milliseconds for each of 64 new tokens after a held-out prompt, batch 1: "base", "adapted", "merged".
+
+    The three take turns, so that what drifts on the machine meets them alike; each is its median. Without "merged"
+    there is a reason in "not_merged". `settings` are those of any trial: which model, and which data.
+    """
+    source = find_model(settings.model, settings.revision).folder
+    base, tokenizer = load_model(source)[0], Tokenizer.load(source)
+    prompt, shown_prompt = prompts(settings, base, tokenizer, "shots" in result)
+    tasks = {"base": (base, prompt)}
+    reason = ""
+    if "shots" in result:
+        tasks["adapted"], reason = (base, shown_prompt), "it is the base, after a longer prompt"
+    else:
+        folder = Path(result["folder"])
+        adapted, merged, reason = models(source, folder, read_settings(folder))
+        tasks |= {"adapted": (adapted, prompt)} | ({"merged": (merged, prompt)} if merged else {})
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(REPEATS + 1):
+        for name, (model, tokens) in tasks.items():
+            times[name].append(seconds(model, tokens) / NEW_TOKENS * 1e3)
+    found: dict[str, Any] = {name: statistics.median(some[1:]) for name, some in times.items()}  # the first warms up
+    return found | ({"not_merged": reason} if reason else {})
+
+
+def seconds(model: Model, prompt: Sequence[int]) -> float:
+    """Of a greedy answer of NEW_TOKENS tokens, whatever they are."""
+    started = time.perf_counter()
+    for _ in islice(stream(model, [prompt]), NEW_TOKENS):
+        pass
+    return time.perf_counter() - started
+
+
+def models(source: Path, folder: Path, settings: Settings) -> tuple[Model, Model | None, str]:
+    """The trained model as the run left it, the same as plain weights; or None, and why there is no such."""
+    if settings.method == "full":
+        model = load_model(folder)[0]
+        return model, model, ""
+    base, _ = load_model(source, settings.dtype, settings.frozen, settings.mixed_precision)
+    adapted = load_adapter(base, folder)
+    config, _ = read_config(source)
+    weights = dict(read_weights(source, config))
+    if not adapted.config.tie_word_embeddings:
+        weights.setdefault(f"{HEAD}.weight", weights[f"{EMBED}.weight"])
+    try:
+        weights |= {name: to_host(value) for name, value in merged_parameters(base, adapted)}
+    except ValueError as error:
+        return adapted, None, str(error)
+    return adapted, base_model(adapted.config, weights), ""
+
+
+def prompts(settings: Settings, base: Model, tokenizer: Tokenizer, few_shot: bool) -> tuple[list[int], list[int]]:
+    """A held-out row up to its answer, and the same with rows before it, if asked for. Of plain text, its beginning."""
+    data = load_data(settings)
+    row = (data.test or data.valid)[0]
+    shown = few_shot_rows([row], data.train, SHOTS, tokenizer, default_max_length(base), 0)[0][0] if few_shot else row
+    examples = [encode_row(one, tokenizer, settings.train_on) for one in (row, shown)]
+    bare, shown_before = (example.tokens[: example.trained.index(True) or NEW_TOKENS] for example in examples)
+    return bare, shown_before

@@ -1,0 +1,176 @@
+"""The comparison as pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib import pyplot as plt
+from matplotlib.ticker import FormatStrFormatter, NullFormatter
+
+from minilora.compare.figures import Result, mean_and_spread
+from minilora.compare.rank_plots import plot_ranks, plot_spectrum
+from minilora.figures.drawing import BLUE, GREY, ORANGE, save
+
+FAMILY = ("lora", "rslora", "loraplus", "pissa", "orthogonal", "dora", "qlora")  # drawn in blue
+
+
+def plot(found: dict[str, Any], folder: Path) -> list[Path]:
+    """All pictures that the figures suffice for, in `folder`."""
+    good = [result for result in found["methods"] if "drift_kl" in result]
+    matched = [result for result in good if result["exact_match"]]
+    paths = []
+    if good:
+        paths += [plot_quality(found["methods"], good, folder / "quality.png"), plot_rates(good, folder / "rates.png")]
+    if matched:
+        paths.append(plot_drift(matched, folder / "drift.png"))
+    if len(found["ranks"]) > 1 and all(result["seeds"] for result in found["ranks"]):
+        paths.append(plot_ranks(found["ranks"], folder / "ranks.png"))
+    if found["spectrum"]:
+        paths.append(plot_spectrum(found["spectrum"], folder / "spectrum.png"))
+    return paths
+
+
+def plot_quality(results: Sequence[Result], good: Sequence[Result], path: Path) -> Path:
+    """Held-out loss and exact match against the numbers that train."""
+    panels = [("loss", 1.0, "held-out loss, nats per token")]
+    if all(result["exact_match"] for result in good):
+        panels.append(("exact_match", 100.0, "exact match, %"))
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.6 * len(panels), 5.6), squeeze=False, layout="constrained")
+    few = next((result for result in results if "shots" in result), None)
+    for picture, (name, unit, label) in zip(axes[0], panels, strict=True):
+        picture.set(xscale="log", xlabel="numbers that train", ylabel=label)
+        if name == "loss":
+            show_decimals(picture)
+        draw_points(picture, [point(one, [one["trainable_parameters"]], one[name], unit) for one in good])
+        if few and few[name]:
+            level = unit * mean_and_spread(few[name])[0]
+            picture.axhline(level, color=GREY, linewidth=1, linestyle=":", label="few-shot, nothing trains")
+            picture.legend(frameon=False, fontsize=8.5)
+    return save(figure, path)
+
+
+def plot_drift(results: Sequence[Result], path: Path) -> Path:
+    """What has been learnt against what has been disturbed."""
+    figure, picture = plt.subplots(figsize=(7.5, 5.6), layout="constrained")
+    told = "drift KL(base ‖ adapted), nats per token of other text"
+    picture.set(xscale="log", xlabel=told, ylabel="exact match, %")
+    draw_points(picture, [point(one, one["drift_kl"], one["exact_match"], 100) for one in results])
+    return save(figure, path)
+
+
+class Point(NamedTuple):
+    """A method's place in a picture, each way with its spread."""
+
+    name: str
+    x: float
+    x_spread: float
+    y: float
+    y_spread: float
+
+    @property
+    def colour(self) -> str:
+        return ORANGE if self.name == "full" else BLUE if self.name in FAMILY else GREY
+
+
+def point(result: Result, x: Sequence[float], y: Sequence[float], unit: float) -> Point:
+    """From a value for each seed; `unit` multiplies those of y."""
+    return Point(result["method"], *mean_and_spread(x), *mean_and_spread([unit * value for value in y]))
+
+
+def draw_points(axes: Any, points: Sequence[Point]) -> None:
+    """Each with its name beside it, moved up or down where names would collide."""
+    for one in points:
+        style = {"fmt": "o", "color": one.colour, "markersize": 5, "linewidth": 1}
+        axes.errorbar(one.x, one.y, one.y_spread, one.x_spread, **style)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.12, y=0.1)
+    axes.figure.draw_without_rendering()  # which decides where things stand on the page
+    on_page = axes.transData.transform([(one.x, one.y) for one in points]) * 72 / axes.figure.dpi  # in points
+    places = [(x + 14, x + 14 + 5 * len(one.name), y) for (x, y), one in zip(on_page, points, strict=True)]
+    for one, place, height in zip(points, places, beside_each_other(places, 12), strict=True):
+        line = {
+            "arrowstyle": "-",
+            "color": one.colour,
+            "linewidth": 0.5,
+            "relpos": (0, 0.5),
+            "shrinkA": 1,
+            "shrinkB": 2,
+        }
+        look = {"fontsize": 8.5, "color": one.colour, "va": "center", "arrowprops": line}
+        where = {"xy": (one.x, one.y), "xytext": (14, height - place[2]), "textcoords": "offset points"}
+        axes.annotate(one.name, **where, **look)
+
+
+def beside_each_other(places: Sequence[tuple[float, float, float]], gap: float) -> list[float]:
+    """Heights for texts at (left, right, height): those that would share a column are moved apart."""
+    heights = [0.0] * len(places)
+    order = sorted(range(len(places)), key=lambda i: places[i][0])
+    column: list[int] = []
+    end = -math.inf
+    for i in [*order, None]:
+        if column and (i is None or places[i][0] > end):
+            for j, height in zip(column, apart([places[j][2] for j in column], gap), strict=True):
+                heights[j] = height
+            column, end = [], -math.inf
+        if i is not None:
+            column.append(i)
+            end = max(end, places[i][1])
+    return heights
+
+
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """The same heights, pushed up or down as little as it takes to be `gap` apart, in the same order."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    groups: list[tuple[float, list[int]]] = []  # the middle of neighbours that touch
+    for i in order:
+        middle, members = heights[i], [i]
+        while groups and middle - groups[-1][0] < gap * (len(members) + len(groups[-1][1])) / 2:
+            _, before = groups.pop()
+            members = before + members
+            middle = sum(heights[j] for j in members) / len(members)
+        groups.append((middle, members))
+    moved = list(heights)
+    for middle, members in groups:
+        for place, i in enumerate(members):
+            moved[i] = middle + gap * (place - (len(members) - 1) / 2)
+    return moved
+
+
+def plot_rates(results: Sequence[Result], path: Path) -> Path:
+    """A small picture for each method: the validation loss that each learning rate has reached."""
+    columns = min(5, len(results))
+    rows = math.ceil(len(results) / columns)
+    figure, axes = plt.subplots(
+        *(rows, columns), figsize=(2.5 * columns, 2.1 * rows + 0.4), squeeze=False, sharex=True, sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    full = next((result["best_rate"] for result in results if result["method"] == "full"), None)
+    for picture, result in zip(axes.flat, results, strict=False):
+        known = [(r, v) for r, v in zip(result["rates"], result["valid_losses"], strict=True) if v is not None]
+        picture.plot(*zip(*known, strict=True), "o-", color=BLUE, markersize=4, linewidth=1.2)
+        picture.plot(*min(known, key=lambda point: point[1]), "o", color=ORANGE, markersize=7)
+        against = ""
+        if full:
+            picture.axvline(full, color=GREY, linewidth=1, linestyle=":")
+            against = f", {result['best_rate'] / full:.3g}× full's"
+        picture.set_title(f"{result['method']}: {result['best_rate']:g}{against}", fontsize=8.5, loc="left")
+        picture.grid(alpha=0.25)
+        picture.tick_params(labelsize=8)
+    for picture in axes.flat[len(results) :]:
+        picture.set_visible(False)
+    axes[0, 0].set_xscale("log")
+    show_decimals(axes[0, 0])
+    figure.supxlabel("peak learning rate (the dotted line: the best of full fine-tuning)", fontsize=9)
+    figure.supylabel("validation loss", fontsize=9)
+    return save(figure, path)
+
+
+def show_decimals(axes: Any) -> None:
+    """A logarithmic y axis with numbers such as 0.1, not powers of ten."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,127 @@
+"""Has the change that full fine-tuning makes a low rank? Its singular values, beside those of LoRA's change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.backend import to_host
+from minilora.data.tokenizer import Tokenizer
+from minilora.formats.adapters import load_adapter
+from minilora.formats.checkpoint import read_config, read_weights
+from minilora.formats.files import HostArray
+from minilora.formats.hub import find_model
+from minilora.formats.load import load_model
+from minilora.lora import delta
+from minilora.methods.lora import LoRALinear
+from minilora.methods.targets import projections
+from minilora.model.base import base_model
+from minilora.model.config import Config
+from minilora.runs.evaluation import answers, can_be_matched, exact_match
+from minilora.runs.run import default_max_length
+from minilora.runs.settings import Settings, read_settings
+from minilora.runs.task import load_task
+from minilora.training.step import mean_loss
+
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+Changes = dict[str, HostArray]  # of the linear maps, by module
+
+
+def spectra(full: Path, lora: Path) -> dict[str, Any]:
+    """All that is told of two trials on the same data: full fine-tuning's ΔW, LoRA's, and ΔW cut to lower ranks."""
+    settings = read_settings(full)
+    source = find_model(settings.model, settings.revision).folder
+    of_full = changes_of_full(source, full)
+    return {
+        "full": {module: describe(change) for module, change in of_full.items()},
+        "lora": {module: describe(change) for module, change in changes_of_lora(source, lora).items()},
+        "noise": describe(noise_like(of_full)),
+        "cut": list(cut(source, settings, of_full)),
+    }
+
+
+def changes_of_full(source: Path, folder: Path) -> Changes:
+    """ΔW = W' − W of every linear map in the layers, in float32."""
+    config, _ = read_config(source)
+    before, after = read_weights(source, config), read_weights(folder, config)
+    names = {module: f"{module}.weight" for module in projections(config)}
+    return {module: after[name].astype(np.float32) - before[name].astype(np.float32) for module, name in names.items()}
+
+
+def changes_of_lora(source: Path, folder: Path) -> Changes:
+    """ΔW = s B A of every adapted map."""
+    adapted = load_adapter(load_model(source)[0], folder)
+    return {
+        module: to_host(delta(site.A, site.B, site.scale))
+        for module, site in adapted.sites.items()
+        if isinstance(site, LoRALinear)
+    }
+
+
+def noise_like(changes: Mapping[str, HostArray]) -> HostArray:
+    """Standard normal numbers in the shape of the first change: what a matrix without any structure looks like."""
+    rows, columns = next(iter(changes.values())).shape
+    return np.random.default_rng(0).standard_normal((rows, columns))
+
+
+def describe(change: HostArray) -> dict[str, Any]:
+    """Singular values over the largest, the share of ‖ΔW‖² in the largest r of them, and the effective rank."""
+    sigma = np.linalg.svd(change.astype(np.float64), compute_uv=False)
+    return {
+        "sigma": (sigma / sigma[0]).round(8).tolist(),
+        "shares": {str(r): share_of_largest(sigma, r) for r in RANKS if r <= len(sigma)},
+        "effective_rank": effective_rank(sigma),
+        "norm": float(np.sqrt((sigma**2).sum())),
+    }
+
+
+def share_of_largest(sigma: HostArray, r: int) -> float:
+    """Σ_{i ≤ r} σ_i² / Σ σ_i²: how much of ‖ΔW‖² the best matrix of rank r keeps (Eckart & Young, 1936)."""
+    return float((sigma[:r] ** 2).sum() / (sigma**2).sum())
+
+
+def effective_rank(sigma: HostArray) -> float:
+    """exp(−Σ p_i log p_i) with p_i = σ_i / Σ σ (Roy & Vetterli, 2007): k for k equal singular values and no others."""
+    p = sigma[sigma > 0] / sigma.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def truncated(change: HostArray, r: int) -> HostArray:
+    """The nearest matrix of rank r at most."""
+    U, sigma, Vt = np.linalg.svd(change, full_matrices=False)
+    return np.asarray((U[:, :r] * sigma[:r]) @ Vt[:r])
+
+
+def cut(source: Path, settings: Settings, changes: Changes) -> Iterator[dict[str, Any]]:
+    """What the base is worth with ΔW cut to each rank: 0 is the base, None all of ΔW. Only the linear maps change."""
+    config, _ = read_config(source)
+    weights, tokenizer = read_weights(source, config), Tokenizer.load(source)
+    most = max(min(change.shape) for change in changes.values())
+    for r in (0, *(r for r in RANKS if r < most), None):
+        changed = {
+            f"{module}.weight": weights[f"{module}.weight"].astype(np.float32)
+            + (change if r is None else truncated(change, r))
+            for module, change in changes.items()
+        }
+        yield {"rank": r, **worth(config, {**weights, **changed}, tokenizer, settings)}
+
+
+def gain_kept(cuts: Sequence[dict[str, Any]], one: dict[str, Any]) -> float:
+    """How much of what all of ΔW takes off the base's held-out loss is taken off by a part of it."""
+    base, whole = cuts[0]["loss"], cuts[-1]["loss"]
+    return float((base - one["loss"]) / (base - whole))
+
+
+def worth(
+    config: Config, weights: Mapping[str, HostArray], tokenizer: Tokenizer, settings: Settings
+) -> dict[str, float | None]:
+    """Loss and exact match on the rows that the trials are judged by."""
+    model = base_model(config, weights)
+    task = load_task(settings, tokenizer, settings.max_length or default_max_length(model))
+    rows: Sequence[Any] = task.held_out_rows[: settings.eval_rows]
+    matched = exact_match(answers(model, tokenizer, rows), rows) if can_be_matched(rows) else None
+    return {"loss": mean_loss(model, task.held_out), "exact_match": matched}

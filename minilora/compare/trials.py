@@ -1,0 +1,165 @@
+"""Running the trials: each an ordinary run of `minilora.train` in a process of its own, so that its peak is its own.
+
+Nothing is remembered but the runs' folders. A comparison that was cut off asks for the same trials again: those that
+are done are read, one that was begun is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from minilora.compare.rivals import Rival, neighbour
+from minilora.formats.files import read_json, write_json
+from minilora.runs.metrics import read_metrics
+from minilora.runs.settings import SETTINGS_FILE
+from minilora.training.state import STATE_FILE
+
+SUMMARY_FILE, FAILURE_FILE, LOG_FILE = "summary.json", "failed.json", "log.txt"
+MOST_RATES = 5
+
+Summary = dict[str, Any]
+
+
+class Trial(NamedTuple):
+    rival: Rival
+    rate: float  # 0 where nothing trains
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.rival.name}-{self.rate:g}-{self.seed}" if self.rate else f"{self.rival.name}-{self.seed}"
+
+
+def valid_loss(summary: Summary) -> float:
+    """By which rates are compared. Infinite where training failed. ValueError where there is no validation."""
+    if "error" in summary:
+        return math.inf
+    if summary["best_valid_loss"] is None:
+        raise ValueError("learning rates are compared by the validation loss: give --data a valid part")
+    return float(summary["best_valid_loss"])
+
+
+def best_rate(rival: Rival, seed: int, done: Mapping[Trial, Summary]) -> float:
+    """The rate of the lowest validation loss, of those tried with this seed; 0 where nothing trains."""
+    if not rival.rates:
+        return 0.0
+    tried = {trial.rate: valid_loss(summary) for trial, summary in done.items() if trial[::2] == (rival, seed)}
+    return min(tried, key=lambda rate: (tried[rate], rate))
+
+
+def next_trial(rival: Rival, seeds: Sequence[int], done: Mapping[Trial, Summary]) -> Trial | None:
+    """What to run after what is done; None when all is.
+
+    First every rate of the rival with the first seed. While the best of them is the lowest or the highest, the one
+    beyond it, up to MOST_RATES. Then the best with the other seeds.
+    """
+    first, *others = seeds
+    for rate in rival.rates or (0.0,):
+        if Trial(rival, rate, first) not in done:
+            return Trial(rival, rate, first)
+    best = best_rate(rival, first, done)
+    rates = sorted(trial.rate for trial in done if trial.rival == rival and trial.seed == first)
+    if 1 < len(rival.rates) and len(rates) < MOST_RATES and best in (rates[0], rates[-1]):
+        return Trial(rival, neighbour(best, -1 if best == rates[0] else 1), first)
+    return next((trial for seed in others if (trial := Trial(rival, best, seed)) not in done), None)
+
+
+class Field:
+    """Where trials are run: what is the same for all of them, their folders, and one bar over all."""
+
+    def __init__(self, out: Path, shared: Sequence[str], evaluated: Sequence[str], steps: int, bar: tqdm[Any]) -> None:
+        self.out = out
+        self.shared = list(shared)  # flags of train
+        self.evaluated = list(evaluated)  # flags of evaluate, for what does not train
+        self.steps = steps
+        self.bar = bar
+
+    def folder(self, trial: Trial) -> Path:
+        return self.out / "trials" / trial.name
+
+    def compete(self, rival: Rival, seeds: Sequence[int]) -> dict[Trial, Summary]:
+        """All trials of a method."""
+        done: dict[Trial, Summary] = {}
+        while trial := next_trial(rival, seeds, done):
+            if trial.rate and len(done) >= expected_trials([rival], seeds):
+                self.bar.total = (self.bar.total or 0) + self.steps
+            self.bar.set_postfix_str(trial.name)
+            before = int(self.bar.n)
+            done[trial] = self.run(trial)
+            self.bar.update(before + (self.steps if trial.rate else 0) - self.bar.n)
+        return done
+
+    def run(self, trial: Trial) -> Summary:
+        """The trial's summary, from its folder if it is done. {"error": …} if training broke off, as by divergence."""
+        folder = self.folder(trial)
+        for name in (SUMMARY_FILE, FAILURE_FILE):
+            if (folder / name).exists():
+                return read_json(folder / name)
+        folder.mkdir(parents=True, exist_ok=True)
+        before = int(self.bar.n)
+        code = watch(self.command(trial), folder / LOG_FILE, lambda: self._show(before, folder))
+        log = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace")
+        if code == 0 and not trial.rate:
+            write_json(folder / SUMMARY_FILE, json.loads(log.splitlines()[-1]))
+        elif code:
+            told = [line.removeprefix("error: ") for line in log.splitlines() if line.startswith("error: ")]
+            error = told[-1] if told else f"ended with {code}, see {folder / LOG_FILE}"
+            if not (code == 2 and steps_done(folder)):  # not this rate is to blame
+                raise RuntimeError(f"{trial.name}: {error}")
+            write_json(folder / FAILURE_FILE, {"error": error})
+            return {"error": error}
+        (folder / STATE_FILE).unlink(missing_ok=True)  # what is done is not resumed
+        return read_json(folder / SUMMARY_FILE)
+
+    def command(self, trial: Trial) -> list[str]:
+        folder = self.folder(trial)
+        flags = [*trial.rival.flags, "--seed", str(trial.seed)]
+        if not trial.rate:
+            return [sys.executable, "-m", "minilora.evaluate", *self.evaluated, *flags, "--json"]
+        if (folder / SETTINGS_FILE).exists():
+            return [sys.executable, "-m", "minilora.train", "--resume", str(folder)]
+        flags += ["--learning-rate", str(trial.rate), "--out", str(folder)]
+        return [sys.executable, "-m", "minilora.train", *self.shared, *flags]
+
+    def _show(self, before: int, folder: Path) -> None:
+        self.bar.update(before + steps_done(folder) - self.bar.n)
+
+
+def expected_trials(rivals: Sequence[Rival], seeds: Sequence[int]) -> int:
+    """Of those that train; without the further rates that a search may ask for."""
+    return sum(len(rival.rates) + len(seeds) - 1 for rival in rivals if rival.rates)
+
+
+def steps_done(folder: Path) -> int:
+    return sum("loss" in line for line in read_metrics(folder))
+
+
+def watch(command: Sequence[str], log: Path, on_look: Callable[[], None]) -> int:
+    """Run a command, its words into `log`, and return its exit status. It ends with this process if that is stopped."""
+    before = signal.signal(signal.SIGTERM, _stop)
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                on_look()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+            signal.signal(signal.SIGTERM, before)
+    return process.returncode
+
+
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,137 @@
+"""Examples laid side by side (padding) and end to end (packing) in rectangular arrays."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minilora.data.examples import Example
+from minilora.ops.cross_entropy import IGNORE
+
+Ints = NDArray[np.int64]
+Rows = Sequence[Sequence[Example]]  # a row of a batch is one example, or several packed end to end
+
+
+class Batch(NamedTuple):
+    """What a model reads and what it should answer; every array is int64 (B, T)."""
+
+    tokens: Ints
+    labels: Ints  # the token that should follow tokens[b, t], or IGNORE
+    positions: Ints  # 0, 1, 2, … from the start of each example
+    segments: Ints  # 0 is padding; 1, 2, … are the examples of the row, which must not see each other
+
+
+def row_length(row: Sequence[Example]) -> int:
+    """Tokens of a row, all its examples together."""
+    return sum(len(example.tokens) for example in row)
+
+
+def collate(rows: Rows, pad_id: int, left: bool = False) -> Batch:
+    """One batch row for each of `rows`, its examples end to end, filled up with `pad_id`.
+
+    The shift by one is done here and nowhere else: labels[t] = tokens[t + 1] where that token is trained.
+    The last token of an example has no label: what follows it is another example, or nothing.
+    """
+    if not rows:
+        raise ValueError("a batch needs at least one row")
+    lengths = [row_length(row) for row in rows]
+    shape = len(rows), max(lengths)
+    batch = Batch(
+        tokens=np.full(shape, pad_id, np.int64),
+        labels=np.full(shape, IGNORE, np.int64),
+        positions=np.zeros(shape, np.int64),
+        segments=np.zeros(shape, np.int64),
+    )
+    for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        start = shape[1] - length if left else 0
+        for segment, (tokens, trained) in enumerate(row, start=1):
+            here = slice(start, start + len(tokens))
+            batch.tokens[b, here] = tokens
+            batch.labels[b, here][:-1] = np.where(trained[1:], tokens[1:], IGNORE)
+            batch.positions[b, here] = np.arange(len(tokens))
+            batch.segments[b, here] = segment
+            start = here.stop
+    return batch
+
+
+def pad(examples: Sequence[Example], pad_id: int, left: bool = False) -> Batch:
+    """One example a row; on the left the filler comes first, so that all rows can be continued together."""
+    return collate([[example] for example in examples], pad_id, left)
+
+
+def pack(examples: Sequence[Example], length: int) -> list[list[int]]:
+    """Group examples, by index, into rows of at most `length` tokens: each goes to the first row it fits.
+
+    Raises ValueError for an example that is longer than a row.
+    """
+    rows: list[list[int]] = []
+    room = np.full(len(examples), length)
+    for index, example in enumerate(examples):
+        size = len(example.tokens)
+        if size > length:
+            raise ValueError(f"example {index} has {size} tokens; pack rows longer than {length}, or leave it out")
+        row = int(np.argmax(room[: len(rows) + 1] >= size))  # the last of these is still empty: it fits
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(index)
+        room[row] -= size
+    return rows
+
+
+def of_like_length(rows: Rows, batch_size: int) -> list[Rows]:
+    """All rows in groups of `batch_size`, rows of like length together, so that little of a batch is padding.
+
+    A training step cuts away even that (`divide`); generation and the drift do not. The loss is a sum over tokens: the
+    order of the rows, and which of them share a batch, change nothing.
+    """
+    ordered = sorted(rows, key=row_length)
+    return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+
+
+def batches_of(rows: Rows, batch_size: int, pad_id: int) -> list[Batch]:
+    """All rows in batches, as `of_like_length` groups them."""
+    return [collate(group, pad_id) for group in of_like_length(rows, batch_size)]
+
+
+def divide(batch: Batch, parts: int) -> list[Batch]:
+    """The examples of a batch in so many parts of about as many tokens each, without padding.
+
+    Examples of one length become the rows of a rectangle; others stand end to end in a single row.
+    """
+    numbers = numbered_examples(batch)
+    examples, lengths = np.unique(numbers[numbers > 0], return_counts=True)
+    chosen: list[list[int]] = [[] for _ in range(parts)]
+    sizes = [0] * parts
+    for i in np.argsort(-lengths, kind="stable"):  # the longest first, each to the part that has least
+        part = int(np.argmin(sizes))
+        chosen[part].append(i)
+        sizes[part] += lengths[i]
+    divided = []
+    for some in chosen:
+        rows = len(some) if len(set(lengths[some])) == 1 else 1
+        used = np.isin(numbers, examples[some])
+        divided.append(Batch(*(array[used].reshape(rows, -1) for array in batch._replace(segments=numbers))))
+    return divided
+
+
+def numbered_examples(batch: Batch) -> Ints:
+    """The segments (B, T), but so numbered that examples of different rows differ, too. Padding is still 0."""
+    before = np.arange(len(batch.segments))[:, None] * batch.segments.max()
+    return np.where(batch.segments > 0, before + batch.segments, 0)
+
+
+def count_examples(batch: Batch) -> int:
+    """How many examples a batch has, those packed into one row counted one by one."""
+    return len(np.unique(numbered_examples(batch))) - bool((batch.segments == 0).any())
+
+
+def padding_share(groups: Sequence[Rows]) -> float:
+    """Which share of the batches of these groups is filler: 1 − tokens / (rows × the longest row of each batch)."""
+    lengths = [[row_length(row) for row in group] for group in groups]
+    return 1 - sum(map(sum, lengths)) / max(sum(len(group) * max(group) for group in lengths), 1)
+
+
+def count_labels(batch: Batch) -> int:
+    """How many tokens the batch trains: what its loss is a sum over."""
+    return int(np.count_nonzero(batch.labels != IGNORE))

@@ -1,0 +1,156 @@
+"""Data sets: files to rows, their keys renamed, and rows to parts."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minilora.data.conversations import TEMPLATE_KEYS
+from minilora.data.examples import ACCEPTED, SHAPES, Row, row_shape
+
+SUFFIXES = (".jsonl", ".json", ".txt")
+MOST_HELD_OUT = 500  # rows: more would make every evaluation slow and hardly more exact
+
+Features = Mapping[str, str]  # "prompt" → the key under which the rows have their prompts
+AS_NAMED: Features = {}
+FLAGS = {
+    "prompt": "--prompt-feature",
+    "completion": "--completion-feature",
+    "text": "--text-feature",
+    "messages": "--chat-feature",
+}  # mlx-lm's names
+
+
+class Dataset(NamedTuple):
+    train: list[Row]
+    valid: list[Row]
+    test: list[Row]
+
+
+def load_dataset(path: Path, seed: int, valid_share: float = 0.1, features: Features = AS_NAMED) -> Dataset:
+    """A folder with train, and perhaps valid and test, files; or one file, of which a share is held out.
+
+    Of rows, a seeded draw is held out (at least 1, at most 500); of a .txt, one long document, its end. For `features`
+    see `read_rows`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        train = _part(path, features, "train")
+        if not train:
+            raise FileNotFoundError(f"{path} has no training data: give it a train.jsonl or train.txt")
+        return Dataset(train, _part(path, features, "valid", "validation", "dev"), _part(path, features, "test"))
+    if not 0 <= valid_share < 1:
+        raise ValueError(f"valid_share is {valid_share}; it must be at least 0 and less than 1")
+    rows = read_rows(path, features)
+    if valid_share == 0:
+        return Dataset(rows, [], [])
+    if path.suffix == ".txt":
+        head, tail = _split_text(rows[0]["document"], 1 - valid_share)
+        return Dataset([{"document": head}], [{"document": tail}], [])
+    if len(rows) == 1:
+        raise ValueError(
+            f"{path} has a single row, and one must be held out; add rows, or give a folder with train.jsonl"
+        )
+    count = min(max(round(len(rows) * valid_share), 1), MOST_HELD_OUT, len(rows) - 1)
+    held_out = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
+    train = [row for i, row in enumerate(rows) if i not in held_out]
+    return Dataset(train, [rows[i] for i in sorted(held_out)], [])
+
+
+def read_rows(path: Path, features: Features = AS_NAMED) -> list[Row]:
+    """The rows of a .jsonl, or of a .json list, all of one shape; a .txt is one row, {"document": …}.
+
+    `features` says where the rows have what a shape needs: {"prompt": "question", "completion": "answer"}. The rows
+    come back under the usual names. ValueError names the file and the line, and the key that is missing there.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: data must be a folder or a file that ends in {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); convert it first") from error
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    if path.suffix == ".txt":
+        if features:
+            raise ValueError(f"{path} is a text, without keys: leave out {_flags(features)}")
+        return [{"document": text}]
+    rows: list[Row] = []
+    shape = ""
+    for place, row in _json_values(path, text):
+        if type(row) is not dict:
+            raise ValueError(f"{place}: a {type(row).__name__}, not a JSON object: {ACCEPTED}")
+        try:
+            row = _renamed(row, features)
+            this = row_shape(row)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        shape = shape or this
+        if this != shape:
+            raise ValueError(f"{place}: this row is {this}, those before {shape}; keep one shape in a file")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} holds no rows: {ACCEPTED}")
+    return rows
+
+
+def _renamed(row: Row, features: Features) -> Row:
+    """The keys of the one shape that `features` speaks of, under their usual names; of the others, the template's."""
+    if not features:
+        return row
+    spoken_of = [shape for shape in SHAPES if not features.keys().isdisjoint(shape)]
+    if len(spoken_of) > 1:
+        raise ValueError(f"{_flags(features)} name keys of different shapes of rows: give those of one")
+    renamed = {key: row[key] for key in TEMPLATE_KEYS if key in row}
+    for name in spoken_of[0]:
+        key = features.get(name, name)
+        if key not in row:
+            raise ValueError(f"the row has no key {key!r}, which {FLAGS[name]} asks for; it has {sorted(row)}")
+        renamed[name] = row[key]
+    return renamed
+
+
+def _flags(features: Features) -> str:
+    return " and ".join(FLAGS[name] for name in features)
+
+
+def _json_values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """Each value with the place that an error should name."""
+    if path.suffix == ".json":
+        values = _parse(f"{path}", text)
+        if not isinstance(values, list):
+            raise ValueError(f"{path}: must hold a JSON list of rows; one object a line belongs in a .jsonl")
+        yield from ((f"{path}, row {number}", value) for number, value in enumerate(values, start=1))
+    else:  # not splitlines(): JSON strings may contain U+2028 and its like
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                yield f"{path}, line {number}", _parse(f"{path}, line {number}", line)
+
+
+def _parse(place: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise ValueError(f"{place}: not valid JSON ({error.msg}, {where})") from error
+
+
+def _part(folder: Path, features: Features, *names: str) -> list[Row]:
+    files = [file for name in names for suffix in SUFFIXES if (file := folder / (name + suffix)).is_file()]
+    if len(files) > 1:
+        raise ValueError(f"{folder} has {files[0].name} and {files[1].name}, which mean the same; keep one")
+    return read_rows(files[0], features) if files else []
+
+
+def _split_text(text: str, share: float) -> tuple[str, str]:
+    """Cut at the first line break after `share` of the text; there itself if nothing would follow."""
+    target = int(len(text) * share)
+    cut = text.find("\n", target) + 1
+    if cut == 0 or not text[cut:].strip():
+        cut = target
+    return text[:cut], text[cut:]

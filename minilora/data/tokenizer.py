@@ -1,0 +1,179 @@
+"""Text to tokens and back, and conversations to text, exactly as a model's own folder says."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import tokenizers
+
+from minilora.data.chat_template import compile_template, read_templates
+from minilora.formats.files import read_json
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+)  # fmt: skip
+ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tokenizer of one model folder; made by `Tokenizer.load`."""
+
+    folder: Path
+    backend: tokenizers.Tokenizer
+    roles: dict[str, str]  # "eos_token" → "<|im_end|>", …: what a chat template may name
+    templates: dict[str, str]
+    bos_id: int | None
+    eos_id: int | None
+    stop_ids: frozenset[int]  # any of these ends a generation
+    pad_id: int  # only a filler: it may equal eos, so masks go by position and never by id
+    prefix: list[int]  # what every text begins with: BOS, or nothing
+    remarks: list[str]  # for people: where the files of the folder contradict each other
+    now: datetime  # what a chat template is told that asks for the time
+
+    @classmethod
+    def load(cls, folder: Path, now: datetime | None = None) -> "Tokenizer":
+        """Read a Hugging Face model folder.
+
+        Whether BOS is added is decided by the post-processor in tokenizer.json, as in transformers 5. `now` is the time
+        of loading where it is not given. Raises FileNotFoundError without tokenizer.json, ValueError where a file
+        cannot be understood.
+        """
+        folder = Path(folder)
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} not found; copy it from the model's release")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{file}: not a tokenizer that `tokenizers` can read ({error})") from error
+        backend.no_truncation()  # a saved truncation would silently shorten every row
+        backend.no_padding()
+
+        config = _read_if_there(folder / "special_tokens_map.json") | _read_if_there(folder / "tokenizer_config.json")
+        roles = {role: text for role in ROLES if (text := _token_text(config.get(role)))}
+        ids = {role: backend.token_to_id(text) for role, text in roles.items()}
+        stops = _as_list(_read_if_there(folder / "generation_config.json").get("eos_token_id"))
+        if ids.get("eos_token") is None:
+            stops = stops or _as_list(_read_if_there(folder / "config.json").get("eos_token_id"))
+            if stops:
+                ids["eos_token"] = stops[0]
+                roles["eos_token"] = backend.id_to_token(stops[0]) or ""
+        bos_id, eos_id, pad_id = (ids.get(role) for role in ("bos_token", "eos_token", "pad_token"))
+
+        prefix = _prefix(backend)
+        remarks = []
+        if config.get("add_bos_token") not in (None, bool(prefix)):
+            remarks.append(
+                f"{folder}: tokenizer_config.json says add_bos_token {str(config['add_bos_token']).lower()}, the "
+                f"post-processor in tokenizer.json adds {'it' if prefix else 'none'}; that decides, as in transformers"
+            )
+        return cls(
+            folder=folder,
+            backend=backend,
+            roles=roles,
+            templates=read_templates(folder, config),
+            bos_id=bos_id,
+            eos_id=eos_id,
+            stop_ids=frozenset(stops) | ({eos_id} if eos_id is not None else set()),
+            pad_id=next((i for i in (pad_id, eos_id) if i is not None), 0),
+            prefix=prefix,
+            remarks=remarks,
+            now=now or datetime.now(),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens, added ones included; a model's embedding may have more rows."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The texts that are read as one special token wherever they stand."""
+        return tuple(t.content for t in self.backend.get_added_tokens_decoder().values() if t.special)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of `text`, nothing added; special tokens written out in it are recognised."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def piece(self, token: int) -> str:
+        """One token to look at, special or not; a token that is no whole character is shown by its name."""
+        text = self.backend.decode([token], skip_special_tokens=False)
+        return text if text and "\N{REPLACEMENT CHARACTER}" not in text else self.backend.id_to_token(token) or "?"
+
+    def with_bos(self, ids: Sequence[int]) -> list[int]:
+        """`ids` as the model expects a text to begin: BOS first if this tokenizer adds one, never two."""
+        if list(ids[: len(self.prefix)]) == self.prefix:
+            return list(ids)
+        return [*self.prefix, *ids]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The conversation as the model's chat template writes it, and as `apply_chat_template` of transformers does.
+
+        The text is complete: no BOS is to be added. `tools` are JSON schemas; `variables` are what else the template
+        asks for, as SmolLM3's does for `enable_thinking`. Raises ValueError without a template or on its refusal.
+        """
+        name = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
+        if name not in self.templates:
+            raise ValueError(
+                f"{self.folder} has no chat template (chat_template.jinja or in tokenizer_config.json); "
+                "take the model's instruct version, or use rows of text or of prompt and completion"
+            )
+        given = {
+            "messages": [{k: v for k, v in message.items() if v is not None} for message in messages],
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return _compiled(self.templates[name], self.now).render(self.roles | variables | given)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"{self.folder}: the chat template refuses the messages: {error}") from error
+
+
+_compiled = cache(compile_template)
+
+
+def save_tokenizer_files(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files, those that `source` has, so that `target` is a folder to load from."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file() and source.resolve() != target.resolve():
+            shutil.copyfile(source / name, target / name)
+
+
+def _prefix(backend: tokenizers.Tokenizer) -> list[int]:
+    """The tokens that the post-processor puts before a text; asked with a text, as those after it may be the same."""
+    plain = backend.encode("a", add_special_tokens=False).ids
+    whole = backend.encode("a").ids
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
+
+
+def _read_if_there(file: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is no such file."""
+    return read_json(file) if file.is_file() else {}
+
+
+def _token_text(token: Any) -> str | None:
+    """A special token's text, written as a string or as {"content": …}."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

@@ -1,0 +1,1 @@
+"""`python -m minilora.plan`: what a training run takes, before it begins."""

@@ -1,0 +1,1 @@
+"""`python -m minilora.pretrain`: how the shipped model was made."""

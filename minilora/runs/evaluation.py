@@ -1,0 +1,105 @@
+"""What a model is worth: loss, exact match of generated answers, and drift from the base model."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from minilora.backend import Array, to_device, xp
+from minilora.data.batches import Batch, pad
+from minilora.data.examples import Example, Row
+from minilora.data.tokenizer import Tokenizer
+from minilora.model.generation import complete
+from minilora.model.model import Model
+from minilora.model.names import HEAD
+from minilora.training.step import hidden_states
+
+MOST_ANSWER_TOKENS = 128
+
+
+def answers(
+    model: Model,
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    batch_size: int = 64,
+    on_batch: Callable[[int], Any] = lambda count: None,
+) -> list[str]:
+    """The greedy completion of each row's prompt. `on_batch` hears how many more rows are done."""
+    prompts = [tokenizer.with_bos(tokenizer.encode(row["prompt"])) for row in rows]
+    longest = max(len(tokenizer.encode(row["completion"])) for row in rows)  # no right answer is longer
+    found = [""] * len(rows)
+    asked = [i for i in range(len(rows)) if prompts[i]]  # nothing can be asked by an empty prompt
+    order = sorted(asked, key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        some = order[start : start + batch_size]
+        limit = min(longest + 1, MOST_ANSWER_TOKENS)
+        completions = complete(model, [prompts[i] for i in some], limit, tokenizer.stop_ids)
+        for i, tokens in zip(some, completions, strict=True):
+            found[i] = tokenizer.decode(tokens)
+        on_batch(len(some))
+    return found
+
+
+def exact_match(found: Sequence[str], rows: Sequence[Row]) -> float:
+    """The share of answers that equal the row's completion, apart from white space at the ends."""
+    right = sum(answer.strip() == str(row["completion"]).strip() for answer, row in zip(found, rows, strict=True))
+    return right / len(rows)
+
+
+def can_be_matched(rows: Sequence[Row]) -> bool:
+    """Exact match is asked of rows that give a prompt and one right completion, both as text."""
+    return bool(rows) and all(
+        isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str) for row in rows
+    )
+
+
+def drift(base: Model, adapted: Model, batches: Sequence[Batch], chunk: int = 512) -> float:
+    """KL(base ‖ adapted) = Σ_v p_v (log p_v − log q_v), in nats, as the mean over all tokens of the batches. (docs: T9)
+
+    p is the base's and q the adapted model's distribution of the next token. On text outside the task it tells how far
+    fine-tuning has moved the model where nobody asked it to.
+    """
+    total, count = 0.0, 0
+    for batch in batches:
+        real = xp.flatnonzero(to_device(batch.segments).reshape(-1))
+        p_hidden, q_hidden = hidden_states(base, batch)[0][real], hidden_states(adapted, batch)[0][real]
+        for start in range(0, len(real), chunk):
+            log_p = _log_softmax(base.sites[HEAD].forward(p_hidden[start : start + chunk])[0])
+            log_q = _log_softmax(adapted.sites[HEAD].forward(q_hidden[start : start + chunk])[0])
+            total += float((xp.exp(log_p) * (log_p - log_q)).sum())
+        count += len(real)
+    return total / count
+
+
+def largest_logit_difference(
+    one: Model, other: Model, batches: Sequence[Batch], chunk: int = 512
+) -> tuple[float, float]:
+    """The largest |difference| of two models' logits over all tokens of the batches; and `one`'s largest |logit|."""
+    difference = largest = 0.0
+    for batch in batches:
+        real = xp.flatnonzero(to_device(batch.segments).reshape(-1))
+        hidden, other_hidden = hidden_states(one, batch)[0][real], hidden_states(other, batch)[0][real]
+        for start in range(0, len(real), chunk):
+            logits = one.sites[HEAD].forward(hidden[start : start + chunk])[0]
+            other_logits = other.sites[HEAD].forward(other_hidden[start : start + chunk])[0]
+            difference = max(difference, float(xp.abs(logits - other_logits).max()))
+            largest = max(largest, float(xp.abs(logits).max()))
+    return difference, largest
+
+
+def _log_softmax(logits: Array) -> Array:
+    z: Array = logits - logits.max(axis=-1, keepdims=True)
+    z -= xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
+    return z
+
+
+def outside_text(tokenizer: Tokenizer, texts: int = 16, length: int = 128) -> list[Batch]:
+    """Text outside any task, at hand wherever Python is: the beginnings of its language reference's topics."""
+    topics = pydoc_data.topics.topics
+    names = sorted(topics)[:: max(1, len(topics) // texts)][:texts]
+    examples = []
+    for name in names:
+        tokens = tokenizer.with_bos(tokenizer.encode(topics[name]))[:length]
+        examples.append(Example(tokens, [True] * len(tokens)))
+    return [pad(examples, tokenizer.pad_id)]

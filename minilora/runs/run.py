@@ -1,0 +1,188 @@
+"""One run from settings to summary: load, attach the method, train, and judge before and after."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from minilora.backend import peak_memory_bytes, to_host
+from minilora.data.tokenizer import Tokenizer, save_tokenizer_files
+from minilora.formats.adapters import check_format, read_method, write_method
+from minilora.formats.checkpoint import write_checkpoint
+from minilora.formats.hub import Source, find_adapter, find_model
+from minilora.formats.load import load_model
+from minilora.methods import Method
+from minilora.methods.full import Full
+from minilora.methods.lora import LoRA
+from minilora.model.model import Model
+from minilora.model.names import parameter_count
+from minilora.runs.advice import advise, after_divergence
+from minilora.runs.evaluation import answers, can_be_matched, drift, exact_match, outside_text
+from minilora.runs.method import check_tied, make_method
+from minilora.runs.metrics import read_metrics
+from minilora.runs.settings import Settings
+from minilora.runs.task import Task, load_task
+from minilora.training.loop import Diverged, Plan, steps_per_epoch, train
+from minilora.training.loss_scale import FIRST
+from minilora.training.optimizers import OPTIMIZERS, loraplus
+from minilora.training.order import Order
+from minilora.training.schedules import warmup_steps
+from minilora.training.state import State
+from minilora.training.step import mean_loss
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run works with. `adapted` shares the arrays of `state.trainable`: training changes it, never `base`."""
+
+    settings: Settings
+    source: Source  # of the base model
+    folder: Path
+    plan: Plan
+    task: Task
+    tokenizer: Tokenizer
+    raw_config: dict[str, Any]
+    method: Method
+    base: Model
+    adapted: Model
+    state: State
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How a model does on the held-out part. The exact match is None where the task has no single right answer."""
+
+    loss: float
+    exact_match: float | None
+    answers: list[str]
+
+
+def prepare(settings: Settings, folder: Path) -> Run:
+    """Everything up to the first step. ValueError or OSError for what the user can mend."""
+    source = find_model(settings.model, settings.revision)
+    # pinned: --resume takes the very same
+    day = settings.date or date.today().isoformat()
+    settings = replace(settings, model=source.hub_id or settings.model, revision=source.revision, date=day)
+    model_folder = source.folder
+    base, raw_config = load_model(model_folder, settings.dtype, settings.frozen, settings.mixed_precision)
+    tokenizer = Tokenizer.load(model_folder, datetime.fromisoformat(settings.date))
+    if tokenizer.vocab_size > base.config.vocab_size:
+        raise ValueError(
+            f"{model_folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {base.config.vocab_size}"
+        )
+
+    rng = np.random.default_rng(settings.seed)
+    if settings.adapter:
+        start = find_adapter(settings.adapter)
+        settings = replace(settings, adapter=start.name)
+        method, trainable = read_method(start.folder, base, settings.dtype)
+    else:
+        method = make_method(settings, base.config, tokenizer)
+        trainable = method.start(base, rng, settings.dtype)
+    adapted = method.attach(base, trainable)
+    check_format(settings.format, method, base.config)
+    check_tied(settings, base.config, adapted.config)
+    task = load_task(settings, tokenizer, settings.max_length or default_max_length(adapted))
+
+    factors = loraplus(trainable, settings.loraplus_lr_ratio)
+    optimizer = OPTIMIZERS[settings.optimizer](trainable, settings.weight_decay, factors)
+    state = State(trainable, optimizer, Order(len(task.rows)), rng, task.digest)
+    if settings.mixed_precision == "fp16":
+        state.loss_scale.value = FIRST
+    return Run(
+        settings, source, folder, make_plan(settings, task), task, tokenizer, raw_config, method, base, adapted, state
+    )
+
+
+def default_max_length(model: Model) -> int:
+    """`--max-length` where it is not given: what the model was made for, without virtual tokens, but at most 1024."""
+    return min(model.config.max_position_embeddings - model.virtual_tokens, 1024)
+
+
+def make_plan(settings: Settings, task: Task) -> Plan:
+    """The settings in numbers of steps."""
+    an_epoch = steps_per_epoch(task.rows, settings.batch_size, settings.grad_accumulation)
+    steps = settings.steps or math.ceil(settings.epochs * an_epoch)
+    return Plan(
+        steps=steps,
+        batch_size=settings.batch_size,
+        grad_accumulation=settings.grad_accumulation,
+        learning_rate=settings.learning_rate,
+        schedule=settings.schedule,
+        warmup=warmup_steps(settings.warmup, steps),
+        max_grad_norm=settings.max_grad_norm,
+        activation_checkpointing=settings.activation_checkpointing,
+        eval_every=settings.eval_every or max(1, math.ceil(steps / 10)),
+        patience=settings.patience,
+        save_every=settings.save_every,
+        report_to=settings.report_to,
+    )
+
+
+def train_run(run: Run) -> None:
+    """Train, and leave the outcome in the run folder. Raises Diverged, with advice; the last good state stays there."""
+
+    def on_save(state: State) -> None:
+        if not isinstance(run.method, Full):  # small: the folder always holds an adapter that can be used
+            write_outcome(run, state.best or {name: to_host(p) for name, p in state.trainable.items()})
+
+    task, pad_id = run.task, run.tokenizer.pad_id
+    try:
+        train(run.adapted, run.state, task.rows, task.valid, run.plan, run.folder, pad_id, on_save)
+    except Diverged as error:
+        raise Diverged(f"{error} {after_divergence(run.settings, run.plan.warmup)}") from error
+    write_outcome(run, {name: to_host(p) for name, p in run.state.trainable.items()})
+
+
+def write_outcome(run: Run, tensors: dict[str, np.ndarray[Any, Any]]) -> None:
+    """The adapter in the format asked for; after full fine-tuning, a whole checkpoint."""
+    if isinstance(run.method, Full):
+        write_checkpoint(run.folder, run.raw_config, tensors)
+        save_tokenizer_files(run.source.folder, run.folder)
+    else:
+        method: Method = run.method
+        if isinstance(method, LoRA):
+            method, tensors = method.saved_form(run.adapted, tensors)
+        source = run.settings.model, run.source.revision or None
+        write_method(run.folder, method, tensors, run.base.config, *source, run.settings.format)
+
+
+def judge(run: Run, model: Model) -> Judgement:
+    """Held-out loss; and, where rows have one right answer, the share of them that greedy generation finds."""
+    rows = run.task.held_out_rows[: run.settings.eval_rows]
+    loss = mean_loss(model, run.task.held_out) if run.task.held_out else math.nan
+    if not can_be_matched(rows):
+        return Judgement(loss, None, [])
+    with tqdm(total=len(rows), desc="answering", unit="row", dynamic_ncols=True, leave=False) as bar:
+        found = answers(model, run.tokenizer, rows, on_batch=bar.update)
+    return Judgement(loss, exact_match(found, rows), found)
+
+
+def summarize(run: Run, before: Judgement, after: Judgement, started: float) -> dict[str, Any]:
+    """The figures of `summary.json`. Losses are in nats per labelled token, the drift in nats per token."""
+    return {
+        "base_loss": before.loss,
+        "adapted_loss": after.loss,
+        "base_exact_match": before.exact_match,
+        "adapted_exact_match": after.exact_match,
+        "drift_kl": drift(run.base, run.adapted, outside_text(run.tokenizer)),
+        "data": run.task.figures,
+        "trainable_parameters": sum(p.size for p in run.state.trainable.values()),
+        "total_parameters": parameter_count(run.base.config),
+        "steps": run.state.step,
+        "best_step": run.state.best_step,
+        "best_valid_loss": run.state.best_loss if run.state.best else None,
+        "tokens": run.state.tokens,
+        "tokens_per_second": round(run.state.tokens / run.state.seconds, 1),
+        "training_seconds": round(run.state.seconds, 2),
+        "seconds": round(time.perf_counter() - started, 2),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "advice": advise(read_metrics(run.folder), run.settings, before.loss, after.loss),
+    }

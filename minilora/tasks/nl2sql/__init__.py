@@ -1,0 +1,1 @@
+"""The built-in task, English questions to SQL: a grammar, and its words as data files."""

@@ -1,0 +1,105 @@
+"""The house keeps its order: a room imports only from rooms before it, and commands do not know each other."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import minilora
+
+ROOT = Path(minilora.__file__).parent
+FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+
+ROOMS = (  # from the ground: a room imports only from itself and from rooms before it
+    *("backend", "ops", "frozen", "lora", "model", "methods", "adapters", "formats", "figures"),
+    *("data", "tasks", "training", "counting", "runs", "cli"),
+)
+COMMANDS = {  # the rooms above all others, which do not know each other
+    *("train", "generate", "chat", "evaluate", "merge", "combine", "convert", "random_checkpoint"),
+    *("plan", "benchmark", "compare", "pretrain"),
+}
+STRANGERS = {  # a room → rooms before it that it does not know all the same
+    "model": {"lora"},  # the model is written once, for any method
+    "figures": {"lora", "model", "methods", "adapters"},
+    "data": {"lora", "model", "methods", "adapters"},
+    "tasks": {*ROOMS} - {"tasks"},  # the standard library only
+}
+PEER = Path("benchmark/peft_side.py")  # the one file that runs PyTorch, in a process of its own
+FOREIGN = {"torch", "jax", "tensorflow", "transformers", "peft", "mlx", "pickle", "dill", "joblib"}
+
+
+def room(module: str) -> str:
+    """`model/block.py` and `minilora.model.block` are in the room `model`."""
+    return module.replace("/", ".").removeprefix("minilora.").removesuffix(".py").split(".")[0]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of the modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides which room it is from"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports(path: Path) -> Iterator[str]:
+    return (name for name in imports(path) if name.startswith("minilora."))
+
+
+each_file = pytest.mark.parametrize("path", FILES, ids=str)
+
+
+def test_every_file_is_in_a_room_with_a_place_in_the_order() -> None:
+    assert {room(path.as_posix()) for path in FILES} <= {*ROOMS, *COMMANDS, "__init__", "__main__"}
+
+
+@each_file
+def test_a_room_imports_only_from_rooms_before_it_and_no_command_imports_another(path: Path) -> None:
+    here = room(path.as_posix())
+    before = {*ROOMS[: ROOMS.index(here)]} if here in ROOMS else {*ROOMS}
+    known = (before | {here}) - STRANGERS.get(here, set())
+    assert [name for name in own_imports(path) if room(name) not in known] == []
+
+
+@each_file
+def test_no_framework_and_no_pickle_is_imported(path: Path) -> None:
+    allowed = {"torch", "transformers", "peft"} if path == PEER else set()
+    assert (FOREIGN - allowed).isdisjoint(name.split(".")[0] for name in imports(path))
+
+
+@each_file
+def test_the_peer_of_the_benchmark_stays_in_its_own_process(path: Path) -> None:
+    """Nothing imports it; and it imports nothing of minilora that computes or tunes the process."""
+    assert [name for name in own_imports(path) if name.startswith("minilora.benchmark.peft_side")] == []
+    if path == PEER:
+        rooms = {name.split(".")[2] for name in own_imports(path) if name.startswith("minilora.benchmark.")}
+        assert rooms == {"job", "worker"} and all(name.startswith("minilora.benchmark.") for name in own_imports(path))
+        for room in rooms:
+            assert {name.split(".")[1] for name in own_imports(Path(f"benchmark/{room}.py"))} <= {"benchmark"}
+
+
+@each_file
+def test_only_the_backend_names_cupy_in_its_code(path: Path) -> None:
+    if path.as_posix() != "backend.py":
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        assert "cupy" not in names | {name.split(".")[0] for name in imports(path)}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parts[0] == "ops"], ids=str)
+def test_operations_do_not_know_each_other(path: Path) -> None:
+    assert [name for name in own_imports(path) if room(name) == "ops"] == []
+
+
+def test_every_forward_of_an_operation_has_its_backward_in_the_same_file() -> None:
+    for path in (ROOT / "ops").glob("*.py"):
+        if path.stem != "__init__":
+            functions = {
+                node.name for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.FunctionDef)
+            }
+            assert {path.stem, f"{path.stem}_backward"} <= functions

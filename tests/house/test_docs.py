@@ -1,0 +1,223 @@
+"""The pages of docs/ keep their word: links lead somewhere, and each equation has its function and its property."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import mutation
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+TABLE = DOCS / "README.md"
+PAGES = [*sorted(DOCS.glob("*.md")), *filter(Path.is_file, (ROOT / "README.md", ROOT / "weights" / "README.md"))]
+MATHEMATICS = [
+    ROOT / "minilora" / name
+    for name in (
+        "lora.py", "model/block.py", "model/model.py",
+        "training/optimizers.py", "training/schedules.py", "training/step.py",
+    )
+] + sorted((ROOT / "minilora" / "ops").glob("*.py"))  # fmt: skip
+NAMING = MATHEMATICS + [
+    ROOT / "minilora" / name for name in ("model/sites.py", "model/generation.py", "training/evaluation.py")
+]  # whose docstrings name their equations
+
+LINK = re.compile(r"\[([^\]]+)\]\(([^()\s]+)\)")
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+class Row(NamedTuple):
+    """A row of the table of equations: links as pairs of a text and a file."""
+
+    equation: str
+    page: Path
+    functions: list[tuple[str, Path]]
+    tests: list[tuple[str, Path]]
+
+
+def table() -> Iterator[Row]:
+    for line in TABLE.read_text(encoding="utf-8").splitlines():
+        if re.match(r"\| \[[A-Z]\d+\]", line):
+            equation, _, functions, tests = line.strip("| ").split(" | ")
+            ((number, target),) = LINK.findall(equation)
+            yield Row(number, file_of(TABLE, target), links(functions), links(tests))
+
+
+def links(cell: str) -> list[tuple[str, Path]]:
+    return [(text.strip("`"), file_of(TABLE, target)) for text, target in LINK.findall(cell)]
+
+
+def file_of(page: Path, target: str) -> Path:
+    """The file that a link leads to, seen from its page."""
+    name = target.partition("#")[0]
+    return (page.parent / name).resolve() if name else page
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks and without code."""
+    return re.sub(r"`[^`\n]*`", "code", re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S))
+
+
+def displayed(page: Path) -> list[str]:
+    """The page's displayed equations."""
+    return re.findall(r"^```math\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """Where a link into the page may lead: its headings, as GitHub turns them into anchors."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@cache
+def definitions(path: Path) -> frozenset[str]:
+    """The functions, classes and methods of a Python file: `lora`, `AdamW`, `AdamW.update`."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return frozenset(names)
+
+
+def public_mathematics(path: Path) -> set[str]:
+    """The public functions of a file, and its public classes that compute: those with methods, protocols apart."""
+    names = {name for name in definitions(path) if not re.search(r"(^|\.)_", name)}
+    protocols = set(re.findall(r"^class (\w+)\(Protocol\)", path.read_text(encoding="utf-8"), flags=re.M))
+    classes = {name.partition(".")[0] for name in names if "." in name}
+    functions = {name for name in names if "." not in name and not name[0].isupper()}
+    return functions | (classes - protocols)
+
+
+def equations_named(path: Path) -> dict[str, set[str]]:
+    """The equations that the docstrings of a function, or of a class and its methods, say they compute."""
+    named: dict[str, set[str]] = {}
+    for definition in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(definition, ast.FunctionDef | ast.ClassDef):
+            for node in ast.walk(definition):
+                if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                    for numbers in re.findall(r"\(docs: (.*?)\)", ast.get_docstring(node) or ""):
+                        named.setdefault(definition.name, set()).update(numbers.split(", "))
+    return named
+
+
+# --- Links ---
+
+
+@each_page
+def test_every_link_leads_to_a_file_and_to_a_heading_in_it(page: Path) -> None:
+    broken = []
+    for _, target in LINK.findall(prose(page)):
+        if re.match(r"https?://", target):
+            continue
+        path, (_, _, anchor) = file_of(page, target), target.partition("#")
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            broken.append(target)
+    assert not broken
+
+
+def test_every_page_is_linked_from_the_first_one() -> None:
+    linked = {file_of(TABLE, target) for _, target in LINK.findall(prose(TABLE))}
+    assert set(DOCS.glob("*.md")) - {TABLE} <= linked
+
+
+def test_every_test_file_is_in_the_order_of_reading() -> None:
+    page = DOCS / "testing.md"
+    linked = {file_of(page, target) for _, target in LINK.findall(prose(page))}
+    assert set((ROOT / "tests").glob("test_*.py")) <= linked
+
+
+# --- The table of equations ---
+
+
+def test_every_equation_has_one_number_one_row_and_every_row_its_equation() -> None:
+    numbered = [
+        (number, page) for page in PAGES for block in displayed(page) for number in re.findall(r"\\tag\{(.*?)\}", block)
+    ]
+    assert len({number for number, _ in numbered}) == len(numbered), "a number is given twice"
+    rows = [(row.equation, row.page) for row in table()]
+    assert sorted(rows) == sorted(numbered)
+
+
+def test_every_number_mentioned_is_that_of_an_equation() -> None:
+    known = {row.equation for row in table()}
+    mentioned = {number for page in PAGES for number in re.findall(r"\(([LOMTC]\d+)\)", prose(page))}
+    assert mentioned <= known
+
+
+def test_every_function_in_the_table_exists() -> None:
+    missing = [name for row in table() for name, path in row.functions if name not in definitions(path)]
+    assert not missing
+    assert all(row.functions for row in table())
+
+
+def test_every_property_in_the_table_is_a_test() -> None:
+    missing = [
+        statement
+        for row in table()
+        for statement, path in row.tests
+        if f"test_{statement.replace(' ', '_')}" not in definitions(path)
+    ]
+    assert not missing
+    assert all(row.tests for row in table())
+
+
+@pytest.mark.parametrize("path", MATHEMATICS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_public_function_of_the_mathematics_has_a_row(path: Path) -> None:
+    rows = {(name.partition(".")[0], file) for row in table() for name, file in row.functions}
+    assert {name for name in public_mathematics(path) if (name, path) not in rows} == set()
+
+
+@pytest.mark.parametrize("path", NAMING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_name_the_equations_that_the_table_gives_their_function(path: Path) -> None:
+    """As "(docs: L3)". Those of a method may stand in the docstring of its class."""
+    in_table: dict[str, set[str]] = {}
+    for row in table():
+        for name, file in row.functions:
+            if file == path:
+                in_table.setdefault(name.partition(".")[0], set()).add(row.equation)
+    assert equations_named(path) == in_table
+
+
+# --- The list of explained mutants ---
+
+
+def test_every_explained_mutant_is_of_a_line_that_is_there() -> None:
+    for mutant in mutation.explained():
+        parts = mutant.function.split(".")
+        files = [ROOT.joinpath(*parts[:n]).with_suffix(".py") for n in range(1, len(parts))]
+        (file,) = filter(Path.is_file, files)
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        assert set(mutant.before) <= set(lines), mutant
+
+
+# --- What GitHub renders ---
+
+
+@each_page
+def test_displayed_mathematics_is_balanced(page: Path) -> None:
+    for block in displayed(page):
+        bare = re.sub(r"\\[{}]", "", block)
+        assert bare.count("{") == bare.count("}"), block
+        assert re.findall(r"\\begin\{(\w+)\}", block) == re.findall(r"\\end\{(\w+)\}", block)[::-1], block
+        assert len(re.findall(r"\\Bigl|\\bigl", block)) == len(re.findall(r"\\Bigr|\\bigr", block)), block
+
+
+@each_page
+def test_inline_mathematics_is_closed_on_its_line_and_survives_markdown(page: Path) -> None:
+    """A dollar opens after a space or a bracket and closes before a space or punctuation. Between them, Markdown would
+    swallow a backslash before punctuation, and take asterisks for emphasis."""
+    for line in prose(page).splitlines():
+        dollars = line.count("$")
+        assert dollars % 2 == 0, line
+        well_formed = re.findall(r"(?<![^\s(*])\$([^$\s](?:[^$]*[^$\s])?)\$(?![^\s.,;:)?])", line)
+        assert 2 * len(well_formed) == dollars, line
+        for formula in well_formed:
+            assert not re.search(r"\\[^a-zA-Z]|\*|<", formula), formula
+            assert formula.count("{") == formula.count("}"), formula

@@ -1,0 +1,182 @@
+"""Evaluation: what drift and exact match count, and what they do not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.strategies import TINY, VOCAB, batches, configs, random_weights, seeds
+
+from minilora.data.batches import Batch
+from minilora.model.base import base_model
+from minilora.model.config import Config
+from minilora.model.model import Model, forward
+from minilora.model.names import HEAD
+from minilora.runs.evaluation import can_be_matched, drift, exact_match, outside_text
+
+few = settings(max_examples=40)
+
+
+def model_of(config: Config, seed: int) -> Model:
+    return base_model(config, random_weights(config, seed), np.float64)
+
+
+def next_token_probabilities(model: Model, batch: Batch) -> np.ndarray:
+    """(N, V), by the definition of softmax."""
+    hidden, _, _ = forward(model, batch.tokens, batch.positions, batch.segments)
+    e = np.exp(model.sites[HEAD].forward(hidden)[0])
+    return np.asarray(e / e.sum(axis=-1, keepdims=True))
+
+
+# --- Drift: KL(base ‖ adapted) of the next token, as a mean over tokens ---
+
+
+@few
+@given(configs(), st.lists(batches(), min_size=1, max_size=2), seeds)
+def test_drift_is_the_mean_over_tokens_of_the_divergence_of_the_adapted_distribution_from_the_base(
+    config: Config, drawn: list[Batch], seed: int
+) -> None:
+    """Token by token, Σ p log(p/q) with p the base's distribution. Labels play no part; padding is no token."""
+    base, adapted = model_of(config, seed), model_of(config, seed + 1)
+    divergences = []
+    for batch in drawn:
+        p, q = next_token_probabilities(base, batch), next_token_probabilities(adapted, batch)
+        for n, segment in enumerate(batch.segments.ravel()):
+            if segment > 0:
+                divergences.append(sum(p[n, v] * math.log(p[n, v] / q[n, v]) for v in range(VOCAB)))
+    assert drift(base, adapted, drawn) == pytest.approx(sum(divergences) / len(divergences), rel=1e-10)
+
+
+@few
+@given(configs(), batches(), seeds)
+def test_drift_is_never_negative_and_zero_from_a_model_to_itself(config: Config, batch: Batch, seed: int) -> None:
+    base = model_of(config, seed)
+    assert drift(base, base, [batch]) == 0
+    assert drift(base, model_of(config, seed), [batch]) == 0
+    assert drift(base, model_of(config, seed + 1), [batch]) > 0
+
+
+def test_drift_has_a_direction_from_the_base_to_the_adapted_model() -> None:
+    batch = Batch(*(np.array([[1, 2, 3]]) for _ in range(3)), segments=np.ones((1, 3), np.int64))
+    base, adapted = model_of(TINY, 0), model_of(TINY, 1)
+    p, q = next_token_probabilities(base, batch), next_token_probabilities(adapted, batch)
+    forwards, backwards = (p * np.log(p / q)).sum() / 3, (q * np.log(q / p)).sum() / 3
+    assert drift(base, adapted, [batch]) == pytest.approx(forwards, rel=1e-10)
+    assert drift(adapted, base, [batch]) == pytest.approx(backwards, rel=1e-10)
+    assert abs(forwards - backwards) > 1e-3 * forwards
+
+
+@few
+@given(configs(), batches(), st.integers(1, 4), st.integers(0, VOCAB - 1), seeds)
+def test_padding_does_not_count_as_drift(config: Config, batch: Batch, extra: int, pad_id: int, seed: int) -> None:
+    base, adapted = model_of(config, seed), model_of(config, seed + 1)
+    fillers = {"tokens": pad_id, "labels": -100, "positions": 0, "segments": 0}
+    padded = Batch(
+        **{
+            name: np.pad(array, ((0, 0), (0, extra)), constant_values=fillers[name])
+            for name, array in batch._asdict().items()
+        }
+    )
+    assert drift(base, adapted, [padded]) == pytest.approx(drift(base, adapted, [batch]), rel=1e-10)
+
+
+@few
+@given(configs(), batches(), st.integers(1, 5), seeds)
+def test_the_drift_in_chunks_is_the_drift_at_once(config: Config, batch: Batch, chunk: int, seed: int) -> None:
+    base, adapted = model_of(config, seed), model_of(config, seed + 1)
+    at_once = drift(base, adapted, [batch], chunk=10**6)
+    assert drift(base, adapted, [batch], chunk) == pytest.approx(at_once, rel=1e-12)
+
+
+def test_a_drift_without_bounds_is_finite_for_logits_of_any_size() -> None:
+    """Where a probability rounds to 0, its logarithm is still finite, because it is never taken of the probability."""
+    weights = random_weights(TINY, 0)
+    weights["model.norm.weight"] = 1e4 * weights["model.norm.weight"]
+    extreme = base_model(TINY, weights, np.float64)
+    batch = Batch(*(np.array([[1, 2, 3]]) for _ in range(3)), segments=np.ones((1, 3), np.int64))
+    assert 0 < drift(model_of(TINY, 1), extreme, [batch]) < math.inf
+
+
+# --- Exact match ---
+
+
+def rows_of(completions: Sequence[str]) -> list[dict[str, Any]]:
+    return [{"prompt": "?", "completion": completion} for completion in completions]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a", "ab", "B a"]), st.booleans()), min_size=1))
+def test_exact_match_is_the_share_of_answers_equal_to_their_completion(drawn: list[tuple[str, bool]]) -> None:
+    completions = [completion for completion, _ in drawn]
+    found = [completion if right else completion + "!" for completion, right in drawn]
+    assert exact_match(found, rows_of(completions)) == sum(right for _, right in drawn) / len(drawn)
+
+
+def test_exact_match_passes_over_white_space_at_the_ends_and_nothing_else() -> None:
+    assert exact_match([" a b\n"], rows_of(["a b "])) == 1
+    for other in ("a  b", "A b", "a b.", "a", ""):
+        assert exact_match([other], rows_of(["a b"])) == 0
+
+
+def test_exact_match_wants_one_answer_for_each_row() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        exact_match(["a"], rows_of(["a", "b"]))
+
+
+def test_only_rows_with_a_prompt_and_one_completion_in_words_can_be_matched() -> None:
+    assert can_be_matched(rows_of(["a", "b"]))
+    for rows in (
+        [],
+        [{"prompt": "a"}],
+        [{"completion": "a"}],
+        [{"messages": []}],
+        [{"prompt": "a", "completion": [1]}],
+    ):
+        assert not can_be_matched(rows)
+    assert not can_be_matched([*rows_of(["a"]), {"text": "b"}])
+
+
+# --- Text outside the task ---
+
+
+class Letters:
+    """A tokenizer whose tokens are the numbers of characters."""
+
+    pad_id = 0
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def with_bos(self, ids: Sequence[int]) -> list[int]:
+        return [1, *ids]
+
+
+@given(texts=st.integers(1, 40), length=st.integers(2, 200))
+@settings(max_examples=10)
+def test_outside_text_is_the_beginnings_of_as_many_texts_as_asked_for_and_the_same_each_time(
+    texts: int, length: int
+) -> None:
+    tokenizer: Any = Letters()
+    (batch,) = outside_text(tokenizer, texts, length)
+    (again,) = outside_text(tokenizer, texts, length)
+    assert all(np.array_equal(one, other) for one, other in zip(batch, again, strict=True))
+    assert batch.tokens.shape[0] == texts
+    assert batch.tokens.shape[1] <= length
+    assert (batch.tokens[:, 0] == 1).all()
+    real = batch.segments > 0
+    assert (batch.tokens[~real] == tokenizer.pad_id).all()
+    assert real[:, :2].all()
+    written = {"".join(map(chr, row[1:][here[1:]])) for row, here in zip(batch.tokens, real, strict=True)}
+    assert length < 30 or len(written) == texts, "the texts are different ones"
+
+
+def test_outside_text_reads_as_english() -> None:
+    tokenizer: Any = Letters()
+    (batch,) = outside_text(tokenizer)
+    text = "".join(map(chr, batch.tokens[batch.segments > 0]))
+    assert batch.tokens.shape == (16, 128)
+    assert all(f" {word} " in text for word in ("the", "a", "of", "is"))

@@ -1,0 +1,128 @@
+"""A frozen weight: never written to, and the same numbers however it is stored."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.strategies import TINY, configs, normal, random_weights, seeds, sizes
+
+from minilora.backend import narrow, widen
+from minilora.frozen.weight import DenseWeight, FrozenWeight, StoredWeight
+from minilora.model.base import FROZEN, base_model
+from minilora.model.config import Config
+from minilora.model.names import EMBED
+
+HALVES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+in_halves = pytest.mark.parametrize("half", HALVES)
+
+
+def stored(half: str, W: np.ndarray, dtype: Any) -> StoredWeight:
+    array = W.astype(HALVES[half])
+    return StoredWeight(narrow(array) if half == "bfloat16" else array, dtype)
+
+
+@in_halves
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@given(seed=seeds, n=sizes, inner=sizes, outer=sizes)
+def test_a_weight_stored_in_16_bits_gives_the_very_bytes_of_the_widened_one(
+    half: str, dtype: Any, seed: int, n: int, inner: int, outer: int
+) -> None:
+    W = normal(seed, outer, inner)
+    narrow_weight = stored(half, W, dtype)
+    wide_weight = DenseWeight(W.astype(HALVES[half]).astype(dtype))
+    x, dy = normal(seed, n, inner, stream=1).astype(dtype), normal(seed, n, outer, stream=2).astype(dtype)
+    index = np.random.default_rng(seed).integers(0, outer, n)
+
+    def everything(weight: FrozenWeight) -> list[np.ndarray]:
+        return [weight.forward(x), weight.backward(dy), weight.rows(index), weight.dense()]
+
+    for one, other in zip(everything(narrow_weight), everything(wide_weight), strict=True):
+        assert one.dtype == other.dtype == dtype
+        assert one.tobytes() == other.tobytes()
+    assert narrow_weight.shape == wide_weight.shape == (outer, inner)
+
+
+@in_halves
+@given(seed=seeds, n=sizes, inner=sizes, outer=sizes, at_once=st.integers(1, 8), part=st.sampled_from([0, 1j]))
+def test_a_weight_widened_in_slices_gives_the_same_products(
+    half: str, seed: int, n: int, inner: int, outer: int, at_once: int, part: complex
+) -> None:
+    W = normal(seed, outer, inner)
+    x, dy = normal(seed, n, inner, stream=1) * (1 + part), normal(seed, n, outer, stream=2) * (1 + part)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minilora.frozen.weight.WIDENED_AT_ONCE", at_once)
+        weight = stored(half, W, np.float64)
+    assert len(weight.slices) == -(-outer // max(1, at_once // inner))
+    wide = DenseWeight(W.astype(HALVES[half]).astype(np.float64))
+    np.testing.assert_allclose(weight.forward(x), wide.forward(x), atol=1e-12)
+    np.testing.assert_allclose(weight.backward(dy), wide.backward(dy), atol=1e-12)
+
+
+@pytest.mark.parametrize("out", [64, 192, 256, 100, 300])
+@pytest.mark.parametrize("cached", [0, 2**18])
+@pytest.mark.parametrize("n", [1, 2, 8, 9, 32, 33])
+def test_however_many_rows_go_in_however_large_pieces_the_product_is_the_same(
+    n: int, cached: int, out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W with slices of 128 rows, and pieces of 64 within them."""
+    monkeypatch.setattr("minilora.ops.linear.CACHED", cached)
+    monkeypatch.setattr("minilora.frozen.weight.WIDENED_AT_ONCE", 150 * 8)
+    W, x = normal(0, out, 8), normal(1, n, 8)
+    weight = stored("bfloat16", W, np.float64)
+    assert [some.stop - some.start for some in weight.slices] == [128] * math.ceil(out / 128)
+    y = weight.forward(x)
+    np.testing.assert_allclose(y, x @ W.astype(ml_dtypes.bfloat16).astype(np.float64).T, atol=1e-12)
+    assert y.flags.c_contiguous
+    np.testing.assert_allclose(DenseWeight(W).forward(x), x @ W.T, atol=1e-12)
+
+
+@given(seeds, sizes, sizes, sizes)
+def test_a_frozen_weight_multiplies_by_its_transpose_forwards_and_by_itself_backwards(
+    seed: int, n: int, inner: int, outer: int
+) -> None:
+    W, x, dy = normal(seed, outer, inner), normal(seed, n, inner, stream=1), normal(seed, n, outer, stream=2)
+    weight = DenseWeight(W)
+    np.testing.assert_allclose(weight.forward(x), np.einsum("ni,oi->no", x, W), atol=1e-12)
+    np.testing.assert_allclose(weight.backward(dy), np.einsum("no,oi->ni", dy, W), atol=1e-12)
+
+
+def test_writing_to_a_frozen_weight_raises() -> None:
+    for weight in (DenseWeight(np.ones((2, 3))), stored("bfloat16", np.ones((2, 3)), np.float32)):
+        with pytest.raises(ValueError, match="read-only"):
+            weight.W[0, 0] = 0
+    with pytest.raises(ValueError, match="read-only"):
+        DenseWeight(np.ones((2, 3))).dense()[...] = 0
+
+
+@given(configs(), st.sampled_from(FROZEN), seeds)
+def test_every_array_of_a_base_model_refuses_to_be_written_to(config: Config, frozen: str, seed: int) -> None:
+    weights = {name: w.astype(np.float16) for name, w in random_weights(config, seed).items()}
+    model = base_model(config, weights, np.float32, frozen)
+    writable = []
+    for name, site in model.sites.items():
+        held = {**vars(site), **(vars(site.weight) if hasattr(site, "weight") else {})}
+        writable += [f"{name}: {key}" for key, a in held.items() if isinstance(a, np.ndarray) and a.flags.writeable]
+    assert writable == []
+
+
+def test_nothing_goes_backwards_into_a_frozen_embedding() -> None:
+    """Tokens have no gradient, and a frozen E is not asked for one: who asks has made a mistake."""
+    embedding = base_model(TINY, random_weights(TINY, 0), np.float64).sites[EMBED]
+    with pytest.raises(AssertionError, match=r"^the backward stops above a frozen embedding$"):
+        embedding.backward(np.zeros((1, TINY.hidden_size)), None)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_widening_is_exact_for_every_bfloat16_there_is(dtype: Any) -> None:
+    every = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16)
+    with np.errstate(invalid="ignore"):  # some of them are signalling NaNs
+        wide, expected = widen(narrow(every), dtype), every.astype(dtype)
+    assert wide.dtype == dtype
+    np.testing.assert_array_equal(wide, expected)
+    np.testing.assert_array_equal(np.signbit(wide), np.signbit(every))

@@ -1,0 +1,272 @@
+"""Mixed precision: products in 16 bits are what rounding makes of exact ones, and no gradient is lost on its way."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.strategies import TINY, batches, normal, random_weights, seeds, sizes
+
+from minilora import backend
+from minilora.data.batches import Batch, collate
+from minilora.data.examples import Example
+from minilora.frozen.half import HALVES, HalfWeight, half_product
+from minilora.frozen.weight import DenseWeight
+from minilora.methods.lora import LoRA
+from minilora.model.base import FROZEN, base_model
+from minilora.model.model import Model
+from minilora.model.names import HEAD, layer_module
+from minilora.runs.metrics import read_metrics
+from minilora.runs.run import prepare
+from minilora.runs.settings import Settings, read_settings
+from minilora.train import main
+from minilora.training.loss_scale import FIRST, GROWS_AFTER, LARGEST, LEAST, LossScale
+from minilora.training.optimizers import global_norm
+from minilora.training.step import loss_and_gradients
+
+in_halves = pytest.mark.parametrize("half", HALVES)
+EPS = {"bf16": 2.0**-8, "fp16": 2.0**-11}  # half of a unit in the last place, relative
+CONFIG = replace(TINY, hidden_size=32, head_dim=16, intermediate_size=48)
+
+
+def rounded(x: np.ndarray, half: str) -> np.ndarray:
+    return x.astype(HALVES[half]).astype(np.float64)
+
+
+def adapted(mixed_precision: str, frozen: str = "stored", seed: int = 0) -> Model:
+    weights = {name: w.astype(ml_dtypes.bfloat16) for name, w in random_weights(CONFIG, seed).items()}
+    base = base_model(CONFIG, weights, np.float32, frozen, mixed_precision)
+    method, rng = LoRA(2, target_modules=("all-linear",)), np.random.default_rng(seed)
+    adapter = {name: rng.normal(0, 0.1, p.shape).astype(np.float32) for name, p in method.start(base, rng).items()}
+    return method.attach(base, adapter)
+
+
+# --- Products ---
+
+
+@in_halves
+@given(seed=seeds, n=sizes, inner=st.integers(1, 40), outer=sizes)
+def test_a_product_in_16_bits_is_the_exact_product_of_rounded_factors_rounded(
+    half: str, seed: int, n: int, inner: int, outer: int
+) -> None:
+    a, b = normal(seed, n, inner).astype(np.float32), normal(seed, inner, outer, stream=1).astype(HALVES[half])
+    product = half_product(a, b, HALVES[half])
+    exact = rounded(a, half) @ b.astype(np.float64)
+    assert product.dtype == np.float32
+    np.testing.assert_array_equal(product, rounded(product, half))
+    sums = abs(rounded(a, half)) @ abs(b.astype(np.float64))  # float32's own rounding is in proportion to these
+    assert (abs(product - exact) <= EPS[half] * abs(exact) + 1e-5 * sums).all()
+
+
+@in_halves
+@given(seed=seeds, n=sizes, inner=sizes, outer=sizes)
+def test_on_small_whole_numbers_products_in_16_bits_are_exact_both_ways(
+    half: str, seed: int, n: int, inner: int, outer: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    x, dy, W = (rng.integers(-3, 4, shape).astype(np.float32) for shape in ((n, inner), (n, outer), (outer, inner)))
+    weight = HalfWeight(DenseWeight(W.astype(HALVES[half])), HALVES[half])
+    np.testing.assert_array_equal(weight.forward(x), x @ W.T)
+    np.testing.assert_array_equal(weight.backward(dy), dy @ W)
+    np.testing.assert_array_equal(weight.rows(np.zeros(n, int)), W[np.zeros(n, int)])
+    np.testing.assert_array_equal(weight.dense(), W)
+    assert weight.shape == W.shape and weight.dense().dtype == weight.rows(np.array([0])).dtype == np.float32
+
+
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+@given(seed=seeds, n=sizes, inner=sizes, outer=sizes)
+def test_products_in_16_bits_are_those_of_pytorchs_autocast(
+    half: str, seed: int, n: int, inner: int, outer: int
+) -> None:
+    torch = pytest.importorskip("torch")
+    x, W = normal(seed, n, inner).astype(np.float32), normal(seed, outer, inner, stream=1).astype(np.float32)
+    dy = rounded(normal(seed, n, outer, stream=2), half).astype(np.float32)
+    weight = HalfWeight(DenseWeight(W.astype(HALVES[half])), HALVES[half])
+    theirs = torch.tensor(x, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16 if half == "bf16" else torch.float16):
+        y = torch.nn.functional.linear(theirs, torch.tensor(W))
+    y.backward(torch.tensor(dy).to(y.dtype))
+    near = {"rtol": 2 * EPS[half], "atol": 4 * EPS[half]}  # the same sums in another order may round the other way
+    np.testing.assert_allclose(weight.forward(x), y.detach().float().numpy(), **near)
+    np.testing.assert_allclose(weight.backward(dy), theirs.grad.float().numpy(), **near)
+
+
+def test_what_is_too_large_for_float16_is_infinite_without_a_warning() -> None:
+    with np.errstate(all="raise"):
+        assert np.isinf(half_product(np.full((1, 1), 1e5, np.float32), np.ones((1, 1), np.float16), np.float16)).all()
+
+
+# --- Models ---
+
+
+@in_halves
+def test_however_matrices_are_held_they_take_16_bits_and_give_the_same_bytes(half: str) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, CONFIG.hidden_size)).astype(np.float32)
+    found = []
+    for frozen in ("widened", "stored", "offloaded"):
+        weight: Any = base_model(CONFIG, random_weights(CONFIG, 0), np.float32, frozen, half).sites[HEAD].weight
+        assert weight.weight.W.dtype == HALVES[half] and not weight.weight.W.flags.writeable
+        found.append(weight.forward(x).tobytes())
+    assert found[0] == found[1] == found[2]
+
+
+@in_halves
+def test_weights_in_4_bits_are_multiplied_in_16(half: str) -> None:
+    """As QLoRA does with its compute dtype."""
+    model = base_model(CONFIG, random_weights(CONFIG, 0), np.float32, "nf4", half)
+    plain = base_model(CONFIG, random_weights(CONFIG, 0), np.float32, "nf4")
+    module = layer_module(0, "q")
+    x = normal(0, 3, CONFIG.hidden_size).astype(np.float32)
+    W = plain.sites[module].weight.dense().astype(HALVES[half])  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(model.sites[module].weight.forward(x), half_product(x, W.T, HALVES[half]))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize(("half", "within"), [("bf16", 0.05), ("fp16", 0.01)])
+@given(batch=batches(), seed=st.integers(0, 20))
+def test_loss_and_gradients_in_16_bits_are_nearly_those_in_32(
+    frozen: str, half: str, within: float, batch: Batch, seed: int
+) -> None:
+    loss, gradients = loss_and_gradients(adapted("no", frozen, seed), [batch])
+    in_half = adapted(half, frozen, seed)
+    near, rough, _ = LossScale(FIRST).gradients(lambda scale: loss_and_gradients(in_half, [batch], loss_scale=scale))
+    assert near == pytest.approx(loss, rel=within)
+    length = math.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
+    apart = math.sqrt(sum(float(((g - rough[name]) ** 2).sum()) for name, g in gradients.items()))
+    assert apart < within * length
+    assert all(gradient.dtype == np.float32 for gradient in rough.values())
+
+
+def test_an_array_module_without_bfloat16_is_told_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minilora.model.base.knows", lambda dtype: False)
+    with pytest.raises(RuntimeError, match=r"this CuPy has no bf16: install CuPy 14 with CUDA 12\.2, or later"):
+        base_model(CONFIG, random_weights(CONFIG, 0), np.float32, "stored", "bf16")
+
+
+def test_a_module_knows_the_numbers_that_it_can_make_arrays_of() -> None:
+    class Old:
+        """It makes such arrays, and cannot multiply them."""
+
+        class ones(np.ndarray):
+            def __new__(cls, shape: tuple[int, int], dtype: Any) -> Any:
+                return np.ones(shape, dtype).view(cls)
+
+            def __matmul__(self, other: Any) -> Any:
+                raise RuntimeError("no kernel for these")
+
+    assert all(backend.knows(half) for half in HALVES.values())
+    previous = backend.use_module(Old())
+    try:
+        assert not backend.knows(ml_dtypes.bfloat16)
+    finally:
+        backend.use_module(previous)
+
+
+# --- The loss scale ---
+
+
+@given(batch=batches(), power=st.integers(1, 24))
+def test_in_float32_a_power_of_two_on_the_way_changes_no_byte_of_a_gradient(batch: Batch, power: int) -> None:
+    model = adapted("no")
+    loss, gradients = loss_and_gradients(model, [batch])
+    same, scaled = loss_and_gradients(model, [batch], loss_scale=2.0**power)
+    assert loss == same
+    for name, gradient in gradients.items():
+        np.testing.assert_array_equal(scaled[name], gradient)
+
+
+def test_a_gradient_too_small_for_float16_arrives_with_a_scale_and_is_lost_without() -> None:
+    weight = HalfWeight(DenseWeight(np.eye(4, dtype=np.float16)), np.float16)
+    dy = np.full((1, 4), 1e-8, np.float32)
+    assert not weight.backward(dy).any()
+    np.testing.assert_allclose(weight.backward(dy * np.float32(FIRST)) / FIRST, dy, rtol=2e-3)
+
+
+def overflowing(above: float, calls: list[float]) -> Any:
+    """A step whose gradient is infinite where the scale is larger."""
+
+    def compute(scale: float) -> tuple[float, dict[str, np.ndarray]]:
+        calls.append(scale)
+        return 1.0, {"A": np.array([math.inf if scale > above else 3.0])}
+
+    return compute
+
+
+def test_a_real_overflow_is_mended_without_a_warning() -> None:
+    model = adapted("fp16")
+    batch = collate([[Example([1, 2, 3], [True, True, True])]], 0)
+    scale = LossScale(2.0**30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, _, norm = scale.gradients(lambda S: loss_and_gradients(model, [batch], loss_scale=S))
+    _, plain = loss_and_gradients(adapted("no"), [batch])
+    assert 2 < scale.value < 2.0**30 and norm == pytest.approx(global_norm(plain), rel=0.01)
+
+
+@given(power=st.integers(1, 16))
+def test_a_step_that_overflows_is_computed_again_with_half_of_the_scale(power: int) -> None:
+    scale, calls = LossScale(FIRST, steps=7), []
+    assert scale.gradients(overflowing(2.0**power, calls))[0::2] == (1.0, 3.0)
+    assert calls == [2.0**p for p in range(16, power - 1, -1)]
+    assert scale == LossScale(2.0**power, 8 if power == 16 else 1)
+
+
+def test_what_no_scale_mends_is_handed_on() -> None:
+    """The loop then says that training has diverged."""
+    calls: list[float] = []
+    scale = LossScale(4.0)
+    assert scale.gradients(overflowing(0, calls))[2] == math.inf
+    assert calls == [4, 2]
+    nan = LossScale(4.0)
+    loss, _, _ = nan.gradients(lambda scale: (math.nan, {"A": np.array([math.nan])}))
+    assert math.isnan(loss) and nan.value == 4
+
+
+def test_the_scale_doubles_when_nothing_has_overflowed_for_long_and_1_stays() -> None:
+    for before, after in ((2.0**10, 2.0**11), (LEAST, 2 * LEAST), (LARGEST, LARGEST), (1.0, 1.0)):
+        scale = LossScale(before)
+        for _ in range(GROWS_AFTER):
+            scale.gradients(overflowing(math.inf, []))
+        assert scale.value == before
+        scale.gradients(overflowing(math.inf, []))
+        assert scale.value == after
+
+
+# --- The flag ---
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"mixed_precision": "fp8"}, "--mixed-precision 'fp8': choose no, bf16, fp16"),
+        ({"mixed_precision": "bf16", "method": "full"}, "--method full has none"),
+        ({"mixed_precision": "bf16", "method": "random"}, "--method random has none"),
+        ({"mixed_precision": "bf16", "dtype": "float64"}, "goes with --dtype float32, not float64"),
+    ],
+)
+def test_settings_that_make_no_sense_name_the_flag(wrong: dict[str, str], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Settings(**wrong).check()
+
+
+def test_a_run_in_float16_has_a_loss_scale_and_goes_on_with_it_when_resumed(tmp_path: Path) -> None:
+    flags = ["--steps", "2", "--batch-size", "2", "--eval-rows", "0", "--fp16", "--out", str(tmp_path)]
+    assert main(flags) == 0
+    assert [line["loss_scale"] for line in read_metrics(tmp_path) if "loss" in line] == [FIRST, FIRST]
+    run = prepare(read_settings(tmp_path), tmp_path)
+    run.state.load(tmp_path)
+    assert run.state.loss_scale == LossScale(FIRST, 2)
+    run.state.loss_scale = LossScale(8.0, 3)
+    run.state.save(tmp_path)
+    run.state.loss_scale = LossScale()
+    run.state.load(tmp_path)
+    assert run.state.loss_scale == LossScale(8.0, 3)

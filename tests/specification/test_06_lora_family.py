@@ -1,0 +1,491 @@
+"""Variants of LoRA: other starts (orthogonal, PiSSA), another scale (rsLoRA), another rate for B (LoRA+)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+from support.complex_step import check_backward
+from support.strategies import TINY, batches, configs, normal, random_weights, seeds, sizes, targets
+from test_10_model import logits_of
+from test_commands import CONFIG, PAIRS, TEXTS, good, run, write_rows
+
+from minilora.data.batches import Batch
+from minilora.data.train_tokenizer import train_tokenizer
+from minilora.formats.adapters import load_adapter, write_method
+from minilora.formats.checkpoint import random_weights as checkpoint_weights
+from minilora.formats.checkpoint import write_checkpoint
+from minilora.formats.load import load_model
+from minilora.frozen.nf4 import NF4Weight
+from minilora.frozen.weight import DenseWeight
+from minilora.lora import delta, init_orthogonal, lora, lora_backward
+from minilora.methods.dora import DoRALinear
+from minilora.methods.lora import LoRA, LoRALinear
+from minilora.methods.pissa import Residual, as_change_of_W, init_pissa, residual
+from minilora.model.base import base_model
+from minilora.model.config import Config
+from minilora.model.model import Model
+from minilora.training.optimizers import OPTIMIZERS, SGD, AdamW, loraplus
+from minilora.training.schedules import learning_rate
+from minilora.training.step import loss_and_gradients
+
+ROUNDING: Any = {"rtol": 1e-11, "atol": 1e-11}
+Arrays = dict[str, np.ndarray]
+ADAPTER = "adapter_model.safetensors"
+scales = st.sampled_from([0.25, 1.0, 2.0])
+
+
+def trained(start: Arrays, seed: int) -> Arrays:
+    """As after some training: everything has moved from where it started."""
+    rng = np.random.default_rng([seed, 24])
+    return {name: p + 0.3 * rng.normal(size=p.shape) for name, p in start.items()}
+
+
+# The tiny models' smallest side is 2.
+pissas = st.builds(
+    LoRA,
+    rank=st.integers(1, 2),
+    alpha=st.sampled_from([1.0, 16.0]),
+    target_modules=targets,
+    init=st.just("pissa"),
+    rslora=st.booleans(),
+    rank_pattern=st.sampled_from([{}, {"q_proj": 1}]),
+    alpha_pattern=st.sampled_from([{}, {"layers.0.self_attn.v_proj": 3.0}]),
+    dora=st.booleans(),
+)
+orthogonals = st.builds(
+    LoRA,
+    rank=st.sampled_from([2, 4]),
+    alpha=st.sampled_from([1.0, 16.0]),
+    target_modules=targets,
+    init=st.just("orthogonal"),
+    rslora=st.booleans(),
+)
+
+
+# --- Orthogonal initialisation ---
+
+
+@given(sizes, sizes, sizes, seeds)
+def test_orthogonal_A_and_B_are_random_and_their_product_is_zero_but_for_rounding(
+    half: int, inner: int, outer: int, seed: int
+) -> None:
+    A, B = init_orthogonal(2 * half, (outer, inner), np.random.default_rng(seed), np.float64)
+    assert (A.shape, B.shape) == ((2 * half, inner), (outer, 2 * half))
+    assert np.abs(A).max() > 0 and np.abs(B).max() > 0
+    assert np.abs(B @ A).max() <= 1e-14 * 2 * half * np.abs(A).max() * np.abs(B).max()
+
+
+def test_orthogonal_A_and_B_have_the_spread_of_pefts() -> None:
+    """Each entry has the variance ½/10² on average."""
+    A, B = init_orthogonal(8, (400, 500), np.random.default_rng(0))
+    assert A.dtype == B.dtype == np.float32
+    for ours in (A, B):
+        assert np.square(ours).mean() == pytest.approx(0.005, rel=0.1)
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    options = peft.LoraConfig(r=8, init_lora_weights="orthogonal", target_modules=["q"])
+    layers = torch.nn.ModuleDict({"q": torch.nn.Linear(500, 400)})
+    theirs = peft.get_peft_model(layers, options).base_model.model["q"]
+    for matrix in (theirs.lora_A["default"].weight, theirs.lora_B["default"].weight):
+        assert np.square(matrix.detach().numpy()).mean() == pytest.approx(0.005, rel=0.1)
+
+
+def test_an_odd_rank_cannot_be_halved() -> None:
+    with pytest.raises(ValueError, match="orthogonal halves the rank, so every rank must be even"):
+        LoRA(3, init="orthogonal")
+    with pytest.raises(ValueError, match="even"):
+        LoRA(4, init="orthogonal", rank_pattern={"q_proj": 5})
+
+
+# --- PiSSA: the principal part ---
+
+
+class Site:
+    """A weight, its r largest singular values in A and B, and the rest."""
+
+    def __init__(self, inner: int, outer: int, rank: int, s: float, seed: int) -> None:
+        self.W, self.s, self.rank = normal(seed, outer, inner), s, min(rank, inner, outer)
+        self.x, self.dy = normal(seed, 3, inner, stream=1), normal(seed, 3, outer, stream=2)
+        self.A, self.B = init_pissa(DenseWeight(self.W), self.rank, s)
+        self.rest = residual(DenseWeight(self.W), self.rank, s)
+
+    def __repr__(self) -> str:
+        return f"Site(W {self.W.shape}, rank {self.rank}, s {self.s})"
+
+
+drawn_sites = st.builds(Site, sizes, sizes, sizes, scales, seeds)
+
+
+@given(drawn_sites)
+def test_the_principal_part_and_the_residual_add_up_to_W(site: Site) -> None:
+    np.testing.assert_allclose(site.rest.dense() + delta(site.A, site.B, site.s), site.W, **ROUNDING)
+
+
+@given(drawn_sites)
+def test_the_residual_is_what_the_largest_singular_values_leave_and_A_and_B_share_them_evenly(site: Site) -> None:
+    sigma = np.linalg.svd(site.W, compute_uv=False)
+    left = np.linalg.svd(site.rest.dense(), compute_uv=False)
+    np.testing.assert_allclose(left[: len(sigma) - site.rank], sigma[site.rank :], **ROUNDING)
+    np.testing.assert_allclose(left[len(sigma) - site.rank :], 0, atol=1e-11)
+    largest = np.diag(sigma[: site.rank]) / site.s
+    np.testing.assert_allclose(site.A @ site.A.T, largest, **ROUNDING)
+    np.testing.assert_allclose(site.B.T @ site.B, largest, **ROUNDING)
+
+
+@given(drawn_sites)
+def test_the_residual_multiplies_as_if_it_were_formed(site: Site) -> None:
+    formed = DenseWeight(site.rest.dense().copy())
+    np.testing.assert_allclose(site.rest.forward(site.x), formed.forward(site.x), **ROUNDING)
+    np.testing.assert_allclose(site.rest.backward(site.dy), formed.backward(site.dy), **ROUNDING)
+    index = np.array([0, 0, len(site.W) - 1])
+    np.testing.assert_allclose(site.rest.rows(index), formed.rows(index), **ROUNDING)
+    assert site.rest.shape == site.W.shape
+
+
+@given(drawn_sites, seeds)
+def test_the_backward_beside_a_residual_is_exact(site: Site, seed: int) -> None:
+    A, B = site.A + normal(seed, *site.A.shape), site.B + normal(seed, *site.B.shape, stream=1)
+    check_backward(
+        lambda x, A, B: lora(x, site.rest, A, B, site.s),
+        lambda dy, cache: lora_backward(dy, site.rest, A, B, site.s, cache),
+        {"x": site.x, "A": A, "B": B},
+        seed,
+    )
+
+
+@given(drawn_sites, seeds)
+def test_as_a_change_of_W_the_adapter_has_twice_the_rank_and_computes_the_same(site: Site, seed: int) -> None:
+    A, B = site.A + normal(seed, *site.A.shape), site.B + normal(seed, *site.B.shape, stream=1)
+    twice = as_change_of_W(A, B, site.rest)
+    assert len(twice[0]) == twice[1].shape[1] == 2 * site.rank
+    np.testing.assert_allclose(
+        site.W + delta(*twice, site.s), site.rest.dense() + delta(A, B, site.s), rtol=1e-10, atol=1e-10
+    )
+
+
+def test_peft_cuts_a_weight_in_the_same_two_parts() -> None:
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    layer = torch.nn.Linear(9, 7, bias=False)
+    W = layer.weight.detach().numpy().copy()
+    options = peft.LoraConfig(r=3, lora_alpha=6, init_lora_weights="pissa", target_modules=["q"])
+    theirs = peft.get_peft_model(torch.nn.ModuleDict({"q": layer}), options).base_model.model["q"]
+    A, B = (matrix["default"].weight.detach().numpy() for matrix in (theirs.lora_A, theirs.lora_B))
+    ours = residual(DenseWeight(W), 3, 2.0)
+    np.testing.assert_allclose(ours.dense(), theirs.base_layer.weight.detach().numpy(), atol=1e-6)
+    np.testing.assert_allclose(ours.B @ ours.A, B @ A, atol=1e-6)
+    np.testing.assert_allclose(np.abs(ours.A), np.abs(A), atol=1e-5)  # each pair of vectors up to its sign
+
+
+# --- Whole models ---
+
+
+@settings(max_examples=40)
+@given(configs(), st.one_of(pissas, orthogonals), batches(), seeds)
+def test_orthogonal_and_pissa_start_as_the_base_but_for_rounding(
+    config: Config, method: LoRA, batch: Batch, seed: int
+) -> None:
+    base = base_model(config, random_weights(config, seed), np.float64)
+    adapted = method.attach(base, method.start(base, np.random.default_rng(seed), np.float64))
+    expected = logits_of(base, batch)
+    np.testing.assert_allclose(logits_of(adapted, batch), expected, rtol=0, atol=1e-11 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "pissa"])
+def test_with_both_A_and_B_not_zero_both_move_in_the_first_step(init: str) -> None:
+    """With B = 0 the first gradient of A is zero: test_lora.py."""
+    base = base_model(TINY, random_weights(TINY, 0), np.float64)
+    method = LoRA(2, init=init, target_modules=("all-linear",))
+    trainable = method.start(base, np.random.default_rng(0), np.float64)
+    tokens = np.array([[1, 2, 3, 4]])
+    batch = Batch(tokens, np.roll(tokens, -1, axis=1), np.arange(4)[None], np.ones_like(tokens))
+    _, gradients = loss_and_gradients(method.attach(base, trainable), [batch])
+    assert gradients.keys() == trainable.keys()
+    assert all(np.abs(gradient).max() > 1e-9 for gradient in gradients.values())
+
+
+@settings(max_examples=30)
+@given(configs(), pissas, batches(), seeds)
+def test_pissa_trains_its_A_and_B_and_touches_neither_W_nor_the_residual(
+    config: Config, method: LoRA, batch: Batch, seed: int
+) -> None:
+    weights = random_weights(config, seed)
+    before = {name: array.copy() for name, array in weights.items()}
+    base = base_model(config, weights, np.float64)
+    trainable = method.start(base, np.random.default_rng(seed), np.float64)
+    model, optimizer = method.attach(base, trainable), SGD(trainable)
+    rests = [site.weight for site in model.sites.values() if isinstance(site, LoRALinear | DoRALinear)]
+    assert len(rests) == len(method.places(config))
+    assert all(isinstance(rest, Residual) and not rest.A.flags.writeable for rest in rests)
+    dense = [rest.dense() for rest in rests]
+    for _ in range(2):
+        _, gradients = loss_and_gradients(model, [batch])
+        optimizer.update(trainable, gradients, 0.1)
+    assert all(np.array_equal(rest.dense(), old) for rest, old in zip(rests, dense, strict=True))
+    assert all(np.array_equal(weights[name], array) for name, array in before.items())
+
+
+@settings(max_examples=30)
+@given(configs(), pissas, batches(), seeds)
+def test_the_saved_form_of_pissa_is_plain_lora_with_the_same_logits(
+    config: Config, method: LoRA, batch: Batch, seed: int
+) -> None:
+    base = base_model(config, random_weights(config, seed), np.float64)
+    trainable = trained(method.start(base, np.random.default_rng(seed), np.float64), seed)
+    adapted = method.attach(base, trainable)
+    plain, tensors = method.saved_form(adapted, trainable)
+    assert (plain.init, plain.rank) == ("kaiming", 2 * method.rank)
+    old, new = method.places(config), plain.places(config)
+    assert [place.scale for place in new.values()] == pytest.approx([place.scale for place in old.values()])
+    expected = logits_of(adapted, batch)
+    np.testing.assert_allclose(
+        logits_of(plain.attach(base, tensors), batch), expected, rtol=0, atol=1e-8 * max(1, np.abs(expected).max())
+    )
+
+
+def test_the_principal_part_is_the_same_whenever_it_is_computed_and_computed_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A resumed run computes it anew: what it trains beside must be what it was."""
+    method, svd, calls = LoRA(2, init="pissa"), np.linalg.svd, []
+    monkeypatch.setattr(np.linalg, "svd", lambda *args, **options: calls.append(1) or svd(*args, **options))
+
+    def start() -> tuple[Arrays, Model]:
+        base = base_model(TINY, {k: w.astype(np.float32) for k, w in random_weights(TINY, 0).items()})
+        trainable = method.start(base, np.random.default_rng(len(calls)))
+        return trainable, method.attach(base, trainable)
+
+    (first, model), (second, again) = start(), start()
+    assert len(calls) == 2 * len(method.places(TINY))
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    for module in method.places(TINY):
+        one, other = (m.sites[module].weight.dense() for m in (model, again))
+        assert one.dtype == np.float32 and np.array_equal(one, other)
+
+
+def test_pissa_leaves_a_four_bit_weight_in_four_bits() -> None:
+    weights = {name: array.astype(np.float32) for name, array in random_weights(TINY, 0).items()}
+    base = base_model(TINY, weights, frozen="nf4")
+    method = LoRA(2, init="pissa")
+    model = method.attach(base, method.start(base, np.random.default_rng(0)))
+    for module in method.places(TINY):
+        rest = model.sites[module].weight
+        assert isinstance(rest.W, NF4Weight) and rest.W is base.sites[module].weight
+
+
+def test_pissa_is_refused_where_it_cannot_be_meant(tmp_path: Path) -> None:
+    base, rng = base_model(TINY, random_weights(TINY, 0), np.float64), np.random.default_rng(0)
+    with pytest.raises(ValueError, match=r"pissa does not go with dropout 0\.1"):
+        LoRA(2, init="pissa", dropout=0.1)
+    with pytest.raises(ValueError, match=r"rank 5 is more than a weight of shape \(4, 8\) has singular values"):
+        LoRA(5, init="pissa").start(base, rng)
+    with pytest.raises(ValueError, match=r"init pissa is for linear maps, not for model\.embed_tokens"):
+        LoRA(2, init="pissa", target_modules=("embed_tokens",)).start(base, rng)
+    with pytest.raises(ValueError, match="saved_form"):
+        method = LoRA(2, init="pissa")
+        write_method(tmp_path, method, method.start(base, rng), TINY, "base")
+
+
+TOKENS = np.array([[1, 5, 2, 7, 3], [4, 4, 9, 0, 6]])
+ROWS = Batch(TOKENS, np.roll(TOKENS, -1, axis=1), np.tile(np.arange(5), (2, 1)), np.ones_like(TOKENS))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    write_checkpoint(folder, CONFIG, checkpoint_weights(Config.from_dict(CONFIG), seed=0, std=0.3))
+    return folder
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_from_pissa_has_the_same_logits_in_peft(
+    checkpoint: Path, tmp_path: Path, dora: bool, rslora: bool
+) -> None:
+    torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
+    base, _ = load_model(checkpoint, "float32")
+    method = LoRA(2, init="pissa", target_modules=("q_proj", "up_proj"), rslora=rslora, dora=dora)
+    start = method.start(base, np.random.default_rng(0))
+    trainable = {name: p.astype(np.float32) for name, p in trained(start, 1).items()}
+    adapted = method.attach(base, trainable)
+    expected = logits_of(adapted, ROWS)
+    assert abs(expected - logits_of(base, ROWS)).max() > 0.1
+
+    plain, tensors = method.saved_form(adapted, trainable)
+    write_method(tmp_path / "ours", plain, tensors, base.config, str(checkpoint))
+    ours = logits_of(load_adapter(base, tmp_path / "ours"), ROWS)
+    np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "ours").eval()(torch.from_numpy(TOKENS))
+    np.testing.assert_allclose(theirs.logits.detach().numpy(), ours, rtol=1e-3, atol=1e-3)
+
+
+def test_an_adapter_from_pefts_pissa_has_the_same_logits_here(checkpoint: Path, tmp_path: Path) -> None:
+    """PEFT writes it as a change of W when asked to; what it writes otherwise fits no base that a file holds."""
+    torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
+    options = peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights="pissa", target_modules=["q_proj", "up_proj"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    wrapped = peft.get_peft_model(model, options).eval()
+    wrapped.peft_config["default"].init_lora_weights = True  # as PEFT's guide says, before the first save
+    wrapped.save_pretrained(tmp_path / "start")
+    torch.manual_seed(0)
+    for p in wrapped.parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn_like(p)
+    theirs = wrapped(torch.from_numpy(TOKENS)).logits.detach().numpy()
+    wrapped.peft_config["default"].init_lora_weights = "pissa"
+    wrapped.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=tmp_path / "start")
+    base, _ = load_model(checkpoint, "float32")
+    ours = logits_of(load_adapter(base, tmp_path / "end"), ROWS)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert abs(ours - logits_of(base, ROWS)).max() > 0.1
+
+
+# --- LoRA+ ---
+
+
+def test_loraplus_names_the_Bs_of_linear_maps_and_nothing_else() -> None:
+    names = {"a.lora_A.weight", "a.lora_B.weight", "a.lora_magnitude_vector", "lm_head.weight", "e.lora_embedding_B"}
+    assert loraplus(names, 16.0) == {"a.lora_B.weight": 16.0}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@given(seed=seeds, ratio=st.sampled_from([1.0, 4.0]))
+def test_loraplus_is_plain_training_with_another_rate_for_B_and_at_ratio_one_the_same_bytes(
+    name: str, seed: int, ratio: float
+) -> None:
+    def walk(rate: float, factors: Any) -> Arrays:
+        p = {"q.lora_A.weight": normal(seed, 2, 3), "q.lora_B.weight": normal(seed, 3, 2, stream=1)}
+        p = {key: array.astype(np.float32) for key, array in p.items()}
+        optimizer = OPTIMIZERS[name](p, 0.1, factors)
+        for step in range(3):
+            g = {key: normal(seed, *array.shape, stream=2 + step).astype(np.float32) for key, array in p.items()}
+            optimizer.update(p, g, rate)
+        return p
+
+    A, B = "q.lora_A.weight", "q.lora_B.weight"
+    found = walk(0.25, loraplus([A, B], ratio))
+    np.testing.assert_array_equal(found[A], walk(0.25, None)[A])
+    np.testing.assert_array_equal(found[B], walk(0.25 * ratio, None)[B])
+
+
+def test_loraplus_walks_where_pefts_optimizer_walks() -> None:
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    optimizers = pytest.importorskip("peft.optimizers")
+    layers = torch.nn.ModuleDict({"q": torch.nn.Linear(5, 4, bias=False)}).double()
+    wrapped = peft.get_peft_model(layers, peft.LoraConfig(r=2, target_modules=["q"])).double()
+    theirs = {
+        name.removeprefix("base_model.model.").replace(".default", ""): p
+        for name, p in wrapped.named_parameters()
+        if p.requires_grad
+    }
+    ours = {name: p.detach().numpy().copy() for name, p in theirs.items()}
+    options = {"lr": 0.01, "loraplus_lr_ratio": 16.0, "loraplus_weight_decay": 0.1}
+    peer = optimizers.create_loraplus_optimizer(wrapped, torch.optim.AdamW, **options)
+    optimizer = AdamW(ours, 0.1, loraplus(ours, 16.0))
+    for step in range(5):
+        gradients = {name: normal(step, *p.shape) for name, p in ours.items()}
+        for name, p in theirs.items():
+            p.grad = torch.tensor(gradients[name])
+        peer.step()
+        optimizer.update(ours, gradients, 0.01)
+    for name, p in theirs.items():
+        np.testing.assert_allclose(ours[name], p.detach().numpy(), rtol=1e-10, err_msg=name)
+
+
+# --- The command ---
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_checkpoint(folder, CONFIG, checkpoint_weights(Config.from_dict(CONFIG), seed=0, std=0.3))
+    train_tokenizer(TEXTS * 3, CONFIG["vocab_size"], folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for part in ("train", "test"):
+        write_rows(folder / f"{part}.jsonl", PAIRS)
+    return folder
+
+
+VARIANTS = {
+    "dora": ["--method", "dora"],
+    "rslora": ["--rslora", "--rank", 4],
+    "loraplus": ["--loraplus-lr-ratio", 4],
+    "orthogonal": ["--init", "orthogonal"],
+    "pissa": ["--init", "pissa", "--rank", 4],
+    "dora from pissa, rslora, loraplus": [
+        *("--method", "dora", "--init", "pissa", "--use_rslora", "--loraplus_lr_ratio", 2, "--rank", 4)
+    ],
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_trains_from_the_command_line_resumes_to_the_same_bytes_and_is_read_back(
+    name: str, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--model", model, "--data", data, "--steps", 6, "--save-every", 2, "--learning-rate", 0.01]
+    flags += ["--eval-rows", 0, *VARIANTS[name]]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    good("train", *flags, "--out", whole)
+
+    def killed_in_the_last_step(step: int, *plan: Any) -> float:
+        return learning_rate(step, *plan) if step < 5 else {}["killed"]  # no command catches a KeyError
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr("minilora.training.loop.learning_rate", killed_in_the_last_step)
+        run("train", *flags, "--out", cut)
+    good("train", "--resume", cut)
+    assert (cut / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
+
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["adapted_loss"] < summary["base_loss"]
+    figures = json.loads(good("evaluate", "--model", model, "--adapter", whole, "--data", data, "--json"))
+    assert figures["loss"] == pytest.approx(summary["adapted_loss"], rel=1e-4)
+
+
+def test_the_flags_mean_what_pefts_fields_mean(model: Path, data: Path, tmp_path: Path) -> None:
+    written = {}
+    for name, flags in VARIANTS.items():
+        out = tmp_path / name
+        good("train", "--model", model, "--data", data, "--steps", 1, "--eval-rows", 0, *flags, "--out", out)
+        config = json.loads((out / "adapter_config.json").read_text())
+        written[name] = tuple(config.get(field, False) for field in ("use_dora", "use_rslora", "r", "lora_alpha"))
+    assert written == {
+        "dora": (True, False, 8, 16),
+        "rslora": (False, True, 4, 16),
+        "loraplus": (False, False, 8, 16),
+        "orthogonal": (False, False, 8, 16),
+        "pissa": (False, False, 8, 32),
+        "dora from pissa, rslora, loraplus": (True, True, 8, pytest.approx(16 * 2**0.5)),
+    }
+
+
+def test_with_loraplus_the_first_step_of_B_is_longer_by_the_ratio(model: Path, data: Path, tmp_path: Path) -> None:
+    def first_step(ratio: float) -> Arrays:
+        out = tmp_path / str(ratio)
+        flags = "--optimizer sgd --steps 1 --schedule constant --warmup 0 --max-grad-norm 0 --eval-rows 0".split()
+        good("train", "--model", model, "--data", data, *flags, "--loraplus-lr-ratio", ratio, "--out", out)
+        return load_file(out / ADAPTER)
+
+    plain, plus = first_step(1), first_step(4)
+    assert any(p.any() for name, p in plain.items() if "lora_B" in name)
+    for name, p in plain.items():
+        np.testing.assert_array_equal(plus[name], 4 * p if "lora_B" in name else p)
+
+
+def test_loraplus_without_a_B_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    flags = ("--model", model, "--data", data, "--out", tmp_path / "run", "--loraplus-lr-ratio")
+    result = run("train", *flags, 4, "--method", "full")
+    assert result.code == 2 and "--loraplus-lr-ratio is for the B of --method lora or dora" in result.err
+    result = run("train", *flags, 0.5)
+    assert result.code == 2 and "--loraplus-lr-ratio 0.5 is less than 1" in result.err

@@ -1,0 +1,418 @@
+"""DoRA: W'_o = m_o V_o / ‖V_o‖ with V = W + s B A. Direction and length of each row apart, and what that leaves out."""
+
+from __future__ import annotations
+
+import importlib
+import tracemalloc
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from support.complex_step import check_backward, check_gradients
+from support.strategies import TINY, batches, configs, normal, random_weights, seeds, sizes, targets
+from test_10_model import logits_of
+
+from minilora.adapters.merging import merged_parameters
+from minilora.backend import random_generator
+from minilora.data.batches import Batch
+from minilora.formats.adapters import load_adapter, write_method
+from minilora.formats.checkpoint import write_checkpoint
+from minilora.formats.load import load_model
+from minilora.frozen.weight import DenseWeight
+from minilora.lora import dropout_mask, lora, lora_backward
+from minilora.methods.dora import (
+    DoRALinear,
+    dora,
+    dora_backward,
+    dora_merge,
+    row_norms,
+    row_squares,
+)
+from minilora.methods.lora import LoRA
+from minilora.model.base import base_model
+from minilora.model.config import Config
+from minilora.model.names import HEAD
+from minilora.model.sites import FrozenLinear
+from minilora.ops.cross_entropy import IGNORE
+from minilora.training.optimizers import SGD
+from minilora.training.step import loss_and_gradients
+
+ROUNDING: Any = {"rtol": 1e-11, "atol": 1e-11}
+Arrays = dict[str, np.ndarray]
+
+
+class Site:
+    """One adapted linear map with tokens x and an incoming gradient dy, of drawn sizes."""
+
+    def __init__(self, n: int, inner: int, outer: int, rank: int, s: float, seed: int) -> None:
+        self.x, self.dy = normal(seed, n, inner, stream=0), normal(seed, n, outer, stream=1)
+        self.A, self.B = normal(seed, rank, inner, stream=2), normal(seed, outer, rank, stream=3)
+        self.W, self.m = normal(seed, outer, inner, stream=4), normal(seed, outer, stream=5)
+        self.s = s
+        self.weight = DenseWeight(self.W)
+        self.V = self.W + s * self.B @ self.A
+        # Rows of nearly no length, which one input feature can make, leave no digits to compare.
+        assume(np.sqrt((self.V**2).sum(1)).min() > 0.1)
+
+    def __repr__(self) -> str:
+        return f"Site(x {self.x.shape}, W {self.W.shape}, A {self.A.shape}, s {self.s})"
+
+    def norms(self, A: Any = None, B: Any = None) -> np.ndarray:
+        A, B = self.A if A is None else A, self.B if B is None else B
+        return row_norms(self.weight, A, B, self.s, row_squares(self.weight))
+
+    def run(self, m: np.ndarray, mask: Any = None) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        """y and the gradients dx, dA, dB, dm."""
+        y, cache = dora(self.x, self.weight, self.A, self.B, m, self.norms(), self.s, mask)
+        return y, dora_backward(self.dy, self.weight, self.A, self.B, self.s, cache)
+
+
+drawn_sites = st.builds(Site, sizes, sizes, sizes, sizes, st.sampled_from([0.25, 1.0, 2.0]), seeds)
+masks = st.one_of(st.none(), st.sampled_from([0.1, 0.5, 0.9]))
+
+
+def mask_of(site: Site, dropout: float | None, seed: int) -> Any:
+    return None if dropout is None else dropout_mask(site.x.shape, dropout, random_generator(seed), float)
+
+
+# --- The formula and its derivative ---
+
+
+@given(drawn_sites)
+def test_the_thin_path_of_dora_equals_the_materialised_weight(site: Site) -> None:
+    lengths = np.linalg.norm(site.V, axis=1)
+    np.testing.assert_allclose(site.norms(), lengths, **ROUNDING)
+    y, (dx, *_) = site.run(site.m)
+    materialised = (site.m / lengths)[:, None] * site.V
+    np.testing.assert_allclose(y, site.x @ materialised.T, **ROUNDING)
+    np.testing.assert_allclose(dx, site.dy @ materialised, **ROUNDING)
+
+
+@given(drawn_sites, masks, seeds)
+def test_with_the_norms_held_constant_the_backward_of_dora_is_exact(
+    site: Site, dropout: float | None, seed: int
+) -> None:
+    mask, norms = mask_of(site, dropout, seed), site.norms()
+    check_backward(
+        lambda x, A, B, m: dora(x, site.weight, A, B, m, norms, site.s, mask),
+        lambda dy, cache: dora_backward(dy, site.weight, site.A, site.B, site.s, cache),
+        {"x": site.x, "A": site.A, "B": site.B, "m": site.m},
+        seed,
+    )
+
+
+@given(drawn_sites, seeds)
+def test_what_the_constant_norms_leave_out_is_the_part_of_the_gradient_along_each_row(site: Site, seed: int) -> None:
+    """Taken away, the gradient is the whole one: the complex step then goes through the norms too."""
+    _, (dx, dA, dB, dm) = site.run(site.m)
+    g, unit = site.m / site.norms(), site.V / site.norms()[:, None]
+    G = site.dy.T @ site.x
+    along = (g * (G * unit).sum(axis=1))[:, None] * unit
+    exact = {"x": dx, "A": dA - site.s * site.B.T @ along, "B": dB - site.s * along @ site.A.T, "m": dm}
+
+    def loss(arrays: Any) -> Any:
+        x, A, B, m = arrays.values()
+        return (dora(x, site.weight, A, B, m, site.norms(A, B), site.s)[0] * site.dy).sum()
+
+    check_gradients(loss, {"x": site.x, "A": site.A, "B": site.B, "m": site.m}, exact, seed)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex128])
+@given(site=drawn_sites, masked=st.booleans())
+def test_the_dtype_that_goes_in_comes_out_of_dora(dtype: Any, site: Site, masked: bool) -> None:
+    x, W, A, B, m, dy = (array.astype(dtype) for array in (site.x, site.W, site.A, site.B, site.m, site.dy))
+    mask = dropout_mask(x.shape, 0.5, random_generator(0), x.real.dtype) if masked else None
+    weight = DenseWeight(W)
+    norms = row_norms(weight, A, B, site.s, row_squares(weight))
+    y, cache = dora(x, weight, A, B, m, norms, site.s, mask)
+    arrays = (norms, y, *dora_backward(dy, weight, A, B, site.s, cache), dora_merge(W, A, B, m, site.s).W)
+    assert {array.dtype for array in arrays} == {np.dtype(dtype)}
+
+
+def test_lengths_in_single_precision_are_right_to_six_digits() -> None:
+    """The expanded square loses digits only where the change nearly cancels the weight."""
+    W, A, B = (0.05 * normal(0, *shape, stream=i) for i, shape in enumerate([(300, 200), (8, 200), (300, 8)]))
+    small = DenseWeight(W.astype(np.float32))
+    norms = row_norms(small, A.astype(np.float32), B.astype(np.float32), 2.0, row_squares(small))
+    np.testing.assert_allclose(norms, np.linalg.norm(W + 2 * B @ A, axis=1), rtol=1e-6)
+
+
+def test_no_array_of_the_size_of_W_is_allocated_by_dora_forwards_or_backwards() -> None:
+    site = DoRALinear(
+        FrozenLinear(DenseWeight(normal(0, 1000, 1000))),
+        normal(1, 2, 1000), 0.01 * normal(2, 1000, 2), normal(3, 1000), 1.0,
+    )  # fmt: skip
+    x, dy = normal(4, 3, 1000), normal(5, 3, 1000)
+    tracemalloc.start()
+    _, cache = site.forward(x)
+    site.backward(dy, cache)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1000 * 1000 * 8 / 4
+
+
+# --- What the parts do ---
+
+
+@given(drawn_sites)
+def test_dora_with_the_lengths_of_V_as_m_is_lora_forwards_and_in_all_its_gradients(site: Site) -> None:
+    y, (dx, dA, dB, _) = site.run(site.norms())
+    expected, cache = lora(site.x, site.weight, site.A, site.B, site.s)
+    np.testing.assert_array_equal(y, expected)
+    for ours, theirs in zip(
+        (dx, dA, dB), lora_backward(site.dy, site.weight, site.A, site.B, site.s, cache), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@given(drawn_sites)
+def test_m_alone_decides_the_length_of_a_row_and_A_and_B_its_direction(site: Site) -> None:
+    merged = dora_merge(site.W, site.A, site.B, site.m, site.s).W
+    np.testing.assert_allclose(np.linalg.norm(merged, axis=1), abs(site.m), **ROUNDING)
+    cosines = (merged * site.V).sum(1) / np.linalg.norm(site.V, axis=1)
+    np.testing.assert_allclose(cosines, site.m, **ROUNDING)
+
+
+@given(drawn_sites)
+def test_merged_dora_equals_adapted_dora_and_keeps_the_original(site: Site) -> None:
+    merged = dora_merge(site.W, site.A, site.B, site.m, site.s)
+    np.testing.assert_allclose(site.x @ merged.W.T, site.run(site.m)[0], **ROUNDING)
+    assert merged.original is site.W
+
+
+@given(drawn_sites, st.sampled_from([0.1, 0.5]), seeds)
+def test_what_dropout_takes_from_dora_still_passes_through_the_weight(site: Site, dropout: float, seed: int) -> None:
+    """As PEFT writes it: x Wᵀ + (g − 1) ⊙ x̃ Wᵀ + g ⊙ s (x̃ Aᵀ) Bᵀ."""
+    mask = mask_of(site, dropout, seed)
+    g, kept = site.m / site.norms(), site.x * mask
+    expected = site.x @ site.W.T + (g - 1) * (kept @ site.W.T) + g * site.s * (kept @ site.A.T @ site.B.T)
+    np.testing.assert_allclose(site.run(site.m, mask)[0], expected, **ROUNDING)
+
+
+# --- Whole models ---
+
+doras = st.builds(
+    LoRA,
+    rank=st.integers(1, 4),
+    alpha=st.sampled_from([1.0, 16.0]),
+    dropout=st.sampled_from([0.0, 0.5]),
+    target_modules=targets,
+    init=st.sampled_from(["kaiming", "gaussian"]),
+    rslora=st.booleans(),
+    dora=st.just(True),
+)
+
+
+def trained(start: Arrays, seed: int) -> Arrays:
+    """The same arrays as after some training: B is not zero, lengths have changed."""
+    rng = np.random.default_rng([seed, 23])
+    return {
+        name: p * rng.uniform(0.5, 2, p.shape) if p.ndim == 1 else rng.normal(size=p.shape) / np.sqrt(p.shape[1])
+        for name, p in start.items()
+    }
+
+
+@settings(max_examples=40)
+@given(configs(), doras, batches(), seeds)
+def test_dora_starts_as_the_base_model_to_the_last_bit(config: Config, method: LoRA, batch: Batch, seed: int) -> None:
+    base = base_model(config, random_weights(config, seed), np.float64)
+    adapted = method.attach(base, method.start(base, np.random.default_rng(seed), np.float64))
+    np.testing.assert_array_equal(logits_of(adapted, batch), logits_of(base, batch))
+
+
+@settings(max_examples=30)
+@given(configs(), doras, batches(), seeds)
+def test_dora_trains_A_B_and_m_of_its_targets_and_nothing_else(
+    config: Config, method: LoRA, batch: Batch, seed: int
+) -> None:
+    weights = random_weights(config, seed)
+    before = {name: array.copy() for name, array in weights.items()}
+    base = base_model(config, weights, np.float64)
+    start = method.start(base, np.random.default_rng(seed), np.float64)
+    parts = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+    assert start.keys() == {f"{module}.{part}" for module in method.places(config) for part in parts}
+    trainable = trained(start, seed)
+    model, optimizer = method.attach(base, trainable), SGD(trainable)
+    old = {name: p.copy() for name, p in trainable.items()}
+    _, gradients = loss_and_gradients(model, [batch], [seed])
+    assert gradients.keys() == trainable.keys()
+    optimizer.update(trainable, gradients, 0.1)
+    # The last layer reaches the loss whatever was drawn; below it a lone token may leave attention nothing to learn.
+    last = [name for name in gradients if ".down_proj." in name or "lm_head" in name]
+    assert all(not np.array_equal(trainable[name], old[name]) for name in last if method.dropout == 0)
+    assert all(np.array_equal(weights[name], array) for name, array in before.items())
+
+
+@settings(max_examples=30)
+@given(configs(), doras, batches(), seeds)
+def test_a_model_merged_from_dora_equals_the_adapted_model(
+    config: Config, method: LoRA, batch: Batch, seed: int
+) -> None:
+    weights = random_weights(config, seed)
+    base = base_model(config, weights, np.float64)
+    adapted = method.attach(base, trained(method.start(base, np.random.default_rng(seed), np.float64), seed))
+    merged = base_model(adapted.config, _untied(weights) | dict(merged_parameters(base, adapted)), np.float64)
+    np.testing.assert_allclose(logits_of(merged, batch), logits_of(adapted, batch), rtol=1e-8, atol=1e-8)
+
+
+def _untied(weights: Arrays) -> Arrays:
+    return {f"{HEAD}.weight": weights["model.embed_tokens.weight"], **weights}
+
+
+def test_a_row_of_zeros_and_an_embedding_are_refused_by_name() -> None:
+    weights = random_weights(TINY, 0)
+    weights["model.layers.1.self_attn.v_proj.weight"][2] = 0
+    base, rng = base_model(TINY, weights, np.float64), np.random.default_rng(0)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.v_proj: row 2 of its weight is zero"):
+        LoRA(dora=True).start(base, rng)
+    LoRA(dora=True, exclude_modules=("1.self_attn.v_proj",)).start(base, rng)
+    with pytest.raises(ValueError, match=r"DoRA is for linear maps, not for model\.embed_tokens"):
+        LoRA(dora=True, target_modules=("embed_tokens", "q_proj")).start(base, rng)
+
+
+# --- PEFT ---
+
+RAW: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 11,
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+TOKENS = np.array([[1, 5, 2, 7, 3], [4, 4, 9, 0, 6]])
+LABELS = np.where(np.arange(5) < 4, np.roll(TOKENS, -1, axis=1), IGNORE)
+BATCH = Batch(TOKENS, LABELS, np.tile(np.arange(5), (2, 1)), np.ones_like(TOKENS))
+
+
+@pytest.fixture(scope="module")
+def peers() -> Any:
+    """What test_peers.py runs beside our models. It skips where PyTorch, transformers or PEFT is missing."""
+    return importlib.import_module("test_peers")
+
+
+@settings(max_examples=15)
+@given(method=doras, seed=seeds)
+def test_peft_has_the_same_logits_loss_and_gradients_of_A_B_and_m(peers: Any, method: LoRA, seed: int) -> None:
+    """In float64, to ten digits; dropout is off, for the two draw different numbers."""
+    config, weights = Config.from_dict(RAW), random_weights(Config.from_dict(RAW), seed)
+    base = base_model(config, weights, np.float64)
+    trainable = trained(method.start(base, np.random.default_rng(seed), np.float64), seed)
+    with peers.float64_throughout():
+        theirs = peft_dora(peers.peer_of(RAW, weights), method)
+        for name, p in theirs.items():
+            p.data = peers.torch.tensor(trainable[name])
+        loss, logits = peers.peer_loss(theirs.model, BATCH)
+        loss.backward()
+    ours = method.attach(base, trainable)
+    our_loss, gradients = loss_and_gradients(ours, [BATCH])
+    assert our_loss == pytest.approx(loss.item(), rel=1e-10)
+    peers.assert_agree({"logits": logits_of(ours, BATCH)}, {"logits": logits.detach().numpy()}, 1e-10)
+    peers.assert_agree(gradients, {name: p.grad.numpy() for name, p in theirs.items()}, 1e-10)
+
+
+class PeftDoRA(dict[str, Any]):
+    """PEFT's trainable parameters under our names, and its model."""
+
+    model: Any
+
+
+def peft_dora(model: Any, method: LoRA) -> PeftDoRA:
+    import peft
+
+    targets = list(method.target_modules)
+    options = peft.LoraConfig(
+        r=method.rank,
+        lora_alpha=method.alpha,
+        use_rslora=method.rslora,
+        use_dora=True,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(model, options).eval()
+    named = PeftDoRA()
+    named.model = wrapped
+    for name, p in wrapped.named_parameters():
+        if p.requires_grad:
+            name = name.removeprefix("base_model.model.").replace(".default", "")
+            named[name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = p
+    return named
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_peft_drops_what_we_drop(bias: bool) -> None:
+    """One linear map in training, PEFT's dropout replaced by our mask."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+
+    class Masked(torch.nn.Module):  # type: ignore[misc,name-defined]
+        def forward(self, x: Any) -> Any:
+            return x * torch.tensor(mask)
+
+    x, dy, W, b = normal(0, 6, 5), normal(1, 6, 4), normal(2, 4, 5), normal(3, 4)
+    A, B, m = normal(4, 2, 5), normal(5, 4, 2), normal(6, 4)
+    mask = dropout_mask(x.shape, 0.5, random_generator(7), float)
+    layer = torch.nn.Linear(5, 4, bias=bias).double()
+    layer.weight.data = torch.tensor(W)
+    if bias:
+        layer.bias.data = torch.tensor(b)
+    options = peft.LoraConfig(r=2, lora_alpha=3, use_dora=True, lora_dropout=0.5, target_modules=["q"])
+    wrapped = peft.get_peft_model(torch.nn.ModuleDict({"q": layer}), options).base_model.model["q"].double()
+    wrapped.lora_dropout["default"] = Masked()
+    parameters = (
+        wrapped.lora_A["default"].weight, wrapped.lora_B["default"].weight,
+        wrapped.lora_magnitude_vector["default"].weight,
+    )  # fmt: skip
+    for p, value in zip(parameters, (A, B, m), strict=True):
+        p.data = torch.tensor(value)
+    tx = torch.tensor(x, requires_grad=True)
+    ty = wrapped.train()(tx)
+    ty.backward(torch.tensor(dy))
+
+    weight = DenseWeight(W)
+    y, cache = dora(x, weight, A, B, m, row_norms(weight, A, B, 1.5, row_squares(weight)), 1.5, mask)
+    np.testing.assert_allclose(y + b if bias else y, ty.detach().numpy(), **ROUNDING)
+    ours = dora_backward(dy, weight, A, B, 1.5, cache)
+    for gradient, theirs in zip(ours, (tx, *parameters), strict=True):
+        np.testing.assert_allclose(gradient, theirs.grad.numpy(), **ROUNDING)
+
+
+def test_an_adapter_of_dora_travels_to_peft_and_back_with_equal_logits(tmp_path: Path) -> None:
+    transformers, peft = (pytest.importorskip(name) for name in ("transformers", "peft"))
+    raw = {**RAW, "architectures": ["LlamaForCausalLM"], "attention_bias": False}
+    config = Config.from_dict(raw)
+    weights = {name: array.astype(np.float32) for name, array in random_weights(config, 0).items()}
+    write_checkpoint(tmp_path / "base", raw, weights)
+    base, _ = load_model(tmp_path / "base", "float32")
+    method = LoRA(rank=2, target_modules=("q_proj", "down_proj", "lm_head"), rslora=True, dora=True)
+    tensors = {k: p.astype(np.float32) for k, p in trained(method.start(base, np.random.default_rng(0)), 1).items()}
+    write_method(tmp_path / "ours", method, tensors, config, str(tmp_path / "base"))
+    ours = logits_of(load_adapter(base, tmp_path / "ours"), BATCH)
+    np.testing.assert_array_equal(ours, logits_of(method.attach(base, tensors), BATCH))
+    assert abs(ours - logits_of(base, BATCH)).max() > 0.1
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    wrapped = peft.PeftModel.from_pretrained(model, tmp_path / "ours").eval()
+    tokens = pytest.importorskip("torch").from_numpy(TOKENS)
+    theirs = wrapped(tokens).logits.detach().numpy()
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
+
+    wrapped.save_pretrained(tmp_path / "theirs")
+    np.testing.assert_allclose(logits_of(load_adapter(base, tmp_path / "theirs"), BATCH), ours, rtol=1e-6, atol=1e-6)

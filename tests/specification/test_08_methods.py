@@ -1,0 +1,242 @@
+"""What every method must satisfy, whichever it is: an honest start, exact gradients, nothing trained but what it names.
+
+And beside that, what distinguishes the small ones: bottleneck adapters, BitFit, modules alone, a random subset.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.complex_step import check_gradients
+from support.strategies import TINY, batches, configs, random_weights, seeds
+from test_10_model import logits_of
+
+from minilora.adapters.merging import merged_parameters
+from minilora.data.batches import Batch, count_labels
+from minilora.formats.adapters import read_method, write_method
+from minilora.methods import Method
+from minilora.methods.bitfit import BitFit
+from minilora.methods.bottleneck import Bottleneck, bottleneck
+from minilora.methods.full import Full
+from minilora.methods.lora import LoRA
+from minilora.methods.random_subset import RandomSubset
+from minilora.methods.targets import projections
+from minilora.methods.whole_modules import Modules
+from minilora.model.base import base_model
+from minilora.model.config import Config
+from minilora.model.model import Model, backward, forward, head_loss
+from minilora.model.names import parameter_shapes
+from minilora.training.step import loss_and_gradients
+
+EMBEDDED = LoRA(2, target_modules=("q_proj", "embed_tokens", "lm_head"), modules_to_save=("norm",))
+METHODS: dict[str, Method] = {
+    "full": Full(),
+    "lora": LoRA(2),
+    "lora on embedding and head": EMBEDDED,
+    "bottleneck": Bottleneck(3),
+    "bitfit": BitFit(),
+    "bitfit with norms": BitFit(norms=True),
+    "head": Modules(("lm_head",)),
+    "embedding": Modules(("embed_tokens",)),
+    "random subset": RandomSubset(0.1),
+}
+MERGEABLE = [name for name in METHODS if name != "bottleneck"]
+WRITTEN = [name for name in METHODS if name != "full"]
+some = settings(max_examples=25)
+each = pytest.mark.parametrize("name", METHODS)
+
+
+def moved(trainable: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+    """As after some training."""
+    rng = np.random.default_rng([seed, 31])
+    return {name: p + 0.3 * rng.normal(size=p.shape) for name, p in trainable.items()}
+
+
+def adapted(config: Config, method: Method, seed: int, dtype: type = np.float64) -> tuple[Model, Model, dict]:
+    """The base, the model in the midst of training, and what trains."""
+    base = base_model(config, random_weights(config, seed), dtype)
+    trainable = moved(method.start(base, np.random.default_rng(seed), dtype), seed)
+    return base, method.attach(base, trainable), trainable
+
+
+@each
+@some
+@given(config=configs(), batch=batches(), seed=seeds)
+def test_every_method_starts_as_the_base_to_the_last_bit(name: str, config: Config, batch: Batch, seed: int) -> None:
+    base = base_model(config, random_weights(config, seed), np.float64)
+    fresh = METHODS[name].attach(base, METHODS[name].start(base, np.random.default_rng(seed), np.float64))
+    assert np.array_equal(logits_of(fresh, batch), logits_of(base, batch))
+
+
+@each
+@some
+@given(config=configs(), batch=batches(), seed=seeds, checkpointing=st.booleans())
+def test_every_gradient_of_every_method_is_exact(
+    name: str, config: Config, batch: Batch, seed: int, checkpointing: bool
+) -> None:
+    weights, method = random_weights(config, seed), METHODS[name]
+    _, model, trainable = adapted(config, method, seed)
+    labels, M = batch.labels.reshape(-1), count_labels(batch)
+    hidden, _, cache = forward(model, batch.tokens, batch.positions, batch.segments, checkpointing=checkpointing)
+    _, dhidden, gradients = head_loss(model, hidden, labels, 1 / M)
+    assert dhidden is not None
+    for key, gradient in backward(model, dhidden, cache).items():
+        gradients[key] = gradients[key] + gradient if key in gradients else gradient
+
+    def loss(arrays: dict[str, np.ndarray]) -> complex:
+        there = method.attach(base_model(config, weights, np.complex128), arrays)
+        h, _, _ = forward(there, batch.tokens, batch.positions, batch.segments, keep=False)
+        return head_loss(there, h, labels, None)[0] / M
+
+    check_gradients(loss, trainable, gradients, seed)
+
+
+@each
+@some
+@given(config=configs(), batch=batches(), seed=seeds)
+def test_every_method_trains_what_it_names_and_touches_nothing_else(
+    name: str, config: Config, batch: Batch, seed: int
+) -> None:
+    weights = random_weights(config, seed)
+    before = {key: array.copy() for key, array in weights.items()}
+    base = base_model(config, weights, np.float64)
+    trainable = METHODS[name].start(base, np.random.default_rng(seed), np.float64)
+    _, gradients = loss_and_gradients(METHODS[name].attach(base, trainable), [batch])
+    assert gradients.keys() == trainable.keys()
+    assert all(gradients[key].shape == p.shape for key, p in trainable.items())
+    for p in trainable.values():
+        p += 1.0
+    assert all(np.array_equal(weights[key], array) for key, array in before.items())
+
+
+@pytest.mark.parametrize("name", MERGEABLE)
+@some
+@given(config=configs(), batch=batches(), seed=seeds)
+def test_the_merged_weights_compute_what_the_method_computes(
+    name: str, config: Config, batch: Batch, seed: int
+) -> None:
+    base, model, _ = adapted(config, METHODS[name], seed)
+    weights = random_weights(config, seed)
+    if config.tie_word_embeddings and not model.config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    for module in projections(config):
+        if f"{module}.bias" in parameter_shapes(model.config):
+            weights.setdefault(f"{module}.bias", np.zeros(weights[f"{module}.weight"].shape[0]))
+    weights |= dict(merged_parameters(base, model))
+    assert weights.keys() == parameter_shapes(model.config).keys()
+    plain = base_model(model.config, weights, np.float64)
+    np.testing.assert_allclose(logits_of(plain, batch), logits_of(model, batch), rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_not_linear_is_not_merged() -> None:
+    base, model, _ = adapted(TINY, Bottleneck(2), 0)
+    with pytest.raises(ValueError, match="o_proj: a BottleneckSite is not linear"):
+        list(merged_parameters(base, model))
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_method_is_read_back_from_its_folder_exactly(tmp_path: Path, name: str, tied: bool) -> None:
+    config = replace(TINY, tie_word_embeddings=tied)
+    base, _, trainable = adapted(config, METHODS[name], 5, np.float32)
+    tensors = {key: p.astype(np.float32) for key, p in trainable.items()}
+    write_method(tmp_path, METHODS[name], tensors, config, "some/base")
+    method, read = read_method(tmp_path, base)
+    if name != "lora on embedding and head":  # its dataclass holds mappings, which compare as they are
+        assert method == METHODS[name]
+    assert read.keys() == tensors.keys() and all(np.array_equal(read[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("bottleneck", {"size": "3"}, "size is '3', expected int"),
+        ("bottleneck", {"size": 4}, "wrong shape: .*adapter_down"),
+        ("bitfit", {"norms": None}, "norms is None, expected bool"),
+        ("head", {"modules_to_save": ["c_attn"]}, "c_attn"),
+        ("random subset", {"share": 0.2}, "wrong shape: .*values"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused_by_name(
+    tmp_path: Path, name: str, change: dict[str, object], message: str
+) -> None:
+    base, _, trainable = adapted(TINY, METHODS[name], 5)
+    write_method(tmp_path, METHODS[name], trainable, TINY, "some/base")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        read_method(tmp_path, base)
+
+
+# --- Each of the small ones ---
+
+
+@given(seeds, st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))
+def test_a_bottleneck_adds_two_maps_with_a_silu_between(seed: int, N: int, width: int, size: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, D, d = rng.normal(size=(N, width)), rng.normal(size=(size, width)), rng.normal(size=size)
+    U, u = rng.normal(size=(width, size)), rng.normal(size=width)
+    y, _ = bottleneck(x, D, d, U, u)
+    for n in range(N):
+        z = D @ x[n] + d
+        np.testing.assert_allclose(y[n], x[n] + U @ (z / (1 + np.exp(-z))) + u)
+
+
+def test_a_bottleneck_stands_after_attention_and_after_the_mlp() -> None:
+    base = base_model(TINY, random_weights(TINY, 0), np.float64)
+    trainable = Bottleneck(3).start(base, np.random.default_rng(0))
+    assert {name.rsplit(".", 2)[0] for name in trainable} == {
+        f"model.layers.{layer}.{module}" for layer in range(2) for module in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    assert sum(p.size for p in trainable.values()) == 2 * 2 * (2 * 3 * TINY.hidden_size + 3 + TINY.hidden_size)
+
+
+@given(configs(), seeds)
+def test_bitfit_gives_every_projection_a_bias_and_keeps_those_there_are(config: Config, seed: int) -> None:
+    weights = random_weights(config, seed)
+    trainable = BitFit().start(base_model(config, weights, np.float64), np.random.default_rng(0), np.float64)
+    assert trainable.keys() == {f"{module}.bias" for module in projections(config)}
+    for name, b in trainable.items():
+        assert np.array_equal(b, weights[name]) if name in weights else not b.any()
+
+
+@given(st.floats(0.001, 1), seeds)
+def test_a_random_subset_is_that_share_of_the_weights_and_the_same_each_time(share: float, seed: int) -> None:
+    base = base_model(TINY, random_weights(TINY, 0), np.float64)
+    method = RandomSubset(share, seed)
+    trainable = method.start(base, np.random.default_rng(0), np.float64)
+    for values in trainable.values():
+        values += 1.0
+    for _ in range(2):
+        for name, merged in merged_parameters(base, method.attach(base, trainable)):
+            W = random_weights(TINY, 0)[name]
+            changed = merged != W
+            assert changed.sum() == max(1, round(share * W.size))
+            np.testing.assert_allclose(merged[changed], W[changed] + 1)
+
+
+def test_a_random_subset_stays_where_it_is_from_version_to_version() -> None:
+    """An adapter written today must mean the same weights tomorrow: these places are part of its format."""
+    base = base_model(TINY, random_weights(TINY, 0), np.float64)
+    method = RandomSubset(0.05, 7)
+    trainable = {
+        name: values + 1.0 for name, values in method.start(base, np.random.default_rng(0), np.float64).items()
+    }
+    name, merged = next(iter(merged_parameters(base, method.attach(base, trainable))))
+    assert name == "model.layers.0.self_attn.q_proj.weight"
+    assert np.flatnonzero(merged != random_weights(TINY, 0)[name]).tolist() == PLACES
+
+
+PLACES = [2, 18, 40]
+
+
+@pytest.mark.parametrize("make", [lambda: Bottleneck(0), lambda: RandomSubset(0.0), lambda: RandomSubset(1.5)])
+def test_settings_without_sense_are_refused(make: object) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        make()  # type: ignore[operator]

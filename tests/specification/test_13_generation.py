@@ -1,0 +1,279 @@
+"""Generation: cache and memory change nothing, rows do not see each other, draws follow the distribution asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from support.strategies import TINY, VOCAB, configs, normal, random_adapter, random_weights, seeds
+
+from minilora.methods.lora import LoRA
+from minilora.methods.prefix import PrefixTuning
+from minilora.methods.prompt import PromptTuning
+from minilora.model import generation
+from minilora.model.base import base_model
+from minilora.model.config import Config
+from minilora.model.generation import Memory, complete, greedy, sampler, stream
+from minilora.model.model import Model, forward
+from minilora.model.names import HEAD
+
+some = settings(max_examples=50)
+prompts_ = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6), min_size=1, max_size=4)
+NEVER: frozenset[int] = frozenset()
+
+
+def adapted_model(config: Config, seed: int) -> Model:
+    """A tiny model with an adapter whose dropout must not matter when generating."""
+    base = base_model(config, random_weights(config, seed), np.float64)
+    lora = LoRA(2, 4.0, 0.5, ("all-linear",))
+    trainable = lora.start(base, np.random.default_rng(seed), np.float64)
+    return lora.attach(base, random_adapter(trainable, seed))
+
+
+def best_by_full_forward(model: Model, prompt: Sequence[int], count: int) -> list[int]:
+    """The greedy continuation without any cache: the whole text so far through the model for each token."""
+    text = list(prompt)
+    for _ in range(count):
+        positions = np.arange(len(text))[None]
+        hidden, _, _ = forward(model, np.array([text]), positions, np.ones_like(positions))
+        logits, _ = model.sites[HEAD].forward(hidden[-1:])
+        text.append(int(logits.argmax()))
+    return text[len(prompt) :]
+
+
+@pytest.fixture
+def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Of the tokens in each forward of a generation, as it goes."""
+    seen: list[tuple[int, ...]] = []
+
+    def recording(model: Model, tokens: np.ndarray, *args: Any, **options: Any) -> Any:
+        seen.append(tokens.shape)
+        return forward(model, tokens, *args, **options)
+
+    monkeypatch.setattr(generation, "forward", recording)
+    return seen
+
+
+# --- the cache, and the rows of a batch ---
+
+
+@some
+@given(config=configs(), seed=seeds, prompts=prompts_)
+def test_with_the_cache_each_row_gets_what_full_forwards_give_it_alone(
+    config: Config, seed: int, prompts: list[list[int]]
+) -> None:
+    model = adapted_model(config, seed)
+    expected = [best_by_full_forward(model, prompt, 8) for prompt in prompts]
+    assert complete(model, prompts, 8, NEVER) == expected
+
+
+def test_after_the_prompt_each_step_runs_one_new_token_a_row(shapes: list[tuple[int, ...]]) -> None:
+    complete(adapted_model(TINY, 0), [[1, 2, 3, 4], [5]], 3, NEVER)
+    assert shapes == [(2, 4), (2, 1), (2, 1)]
+
+
+@some
+@given(seed=seeds, prompts=prompts_, stops=st.frozensets(st.integers(0, VOCAB - 1)), limit=st.integers(1, 8))
+def test_a_row_ends_before_its_first_stop_token_and_the_others_go_on(
+    seed: int, prompts: list[list[int]], stops: frozenset[int], limit: int
+) -> None:
+    model = adapted_model(TINY, seed)
+    expected = []
+    for endless in complete(model, prompts, limit, NEVER):
+        end = next((i for i, token in enumerate(endless) if token in stops), limit)
+        expected.append(endless[:end])
+    assert complete(model, prompts, limit, stops) == expected
+
+
+def test_generation_ends_as_soon_as_every_row_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scripted(*_: Any) -> Iterator[np.ndarray]:
+        yield from (np.array(column) for column in ([3, 4], [9, 5], [7, 9]))
+        raise AssertionError("nobody is waiting for another token")
+
+    monkeypatch.setattr(generation, "stream", scripted)
+    assert complete(adapted_model(TINY, 0), [[1], [2]], 10, frozenset([9])) == [[3], [4, 5]]
+    assert complete(adapted_model(TINY, 0), [[1], [2]], 2, frozenset([9])) == [[3], [4, 5]]
+    assert complete(adapted_model(TINY, 0), [[1], [2]], 0, NEVER) == [[], []]
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match="an empty prompt"):
+        next(stream(adapted_model(TINY, 0), [[1], []]))
+
+
+# --- one text after the other ---
+
+
+@some
+@given(
+    config=configs(),
+    seed=seeds,
+    method=st.sampled_from([LoRA(2, 4.0, 0.5, ("all-linear",)), PrefixTuning(2), PromptTuning(3)]),
+    texts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=2, max_size=4),
+    length=st.integers(1, 4),
+)
+def test_whatever_was_read_before_a_text_goes_on_as_it_does_alone(
+    config: Config, seed: int, method: Any, texts: list[list[int]], length: int
+) -> None:
+    base = base_model(config, random_weights(config, seed), np.float64)
+    model = method.attach(base, random_adapter(method.start(base, np.random.default_rng(seed), np.float64), seed))
+    memory, answer = Memory(model), list[int]()
+    for text in texts:
+        for prompt in (text, text + answer + text):  # a new text, and one that goes on from what was said
+            answer = list(islice(memory.stream(prompt), length))
+            assert answer == complete(model, [prompt], length, NEVER)[0]
+
+
+def test_only_what_is_new_is_computed(shapes: list[tuple[int, ...]]) -> None:
+    memory = Memory(adapted_model(TINY, 0))
+    first, second = islice(memory.stream([1, 2, 3, 4]), 2)
+    next(memory.stream([1, 2, 3, 4, first, second, 5, 6]))  # the second has been said but not read
+    next(memory.stream([1, 2, 3, 4, first]))  # its last token is read again, for the logits
+    next(memory.stream([7, 2, 3]))
+    assert shapes == [(1, 4), (1, 1), (1, 3), (1, 1), (1, 3)]
+
+
+def test_an_interrupted_answer_leaves_a_memory_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted_model(TINY, 0)
+    memory, calls = Memory(model), []
+
+    def failing(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(*args, **options)
+
+    monkeypatch.setattr(generation, "forward", failing)
+    with pytest.raises(KeyboardInterrupt):
+        list(memory.stream([1, 2, 3]))  # without end
+    assert len(memory.seen.tokens) == 4 == memory.seen.past.positions.shape[1]
+    prompt = [*memory.seen.tokens, 5]
+    assert list(islice(memory.stream(prompt), 3)) == complete(model, [prompt], 3, NEVER)[0]
+
+
+def test_a_memory_refuses_an_empty_prompt() -> None:
+    with pytest.raises(ValueError, match="an empty prompt"):
+        next(Memory(adapted_model(TINY, 0)).stream([]))
+
+
+# --- drawing ---
+
+
+class Grid:
+    """A generator whose draws are spread evenly over [0, 1): what is drawn n times has probability n / rows."""
+
+    def __init__(self, first: float = 0.5) -> None:
+        self.first = first
+
+    def random(self, shape: tuple[int, int]) -> np.ndarray:
+        return ((np.arange(shape[0]) + self.first) / shape[0]).reshape(shape)
+
+
+def shares(logits: np.ndarray, temperature: float, top_k: int, top_p: float, rng: Any, draws: int) -> np.ndarray:
+    """How often each token is drawn."""
+    drawn = sampler(temperature, top_k, top_p, rng)(np.tile(logits, (draws, 1)))
+    return np.bincount(drawn, minlength=len(logits)) / draws
+
+
+def distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+    """What sampling should follow, step by step: softmax, the k best, the fewest of these that reach p."""
+    p = np.exp(logits / temperature)
+    best_first = sorted(range(len(p)), key=lambda token: -p[token])[: top_k or len(p)]
+    p[[token for token in range(len(p)) if token not in best_first]] = 0
+    p /= p.sum()
+    reached, kept = 0.0, []
+    for token in best_first:
+        if reached < top_p:
+            kept.append(token)
+            reached += p[token]
+    p[[token for token in range(len(p)) if token not in kept]] = 0
+    return p / p.sum()
+
+
+integers = st.lists(st.integers(-3, 3), min_size=1, max_size=8).map(lambda z: np.array([z], np.float32))  # with ties
+
+
+@given(logits=integers, seed=seeds, temperature=st.floats(0.1, 3))
+def test_temperature_zero_and_the_single_best_token_are_greedy(
+    logits: np.ndarray, seed: int, temperature: float
+) -> None:
+    best = greedy(logits)
+    assert best == [list(logits[0]).index(logits.max())]
+    for asked in ((0.0, 0, 1.0), (temperature, 1, 1.0), (temperature, 0, 1e-9)):
+        assert sampler(*asked, np.random.default_rng(seed))(logits) == best
+    if (logits == logits.max()).sum() == 1:
+        assert sampler(0.01, 0, 1.0, np.random.default_rng(seed))(logits) == best
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "expected"),
+    [
+        (0, 1.0, [1 / 2, 1 / 4, 1 / 8, 1 / 8]),
+        (0, 0.5, [1, 0, 0, 0]),
+        (0, 0.51, [2 / 3, 1 / 3, 0, 0]),
+        (0, 0.75, [2 / 3, 1 / 3, 0, 0]),
+        (0, 0.76, [4 / 7, 2 / 7, 1 / 7, 0]),
+        (0, 0.9, [1 / 2, 1 / 4, 1 / 8, 1 / 8]),
+        (2, 1.0, [2 / 3, 1 / 3, 0, 0]),
+        (3, 0.8, [2 / 3, 1 / 3, 0, 0]),  # of the three best, 4/7 + 2/7 ≥ 0.8
+        (9, 1.0, [1 / 2, 1 / 4, 1 / 8, 1 / 8]),
+    ],
+)
+def test_the_cut_falls_exactly_where_the_probabilities_reach_p(top_k: int, top_p: float, expected: list[float]) -> None:
+    logits = np.log(2) * np.array([-2.0, -1.0, -3.0, -3.0])
+    order = [1, 0, 2, 3]
+    np.testing.assert_allclose(shares(logits, 1.0, top_k, top_p, Grid(), 168)[order], expected, atol=1e-12)
+
+
+def test_eight_even_draws_from_zero_on_divide_into_halves_quarters_and_eighths() -> None:
+    logits = np.log(2) * np.array([-1.0, -2.0, -3.0, -3.0])
+    assert shares(logits, 1.0, 0, 1.0, Grid(first=0.0), 8).tolist() == [1 / 2, 1 / 4, 1 / 8, 1 / 8]
+
+
+@given(
+    seed=seeds,
+    vocab=st.integers(1, 8),
+    temperature=st.floats(0.2, 3),
+    top_k=st.integers(0, 9),
+    top_p=st.floats(0.05, 1, exclude_max=True) | st.just(1.0),
+)
+@example(seed=0, vocab=5, temperature=1.0, top_k=0, top_p=1.0)
+def test_draws_follow_the_distribution_that_was_asked_for(
+    seed: int, vocab: int, temperature: float, top_k: int, top_p: float
+) -> None:
+    logits = normal(seed, vocab)
+    found = shares(logits, temperature, top_k, top_p, Grid(), 1000)
+    np.testing.assert_allclose(found, distribution(logits, temperature, top_k, top_p), atol=1.01 / 1000)
+
+
+def test_real_draws_come_near_the_softmax() -> None:
+    logits = normal(0, 6)
+    found = shares(logits, 0.8, 0, 1.0, np.random.default_rng(0), 40_000)
+    np.testing.assert_allclose(found, distribution(logits, 0.8, 0, 1.0), atol=0.01)
+
+
+@given(logits=integers, top_p=st.floats(0.1, 1), draw=st.sampled_from([0.0, np.nextafter(1.0, 0.0)]))
+def test_the_rarest_draw_still_gives_a_token_that_was_not_cut(logits: np.ndarray, top_p: float, draw: float) -> None:
+    class Extreme:
+        def random(self, shape: tuple[int, int]) -> np.ndarray:
+            return np.full(shape, draw)
+
+    (token,) = sampler(1.0, 0, top_p, Extreme())(logits)
+    assert distribution(logits[0].astype(np.float64), 1.0, 0, top_p)[token] > 0
+
+
+@some
+@given(seed=seeds, prompts=prompts_)
+def test_the_seed_decides_what_is_drawn(seed: int, prompts: list[list[int]]) -> None:
+    model = adapted_model(TINY, seed)
+
+    def draw(seed: int) -> list[tuple[int, ...]]:
+        choose = sampler(2.0, 0, 1.0, np.random.default_rng(seed))
+        return [tuple(tokens) for tokens in islice(stream(model, prompts, choose), 30)]
+
+    assert draw(seed) == draw(seed) != draw(seed + 1)

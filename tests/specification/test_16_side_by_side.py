@@ -1,0 +1,140 @@
+"""Shares of a batch that go through the model side by side are the batch: same loss, same gradients, no row lost."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.strategies import batches, configs, seeds
+
+from minilora.backend import use_module
+from minilora.data.batches import Batch, collate, count_examples, divide
+from minilora.data.examples import Example
+from minilora.formats.checkpoint import random_weights
+from minilora.methods.lora import LoRA
+from minilora.model.base import base_model
+from minilora.model.config import Config
+from minilora.model.model import Model
+from minilora.model.sites import Gradients, part_seed
+from minilora.training import side_by_side as module
+from minilora.training.side_by_side import cores, shares, side_by_side
+from minilora.training.step import loss_and_gradients, mean_loss
+
+IMPORTED = "minilora.training.step.shares"  # where a step asks for it
+
+
+def adapted(config: Config, seed: int, dropout: float = 0.0) -> Model:
+    rng = np.random.default_rng(seed)
+    base = base_model(config, random_weights(config, seed), np.float64)
+    method = LoRA(2, dropout=dropout, target_modules=("all-linear",))
+    return method.attach(base, {name: rng.normal(size=p.shape) for name, p in method.start(base, rng).items()})
+
+
+def assert_same(one: tuple[float, Gradients], other: tuple[float, Gradients]) -> None:
+    """Up to the order of summation."""
+    assert one[0] == pytest.approx(other[0], rel=1e-12)
+    assert one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        np.testing.assert_allclose(gradient, other[1][name], rtol=1e-9, atol=1e-12 * max(1, abs(gradient).max()))
+
+
+@given(
+    config=configs(max_layers=2), drawn=st.lists(batches(), min_size=1, max_size=2), most=st.integers(1, 3), seed=seeds
+)
+def test_shares_side_by_side_are_the_whole_batch(config: Config, drawn: list[Batch], most: int, seed: int) -> None:
+    model = adapted(config, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(IMPORTED, lambda examples: min(most, examples))
+        on_cores, mean = loss_and_gradients(model, drawn, on_all_cores=True), mean_loss(model, drawn)
+        patch.setattr(IMPORTED, lambda examples: 1)
+        assert_same(on_cores, loss_and_gradients(model, drawn))
+        assert mean == pytest.approx(mean_loss(model, drawn), rel=1e-12)
+
+
+@given(config=configs(max_layers=2), batch=batches(), seed=seeds)
+def test_each_share_draws_its_own_dropout_and_the_first_that_of_the_batch(
+    config: Config, batch: Batch, seed: int
+) -> None:
+    model, parts = adapted(config, seed, dropout=0.5), divide(batch, count_examples(batch))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(IMPORTED, lambda examples: examples)
+        on_cores = loss_and_gradients(model, [batch], [seed], on_all_cores=True)
+    own = [part_seed(seed, j) for j in range(len(parts))]
+    assert own[0] == seed and len(set(own)) == len(own) and part_seed(None, 3) is None
+    assert_same(on_cores, loss_and_gradients(model, parts, own))
+
+
+def examples_of(batch: Batch) -> list[tuple[list[int], ...]]:
+    """Tokens, labels and positions of each example, in any order."""
+    found = []
+    for row in zip(*batch, strict=True):
+        *arrays, segments = row
+        found += [tuple(array[segments == s].tolist() for array in arrays) for s in np.unique(segments[segments > 0])]
+    return sorted(found)
+
+
+@given(batch=batches(), data=st.data())
+def test_a_divided_batch_has_the_same_examples_and_no_padding(batch: Batch, data: st.DataObject) -> None:
+    count = len(examples_of(batch))
+    assert count_examples(batch) == count
+    parts = divide(batch, data.draw(st.integers(1, count)))
+    assert sorted(example for part in parts for example in examples_of(part)) == examples_of(batch)
+    assert all((part.segments > 0).all() for part in parts)
+    for part in parts:
+        assert len(part.tokens) == 1 or all(len(np.unique(row)) == 1 for row in part.segments)
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), data=st.data())
+def test_the_parts_of_a_batch_differ_by_no_more_than_its_longest_example(
+    lengths: list[int], data: st.DataObject
+) -> None:
+    batch = collate([[Example([1] * length, [True] * length)] for length in lengths], 0)
+    sizes = [part.tokens.size for part in divide(batch, data.draw(st.integers(1, len(lengths))))]
+    assert sum(sizes) == sum(lengths) and max(sizes) - min(sizes) <= max(lengths)
+
+
+@given(items=st.lists(st.integers(), min_size=1, max_size=5))
+def test_results_come_in_the_order_of_the_items(items: list[int]) -> None:
+    assert list(side_by_side(lambda item: -item, items)) == [-item for item in items]
+
+
+def test_items_are_worked_on_at_the_same_time_with_products_on_one_core_each() -> None:
+    barrier = threading.Barrier(2, timeout=20)  # nobody passes it alone
+
+    def work(item: int) -> tuple[int, int]:
+        barrier.wait()
+        return item, cores()
+
+    before = cores()
+    assert list(side_by_side(work, [1, 2])) == [(1, 1), (2, 1)]
+    assert cores() == before
+    assert list(side_by_side(lambda item: cores(), [1])) == [before]
+
+
+def test_what_goes_wrong_side_by_side_is_raised_and_the_cores_are_given_back() -> None:
+    def work(item: int) -> None:
+        raise ArithmeticError(str(item))
+
+    before = cores()
+    with pytest.raises(ArithmeticError, match="1"):
+        list(side_by_side(work, [1, 2]))
+    assert cores() == before
+
+
+def test_nothing_goes_side_by_side_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_libraries", lambda: pytest.fail("asked"))
+    previous = use_module(object())
+    try:
+        assert shares(8) == 1
+    finally:
+        use_module(previous)
+
+
+def test_a_batch_is_divided_among_the_cores_unless_most_of_them_would_get_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "cores", lambda: 4)
+    assert [shares(rows) for rows in (1, 2, 3, 8)] == [1, 2, 3, 4]
