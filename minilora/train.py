@@ -20,6 +20,7 @@ from minilora.formats.files import write_json
 from minilora.runs.advice import out_of_memory
 from minilora.runs.plots import plot_loss
 from minilora.runs.run import Judgement, Run, judge, prepare, summarize, train_run
+from minilora.runs.state_file import load_state, save_state
 from minilora.training.loop import next_batches
 
 SUMMARY_FILE = "summary.json"
@@ -33,14 +34,14 @@ def train_command(argv: list[str] | None = None) -> None:
     device = use(settings.device)
     run = prepare(settings, folder)
     if resumed:
-        run.state.load(folder)
+        load_state(run.state, folder)
     if "show_batch" in args:
         batch = next_batches(run.state, run.task.rows, run.plan, run.tokenizer.pad_id)[0]
         print(*run.task.report, *show_batch(batch, run.tokenizer, color=sys.stdout.isatty()), sep="\n")
         return
     if not resumed:
         folder.mkdir(parents=True, exist_ok=True)
-        run.state.save(folder)  # first: a folder with settings can be resumed
+        save_state(run.state, folder)  # first: a folder with settings can be resumed
         run.settings.save(folder)
     describe(run, device)
 

@@ -22,7 +22,7 @@ from minilora.compare.rivals import Rival, neighbour
 from minilora.formats.files import read_json, write_json
 from minilora.runs.metrics import read_metrics
 from minilora.runs.settings import SETTINGS_FILE
-from minilora.training.state import STATE_FILE
+from minilora.runs.state_file import STATE_FILE
 
 SUMMARY_FILE, FAILURE_FILE, LOG_FILE = "summary.json", "failed.json", "log.txt"
 MOST_RATES = 5

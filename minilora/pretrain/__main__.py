@@ -28,10 +28,12 @@ from minilora.methods.full import full_model
 from minilora.model.config import Config
 from minilora.model.names import parameter_count
 from minilora.pretrain.corpus import english_documents, python_documents
-from minilora.training.loop import Plan, train
+from minilora.runs.folder import train_in
+from minilora.runs.state_file import STATE_FILE, load_state
+from minilora.training.loop import Plan
 from minilora.training.optimizers import AdamW
 from minilora.training.order import Order
-from minilora.training.state import STATE_FILE, State
+from minilora.training.state import State
 from minilora.training.step import mean_loss
 
 CONTEXT = 256
@@ -189,7 +191,7 @@ def pretrain_command(argv: list[str] | None = None) -> None:
         optimizer = AdamW(trainable, args.weight_decay, beta2=0.95)
         state = State(trainable, optimizer, Order(len(rows[name])), np.random.default_rng(args.seed))
         if args.resume and (folder / STATE_FILE).is_file():
-            state.load(folder)
+            load_state(state, folder)
         steps = math.ceil(len(rows[name]) / args.batch_size)
         plan = Plan(
             steps,
@@ -201,7 +203,7 @@ def pretrain_command(argv: list[str] | None = None) -> None:
             save_every=max(1, steps // 20),
         )
         valid = held_out["copying"] if copying == 1 else held_out["python"][:3] + held_out["english"][:6]
-        train(model, state, rows[name], valid, plan, folder)
+        train_in(folder, model, state, rows[name], valid, plan)
         seconds += state.seconds
 
     write_checkpoint(args.out, TINYSMOL, {name: to_host(p) for name, p in trainable.items()}, dtype="bfloat16")

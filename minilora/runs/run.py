@@ -25,11 +25,12 @@ from minilora.model.model import Model
 from minilora.model.names import parameter_count
 from minilora.runs.advice import advise, after_divergence
 from minilora.runs.evaluation import answers, can_be_matched, drift, exact_match, outside_text
+from minilora.runs.folder import train_in
 from minilora.runs.method import check_tied, make_method
 from minilora.runs.metrics import read_metrics
 from minilora.runs.settings import Settings
 from minilora.runs.task import Task, load_task
-from minilora.training.loop import Diverged, Plan, steps_per_epoch, train
+from minilora.training.loop import Diverged, Plan, steps_per_epoch
 from minilora.training.loss_scale import FIRST
 from minilora.training.optimizers import OPTIMIZERS, loraplus
 from minilora.training.order import Order
@@ -122,7 +123,6 @@ def make_plan(settings: Settings, task: Task) -> Plan:
         eval_every=settings.eval_every or max(1, math.ceil(steps / 10)),
         patience=settings.patience,
         save_every=settings.save_every,
-        report_to=settings.report_to,
     )
 
 
@@ -135,7 +135,8 @@ def train_run(run: Run) -> None:
 
     task, pad_id = run.task, run.tokenizer.pad_id
     try:
-        train(run.adapted, run.state, task.rows, task.valid, run.plan, run.folder, pad_id, on_save)
+        report_to = run.settings.report_to
+        train_in(run.folder, run.adapted, run.state, task.rows, task.valid, run.plan, pad_id, on_save, report_to)
     except Diverged as error:
         raise Diverged(f"{error} {after_divergence(run.settings, run.plan.warmup)}") from error
     write_outcome(run, {name: to_host(p) for name, p in run.state.trainable.items()})

@@ -7,14 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from tqdm import tqdm
 
 from minilora.backend import to_device, to_host
 from minilora.data.batches import Batch, Rows, batches_of, count_labels
 from minilora.model.model import Model
-from minilora.runs.metrics import MetricsFile
 from minilora.training.optimizers import clip_gradients
 from minilora.training.schedules import learning_rate
 from minilora.training.state import State
@@ -36,7 +34,6 @@ class Plan:
     eval_every: int = 0
     patience: int = 0
     save_every: int = 0
-    report_to: str = "none"
 
 
 class Diverged(ArithmeticError):
@@ -49,32 +46,30 @@ def train(
     rows: Rows,
     valid: Sequence[Batch],
     plan: Plan,
-    folder: Path,
-    pad_id: int = 0,
-    on_save: Callable[[State], None] = lambda state: None,
+    pad_id: int,
+    record: Callable[..., None],
+    save: Callable[[State], None],
 ) -> None:
     """Train until `plan.steps` steps are done or validation stops improving; then `state` holds the outcome.
 
-    With validation, the parameters end as they were at the lowest validation loss. Progress goes to the terminal and to
-    `folder/metrics.jsonl`, the resumable state to `folder/state.safetensors`; `on_save` may write more beside it.
-    Raises Diverged, leaving the last saved state in place.
+    With validation, the parameters end as they were at the lowest validation loss. `record` gets the figures of each
+    step and validation by name, `save` a state that is good to go on from. Raises Diverged before a state would be
+    saved whose loss is not finite.
     """
-    metrics = MetricsFile(folder, state.step, plan.report_to)
     bar = tqdm(total=plan.steps, initial=state.step, desc="training", unit="step", dynamic_ncols=True)
     started = time.perf_counter() - state.seconds
 
-    def save(batches: list[Batch]) -> None:
+    def save_if_finite(batches: list[Batch]) -> None:
         loss = mean_loss(model, batches) if batches else 0.0  # of the very parameters to be saved
         if not math.isfinite(loss):
             raise Diverged(_stopped(state, loss, math.nan))
         state.seconds = time.perf_counter() - started
-        state.save(folder)
-        on_save(state)
+        save(state)
 
     try:
         batches: list[Batch] = []
         if state.step == 0:
-            save(batches)
+            save_if_finite(batches)
         while state.step < plan.steps and not _out_of_patience(state, plan):
             step_started = time.perf_counter()
             batches = next_batches(state, rows, plan, pad_id)
@@ -92,7 +87,7 @@ def train(
             tokens = sum(int((batch.segments > 0).sum()) for batch in batches)
             state.tokens += tokens
             speed = tokens / (time.perf_counter() - step_started)
-            metrics.write(
+            record(
                 step=state.step,
                 epoch=state.order.epoch,
                 loss=loss,
@@ -107,15 +102,14 @@ def train(
             bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.1e}, {speed:,.0f} tokens/s", refresh=False)
             if valid and plan.eval_every and (state.step % plan.eval_every == 0 or state.step == plan.steps):
                 valid_loss = mean_loss(model, valid)
-                metrics.write(step=state.step, valid_loss=valid_loss)
+                record(step=state.step, valid_loss=valid_loss)
                 bar.write(f"step {state.step}: validation loss {valid_loss:.4f}")
                 _remember_best(state, valid_loss)
             if plan.save_every and state.step % plan.save_every == 0:
-                save(batches)
-        save(batches)
+                save_if_finite(batches)
+        save_if_finite(batches)
     finally:
         bar.close()
-        metrics.close()
     for name, array in state.best.items():
         state.trainable[name][...] = to_device(array)
 

@@ -23,10 +23,11 @@ from safetensors.numpy import load_file
 
 from minilora.backend import use_module
 from minilora.benchmark import __main__ as benchmark
-from minilora.benchmark import formula, machine, measure, ours, products, report, workloads
+from minilora.benchmark import formula, measure, ours, products, report, workloads
 from minilora.benchmark.inputs import Inputs
 from minilora.benchmark.job import Job, JobRow, read_job_rows, steps_of
 from minilora.benchmark.workloads import ALL, OURS, PEFT, PRODUCTS, QKV, QUICK, Case, Plan, Side, instruction_lengths
+from minilora.figures import machine
 from minilora.formats.load import load_model
 from minilora.frozen.weight import DenseWeight
 from minilora.lora import lora, lora_backward
@@ -371,7 +372,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """All workloads that need no GPU, as they are where PEFT is not installed."""
     folder = tmp_path_factory.mktemp("quick")
     page = folder / "page.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    page.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
     flags = ("--workload", "W1", "W2", "W3", "W4", "W5", "--repeats", "1", "--markdown", str(page))
     return Run(folder / "out", *flags)
 
@@ -409,7 +410,7 @@ def test_the_table_is_printed_and_written_and_the_pictures_are_drawn(quick: Run)
         assert "W1: a step on 2 × 16 tokens, rank 8 on all-linear" in text
         assert "time / floor" in text and "W5: how time and memory grow" in text
     page = (quick.folder.parent / "page.md").read_text()
-    assert page == f"before\n{report.BEGIN}\n\n{written}\n{report.END}\nafter\n"
+    assert page == f"before\n{tables.BEGIN}\n\n{written}\n{tables.END}\nafter\n"
     for name in ("benchmark.png", "growth.png"):
         assert (quick.folder / name).read_bytes().startswith(b"\x89PNG")
 

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from test_commands import PAIRS, Result, contents, model, read, write_rows  # noqa: F401
 
 from minilora.adapters.merging import merged_parameters
-from minilora.benchmark.report import BEGIN, END
 from minilora.cli.train_flags import choose_settings, parse
 from minilora.compare import __main__ as compare
 from minilora.compare import latency, rivals, trials
@@ -32,6 +31,7 @@ from minilora.compare.rivals import LORA, RIVALS, Rival, choose, lora_of_rank, n
 from minilora.compare.scale import at_gpt_3, lora_share
 from minilora.compare.spectrum import changes_of_full, changes_of_lora, effective_rank, share_of_largest, truncated
 from minilora.compare.trials import MOST_RATES, Summary, Trial, best_rate, next_trial
+from minilora.figures.tables import BEGIN, END
 from minilora.formats.adapters import load_adapter
 from minilora.formats.load import load_model
 

@@ -536,7 +536,7 @@ def run(*argv: str) -> tuple[int, str, str]:
 
 def run_alone(*argv: str) -> str:
     """In a process of its own: the system adds a parent's peak to its children's, and the tests' is large."""
-    command = [sys.executable, "-m", "minilora.plan.__main__", *argv]
+    command = [sys.executable, "-m", "minilora.plan", *argv]
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout
 
 

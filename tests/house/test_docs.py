@@ -24,7 +24,7 @@ MATHEMATICS = [
     )
 ] + sorted((ROOT / "minilora" / "ops").glob("*.py"))  # fmt: skip
 NAMING = MATHEMATICS + [
-    ROOT / "minilora" / name for name in ("model/sites.py", "model/generation.py", "training/evaluation.py")
+    ROOT / "minilora" / name for name in ("model/sites.py", "model/generation.py", "runs/evaluation.py")
 ]  # whose docstrings name their equations
 
 LINK = re.compile(r"\[([^\]]+)\]\(([^()\s]+)\)")

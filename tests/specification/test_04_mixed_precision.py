@@ -27,6 +27,7 @@ from minilora.model.names import HEAD, layer_module
 from minilora.runs.metrics import read_metrics
 from minilora.runs.run import prepare
 from minilora.runs.settings import Settings, read_settings
+from minilora.runs.state_file import load_state, save_state
 from minilora.train import main
 from minilora.training.loss_scale import FIRST, GROWS_AFTER, LARGEST, LEAST, LossScale
 from minilora.training.optimizers import global_norm
@@ -263,10 +264,10 @@ def test_a_run_in_float16_has_a_loss_scale_and_goes_on_with_it_when_resumed(tmp_
     assert main(flags) == 0
     assert [line["loss_scale"] for line in read_metrics(tmp_path) if "loss" in line] == [FIRST, FIRST]
     run = prepare(read_settings(tmp_path), tmp_path)
-    run.state.load(tmp_path)
+    load_state(run.state, tmp_path)
     assert run.state.loss_scale == LossScale(FIRST, 2)
     run.state.loss_scale = LossScale(8.0, 3)
-    run.state.save(tmp_path)
+    save_state(run.state, tmp_path)
     run.state.loss_scale = LossScale()
-    run.state.load(tmp_path)
+    load_state(run.state, tmp_path)
     assert run.state.loss_scale == LossScale(8.0, 3)

@@ -36,6 +36,7 @@ from minilora.model.generation import Memory, complete
 from minilora.model.model import Model, backward, forward
 from minilora.model.names import HEAD
 from minilora.ops.attention import EVERYONE, Block, attention, visible_keys
+from minilora.runs import folder as folder_module
 from minilora.runs.run import default_max_length
 from minilora.training.state import State
 from minilora.training.step import loss_and_gradients
@@ -496,7 +497,7 @@ def test_train_generate_evaluate_and_resume_know_virtual_tokens_and_merge_refuse
     assert summary["drift_kl"] > 0
 
     with monkeypatch.context() as patch:
-        patch.setattr(State, "save", interrupted_after(3))
+        patch.setattr(folder_module, "save_state", interrupted_after(3))
         assert run("train", *flags, "--steps", 6, "--save-every", 3, "--out", tmp_path / "again").code == 130
     assert learnt(tmp_path / "again") != learnt(tmp_path / "whole")
     good("train", "--resume", tmp_path / "again")
@@ -514,8 +515,8 @@ def test_train_generate_evaluate_and_resume_know_virtual_tokens_and_merge_refuse
 
 
 def interrupted_after(step: int) -> Any:
-    """State.save that ends as if the user had pressed Ctrl-C as soon as the state of this step is saved."""
-    save = State.save
+    """`save_state` that ends as if the user had pressed Ctrl-C as soon as the state of this step is saved."""
+    save = folder_module.save_state
 
     def save_or_stop(state: State, folder: Path) -> None:
         save(state, folder)

@@ -26,14 +26,17 @@ from minilora.methods.full import full_model
 from minilora.methods.lora import LoRA
 from minilora.model.base import base_model
 from minilora.model.model import Model
+from minilora.runs import folder as folder_module
+from minilora.runs import state_file as state_module
+from minilora.runs.folder import train_in
 from minilora.runs.metrics import METRICS_FILE, MetricsFile, read_metrics
+from minilora.runs.state_file import STATE_FILE, load_state
 from minilora.training import loop
-from minilora.training import state as state_module
-from minilora.training.loop import Diverged, Plan, next_batches, steps_per_epoch, train
+from minilora.training.loop import Diverged, Plan, next_batches, steps_per_epoch
 from minilora.training.optimizers import OPTIMIZERS, SGD, AdamW, clip_gradients, global_norm
 from minilora.training.order import Order
 from minilora.training.schedules import SCHEDULES, learning_rate, warmup_steps
-from minilora.training.state import STATE_FILE, State
+from minilora.training.state import State
 from minilora.training.step import loss_and_gradients, mean_loss
 
 few = settings(max_examples=25)
@@ -246,8 +249,8 @@ def trained(folder: Path, plan: Plan = PLAN, rows: Rows = ROWS, **options: Any) 
     """Train, going on from what an earlier call has left in the folder."""
     model, state = new_run(rows, **options)
     if (folder / STATE_FILE).exists():
-        state.load(folder)
-    train(model, state, rows, VALID, plan, folder)
+        load_state(state, folder)
+    train_in(folder, model, state, rows, VALID, plan)
     return state
 
 
@@ -305,7 +308,7 @@ PLACES = {
     "before the update": (loop, "clip_gradients"),
     "after the update": (MetricsFile, "write"),
     "before validation": (loop, "mean_loss"),
-    "before saving": (State, "save"),
+    "before saving": (folder_module, "save_state"),
     "while saving": (state_module, "write_safetensors"),
 }
 plans = st.builds(
@@ -347,7 +350,7 @@ def test_every_saved_state_leads_to_the_same_end(save_every: int, data: st.DataO
     with TemporaryDirectory() as name:
         folder = Path(name)
         model, state = new_run(dropout=0.3)
-        train(model, state, ROWS, VALID, plan, folder, 0, lambda _: saved.append((folder / STATE_FILE).read_bytes()))
+        train_in(folder, model, state, ROWS, VALID, plan, 0, lambda _: saved.append((folder / STATE_FILE).read_bytes()))
         assert len(saved) == 1 + plan.steps // save_every + 1  # at the start, in between, at the end
         expected = outcome(state, folder)
         (folder / STATE_FILE).write_bytes(data.draw(st.sampled_from(saved), label="one of the saved states"))
@@ -356,16 +359,16 @@ def test_every_saved_state_leads_to_the_same_end(save_every: int, data: st.DataO
 
 def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=STATE_FILE):
-        new_run()[1].load(tmp_path)
+        load_state(new_run()[1], tmp_path)
     trained(tmp_path)
     _, other = new_run()
     other.data = "other rows"
     with pytest.raises(ValueError, match="the data has changed"):
-        other.load(tmp_path)
+        load_state(other, tmp_path)
     with pytest.raises(ValueError, match="the data has changed"):
-        new_run(ROWS[1:])[1].load(tmp_path)
+        load_state(new_run(ROWS[1:])[1], tmp_path)
     with pytest.raises(ValueError, match=r"trainable\.model\.embed_tokens\.weight is missing or has another shape"):
-        new_run(method="full")[1].load(tmp_path)
+        load_state(new_run(method="full")[1], tmp_path)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -406,7 +409,7 @@ def test_every_micro_batch_has_a_dropout_of_its_own_which_the_seed_decides(seed:
         model, state = new_run(seed=seed)
         with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "loss_and_gradients", recording)
-            train(model, state, ROWS, [], PLAN, Path(folder))
+            train_in(Path(folder), model, state, ROWS, [], PLAN)
         return found
 
     first = drawn(seed)
@@ -455,7 +458,7 @@ def test_training_lowers_the_loss_and_changes_no_byte_of_what_is_frozen(tmp_path
     weights = random_weights(TINY, seed=0)
     batches = batches_of(ROWS, 4, pad_id=0)
     start = mean_loss(model, batches)
-    train(model, state, ROWS, [], replace(PLAN, steps=30), tmp_path)
+    train_in(tmp_path, model, state, ROWS, [], replace(PLAN, steps=30))
     assert mean_loss(model, batches) < 0.8 * start
     for name, site in model.sites.items():
         frozen = getattr(site, "base", site)  # of an adapted site, what stands beneath the adapter
@@ -494,7 +497,7 @@ def test_training_stops_after_patience_without_gain_and_ends_as_at_the_best_vali
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "mean_loss", scripted)
         plan = replace(PLAN, steps=len(losses), eval_every=1, patience=patience, save_every=0)
-        train(model, state, ROWS, VALID, plan, Path(folder))
+        train_in(Path(folder), model, state, ROWS, VALID, plan)
     assert state.step == len(at_validation) == expected
     assert (state.best_loss, state.best_step) == (best_loss, best + 1)
     assert parameter_bytes(state) == at_validation[best]  # the last ones if no loss was ever a number
@@ -555,7 +558,7 @@ def test_a_number_that_is_not_finite_stops_training_and_the_last_saved_state_sta
 
     monkeypatch.setattr(loop, "loss_and_gradients", sickening)
     with pytest.raises(Diverged, match=r"^step 6: .* keeps the last good state"):
-        train(model, state, ROWS, VALID, PLAN, tmp_path, 0, lambda _: saved.append(_state_file(tmp_path)))
+        train_in(tmp_path, model, state, ROWS, VALID, PLAN, 0, lambda _: saved.append(_state_file(tmp_path)))
     assert _state_file(tmp_path) == saved[-1] and len(saved) == 2  # of steps 0 and 3
     assert state.step == 5 and all(np.isfinite(p).all() for p in state.trainable.values())
 
@@ -568,7 +571,7 @@ def _state_file(folder: Path) -> bytes:
 def test_a_rate_that_is_far_too_high_is_noticed(tmp_path: Path) -> None:
     model, state = new_run(optimizer="sgd")
     with pytest.raises(Diverged, match="the loss is"):
-        train(model, state, ROWS, VALID, replace(PLAN, learning_rate=1e200, max_grad_norm=0), tmp_path)
+        train_in(tmp_path, model, state, ROWS, VALID, replace(PLAN, learning_rate=1e200, max_grad_norm=0))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -576,7 +579,7 @@ def test_the_state_that_a_divergence_leaves_is_one_with_a_finite_loss(tmp_path: 
     model, state = new_run(optimizer="sgd")
     plan = replace(PLAN, learning_rate=1e200, warmup=0, max_grad_norm=0, save_every=1)
     with pytest.raises(Diverged):
-        train(model, state, ROWS, VALID, plan, tmp_path)
+        train_in(tmp_path, model, state, ROWS, VALID, plan)
     saved_model, saved_state = new_run(optimizer="sgd")
-    saved_state.load(tmp_path)
+    load_state(saved_state, tmp_path)
     assert math.isfinite(mean_loss(saved_model, batches_of(ROWS, 4, pad_id=0)))

@@ -1,0 +1,56 @@
+"""The state of a run in one file, `state.safetensors`: a resumed run equals an uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from minilora.backend import to_device, to_host
+from minilora.formats.files import open_safetensors, write_safetensors
+from minilora.training.loss_scale import LossScale
+from minilora.training.state import State
+
+STATE_FILE = "state.safetensors"
+NUMBERS = ("step", "tokens", "seconds", "best_loss", "best_step", "evaluations_without_gain")
+
+
+def save_state(state: State, folder: Path) -> None:
+    """Write the state beside the old one, then put it in its place: a kill leaves one or the other, whole."""
+    tensors = {f"trainable.{name}": to_host(p) for name, p in state.trainable.items()}
+    tensors |= {f"optimizer.{name}": to_host(a) for name, a in state.optimizer.state().items()}
+    tensors |= {f"best.{name}": a for name, a in state.best.items()}
+    tensors["order"] = state.order.permutation
+    numbers = {name: getattr(state, name) for name in NUMBERS}
+    metadata = {
+        "numbers": json.dumps(numbers),
+        "order": json.dumps([state.order.epoch, state.order.cursor]),
+        "rng": json.dumps(state.rng.bit_generator.state),
+        "data": state.data,
+        "loss_scale": json.dumps(asdict(state.loss_scale)),
+    }
+    write_safetensors(folder / STATE_FILE, tensors, metadata)
+
+
+def load_state(state: State, folder: Path) -> None:
+    """Go back to the saved state, in place: the model shares these arrays. ValueError if it is another run's."""
+    path = folder / STATE_FILE
+    with open_safetensors(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata()
+    targets = {f"trainable.{name}": p for name, p in state.trainable.items()}
+    targets |= {f"optimizer.{name}": a for name, a in state.optimizer.state().items()}
+    for name, target in targets.items():
+        if name not in tensors or tensors[name].shape != target.shape:
+            raise ValueError(f"{path} does not fit this run: {name} is missing or has another shape")
+        target[...] = to_device(tensors[name])
+    if metadata["data"] != state.data or len(tensors["order"]) != len(state.order.permutation):
+        raise ValueError(f"{path} does not fit this run: the data has changed since it was saved")
+    state.order.permutation = tensors["order"]
+    state.order.epoch, state.order.cursor = json.loads(metadata["order"])
+    state.rng.bit_generator.state = json.loads(metadata["rng"])
+    if "loss_scale" in metadata:  # not in states of before there was one
+        state.loss_scale = LossScale(**json.loads(metadata["loss_scale"]))
+    state.best = {name.removeprefix("best."): a for name, a in tensors.items() if name.startswith("best.")}
+    for name, value in json.loads(metadata["numbers"]).items():
+        setattr(state, name, value)
