@@ -27,7 +27,7 @@ from minilora.benchmark import formula, measure, ours, products, report, workloa
 from minilora.benchmark.inputs import Inputs
 from minilora.benchmark.job import Job, JobRow, read_job_rows, steps_of
 from minilora.benchmark.workloads import ALL, OURS, PEFT, PRODUCTS, QKV, QUICK, Case, Plan, Side, instruction_lengths
-from minilora.figures import machine
+from minilora.figures import machine, tables
 from minilora.formats.load import load_model
 from minilora.frozen.weight import DenseWeight
 from minilora.lora import lora, lora_backward
