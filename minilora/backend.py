@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import ml_dtypes
 import numpy as np
 
 __all__ = [
     "Array",
+    "from_host",
     "knows",
     "narrow",
     "on_cpu",
@@ -83,8 +85,16 @@ def use_module(module: Any) -> Any:
 
 
 def on_cpu() -> bool:
-    """Whether arrays are NumPy's."""
-    return _module is np
+    """Whether arrays are NumPy's, or stand for them (`counting`)."""
+    return bool(getattr(_module, "on_cpu", _module is np))
+
+
+def from_host(make: Callable[[], np.ndarray[Any, Any]], shape: tuple[int, ...], dtype: Any) -> Array:
+    """The host array that `make` returns, on the device. A module whose arrays have no numbers (`counting`) has
+    `outline`, and only needs to know shape and dtype."""
+    if hasattr(_module, "outline"):
+        return cast(Array, _module.outline(shape, dtype))
+    return to_device(make())
 
 
 def to_device(array: np.ndarray[Any, Any]) -> Array:
