@@ -7,16 +7,17 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from minilora.adapters.combination import Adapter, Combination, combine, relative_error
 from minilora.cli import errors
 from minilora.cli.flags import dashed, flags
 from minilora.formats.checkpoint import read_config, read_weights
-from minilora.formats.files import read_json, write_json
+from minilora.formats.files import write_json
 from minilora.formats.hub import find_model
 from minilora.formats.library import contradiction, named_adapters, trained_on
 from minilora.formats.peft import CONFIG, check_copies, read_adapter, write_adapter
+from minilora.methods.lora import LoRA
 from minilora.model.config import Config
 
 REPORT_FILE = "combine.json"
@@ -71,12 +72,12 @@ def check(args: argparse.Namespace) -> list[float]:
 
 def read_linear(name: str, folder: Path, config: Config, model_folder: Path) -> Adapter:
     """An adapter whose update is a product of thin factors. ValueError, naming what it is, for any other."""
-    if (kind := read_json(folder / CONFIG).get("peft_type")) != "LORA":
-        raise ValueError(f"{folder / CONFIG}: peft_type {kind}, and only LoRA is linear and can be combined")
     adapter = read_adapter(folder, config)
+    if not adapter.method.thin_change:
+        raise ValueError(f"{folder / CONFIG}: {adapter.method.name}, and only LoRA is linear and can be combined")
     if adapter.copies:
         check_copies(folder, adapter.copies, read_weights(model_folder, config))
-    return Adapter(name, adapter.settings, adapter.tensors)
+    return Adapter(name, cast(LoRA, adapter.method), adapter.tensors)
 
 
 def combine_command(argv: list[str] | None = None) -> None:
@@ -94,14 +95,15 @@ def combine_command(argv: list[str] | None = None) -> None:
     adapters = [read_linear(name, folder, config, model_folder) for name, folder in folders.items()]
     rank = None if args.combination_type == "cat" else args.rank or largest_rank(adapters, config)
     combination = combine(config, adapters, weights, rank)
-    write_adapter(args.out, combination.settings, combination.tensors, trained.base or model, trained.revision or None)
+    base, revision = trained.base or model, trained.revision or None
+    write_adapter(args.out, combination.settings, combination.tensors, config, base, revision)
     report = summarize(combination, folders, weights, args.combination_type)
     write_json(args.out / REPORT_FILE, report)
     show(args.out, combination, report)
 
 
 def largest_rank(adapters: Sequence[Adapter], config: Config) -> int:
-    return max(place.rank for adapter in adapters for place in adapter.settings.places(config).values())
+    return max(place.rank for adapter in adapters for place in adapter.method.places(config).values())
 
 
 def summarize(

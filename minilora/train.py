@@ -73,7 +73,7 @@ def describe(run: Run, device: str) -> None:
     settings, config = run.settings, run.base.config
     task = settings.data or "the built-in task, English questions to SQL"
     print(f"{settings.model} on {device}: {config.num_hidden_layers} layers of width {config.hidden_size}")
-    print(f"{settings.method} on {task}")
+    print(f"{run.method.name} on {task}")
     for line in run.task.report:
         print(f"  {line}")
     done = f", {run.state.step} of them done" if run.state.step else ""

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora.methods.lora import LoRA, adapter_names
+from minilora.methods.lora import LoRA
+from minilora.methods.lora_embedding import adapter_names
 from minilora.methods.targets import every_module, target_module_names
 from minilora.model.config import Config
 
@@ -80,7 +81,7 @@ def truncate(A: HostArray, B: HostArray, rank: int) -> tuple[Factors, Truncation
 
 class Adapter(NamedTuple):
     name: str
-    settings: LoRA
+    method: LoRA
     tensors: Mapping[str, HostArray]
 
 
@@ -102,12 +103,15 @@ def combine(
     adapter, for DoRA and for modules that train whole: their change is no product of two thin factors.
     """
     for adapter in adapters:
-        if adapter.settings.dora:
-            raise ValueError(f"{adapter.name} is a DoRA, which rescales whole rows of W, and cannot be combined")
-        if adapter.settings.modules_to_save:
-            saved = ", ".join(adapter.settings.modules_to_save)
+        if not adapter.method.thin_change:
+            raise ValueError(
+                f"{adapter.name} is a {adapter.method.name} adapter: its change of a weight is no product of two thin "
+                "factors, and cannot be combined"
+            )
+        if adapter.method.modules_to_save:
+            saved = ", ".join(adapter.method.modules_to_save)
             raise ValueError(f"{adapter.name} trains modules_to_save ({saved}) whole, and cannot be combined")
-    places = [adapter.settings.places(config) for adapter in adapters]
+    places = [adapter.method.places(config) for adapter in adapters]
     tensors: dict[str, HostArray] = {}
     overlapping: list[str] = []
     truncations: dict[str, Truncation] = {}

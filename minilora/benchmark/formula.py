@@ -95,7 +95,7 @@ def step_bytes(job: Job, config: Config) -> int:
     rows = read_job_rows(job)
     (step,) = passes_of(job)
     work = Work(len(rows), max(len(row.tokens) for row in rows), step.labelled)
-    method = read_adapter(Path(job.adapter), config).settings
+    method = read_adapter(Path(job.adapter), config).method
     parts = shares(len(rows)) if job.device == "cpu" else 1
     return footprint(config, method, work, Storage(frozen=job.frozen), shares=parts).total
 

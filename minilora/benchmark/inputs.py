@@ -14,7 +14,7 @@ import numpy as np
 from minilora.benchmark.job import JobRow, write_job_rows
 from minilora.formats.checkpoint import read_config
 from minilora.formats.known_configs import find_config
-from minilora.formats.peft import adapter_shapes, write_adapter
+from minilora.formats.peft import write_adapter
 from minilora.methods.lora import LoRA
 
 TINY = {  # the model of the quick size
@@ -66,9 +66,9 @@ class Inputs(NamedTuple):
         folder = self.scratch / f"adapter-{Path(model).name}-{rank}-{'-'.join(targets)}"
         settings = LoRA(rank, 2.0 * rank, target_modules=targets)
         rng = np.random.default_rng(self.seed)
-        shapes = adapter_shapes(config, settings)
+        shapes = settings.shapes(config)
         tensors = {name: rng.uniform(-0.02, 0.02, shape).astype(np.float32) for name, shape in shapes.items()}
-        write_adapter(folder, settings, tensors, model)
+        write_adapter(folder, settings, tensors, config, model)
         return str(folder)
 
     def rows(self, name: str, model: str, lengths: Sequence[int], prompts: Sequence[int]) -> str:

@@ -10,44 +10,18 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minilora.formats.load import SHIPPED_MODEL
-from minilora.runs.settings import Settings, flag
+from minilora.methods.method import known_methods
+from minilora.methods.setting import flag
+from minilora.runs.settings import all_settings
 
-ALIASES: dict[str, tuple[str, ...]] = {  # of train: ours → theirs
-    "model": ("model_name_or_path",),
-    "revision": ("model_revision",),
-    "data": ("dataset_name",),
-    "text_feature": ("dataset_text_field",),
-    "train_on": ("mask_prompt", "completion_only_loss", "assistant_only_loss"),
+TO_TRAIN: dict[str, tuple[str, ...]] = {  # flags of train that are no settings: ours → theirs
     "out": ("adapter_path", "output_dir"),
     "resume": ("resume_from_checkpoint",),
-    "adapter": ("resume_adapter_file",),
-    "method": ("fine_tune_type", "use_dora"),
-    "rank": ("lora_r",),
-    "alpha": ("lora_alpha", "lora_scale", "scale"),
-    "dropout": ("lora_dropout",),
-    "target_modules": ("lora_target_modules", "keys"),
-    "init": ("init_lora_weights",),
-    "rslora": ("use_rslora",),
-    "modules_to_save": ("lora_modules_to_save",),
-    "init_text": ("prompt_tuning_init_text",),
-    "steps": ("iters", "max_steps"),
-    "epochs": ("num_train_epochs",),
-    "batch_size": ("per_device_train_batch_size",),
-    "grad_accumulation": ("grad_accumulation_steps", "gradient_accumulation_steps"),
-    "optimizer": ("optim",),
-    "schedule": ("lr_scheduler_type",),
-    "warmup": ("warmup_steps", "warmup_ratio"),
-    "max_length": ("max_seq_length",),
-    "activation_checkpointing": ("grad_checkpoint", "gradient_checkpointing"),
-    "eval_every": ("eval_steps", "steps_per_eval"),
-    "patience": ("early_stopping_patience",),
-    "save_every": ("save_steps",),
-    "frozen": ("load_in_4bit",),
-    "mixed_precision": ("bf16", "fp16"),
 }
 OTHER_COMMANDS: dict[str, tuple[str, ...]] = {  # of generate, merge and evaluate: ours → theirs
     "model": ("model_name_or_path",),
@@ -63,14 +37,20 @@ OTHER_COMMANDS: dict[str, tuple[str, ...]] = {  # of generate, merge and evaluat
 NEEDLESS = {  # what train does anyway: taken, and told where it may surprise
     "train": "",
     "test": "the held-out part is always judged",
-    "use_peft": "--method lora is the default",
+    "use_peft": "an adapter is the default",
     "warmup_init": "the warm-up climbs from peak / (warmup + 1)",
     "steps_per_report": "every step is reported",
     "logging_steps": "every step is reported",
     "val_batches": "every held-out row is used",
     "test_batches": "every held-out row is used",
 }
-OURS = {theirs: ours for ours, names in ALIASES.items() for theirs in names}
+
+
+@cache
+def ours() -> dict[str, str]:
+    """Our name for every name of another tool."""
+    names = {name: one.declaration.aliases for name, one in all_settings().items()} | TO_TRAIN
+    return {theirs: mine for mine, others in names.items() for theirs in others}
 
 
 def flags(name: str, aliases: Mapping[str, tuple[str, ...]] = OTHER_COMMANDS) -> list[str]:
@@ -120,24 +100,32 @@ def by_setting(values: Mapping[str, Any], where: Callable[[str], str]) -> dict[s
             if NEEDLESS[name]:
                 print(f"{where(name)} changes nothing: {NEEDLESS[name]}")
             continue
-        ours = OURS.get(name, name)
+        mine = ours().get(name, name)
         if (
-            ours == "mixed_precision"
-            and ours in found
-            and "false" in (str(value).lower(), str(found[ours].value).lower())
+            mine == "mixed_precision"
+            and mine in found
+            and "false" in (str(value).lower(), str(found[mine].value).lower())
         ):
             if str(value).lower() != "false":  # a configuration often has both bf16 and fp16, one of them false
-                found[ours] = Written(name, value, where(name))
+                found[mine] = Written(name, value, where(name))
             continue
-        if ours in found:
-            raise ValueError(f"{where(name)} and {found[ours].where} are two names for one setting: give one of them")
-        found[ours] = Written(name, value, where(name))
+        if mine in found:
+            raise ValueError(f"{where(name)} and {found[mine].where} are two names for one setting: give one of them")
+        found[mine] = Written(name, value, where(name))
     return found
+
+
+@cache
+def switches() -> dict[str, str]:
+    """The method that another tool's switch asks for: `use_dora`."""
+    return {cls.switch: name for name, cls in known_methods().items() if cls.switch}
 
 
 def convert(written: Written, setting: Callable[[str], Any]) -> Any:
     """The value in our unit. `setting` looks up another setting, for units that depend on it."""
     name, value, where = written
+    if name in switches() and str(value).lower() in ("true", "false"):
+        return switches()[name] if str(value).lower() == "true" else all_settings()["method"].default
     match name, value:
         case (("iters" | "steps_per_eval"), int()) if value > 0:  # mlx-lm counts micro-batches
             return max(1, value // setting("grad_accumulation"))
@@ -161,10 +149,8 @@ def convert(written: Written, setting: Callable[[str], Any]) -> Any:
             return "adamw"
         case (("optimizer" | "optim"), "adam"):
             raise ValueError(f"{where} adam: give --optimizer adamw --weight-decay 0, which is the same")
-        case "use_dora", bool() | "true" | "True" | "false" | "False":
-            return "dora" if str(value).lower() == "true" else Settings.method
         case "load_in_4bit", bool() | "true" | "True" | "false" | "False":
-            return "nf4" if str(value).lower() == "true" else Settings.frozen
+            return "nf4" if str(value).lower() == "true" else all_settings()["frozen"].default
         case (("bf16" | "fp16"), True | "true" | "True"):
             return name
         case (("mixed_precision" | "bf16" | "fp16"), False | "false" | "False"):  # YAML's "no", too

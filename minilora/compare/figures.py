@@ -57,7 +57,7 @@ def result(
     settings = read_settings(folders[0])
     trained = summaries[0]["trainable_parameters"]
     return found | {
-        "rank": settings.rank,
+        "rank": getattr(settings.method, "rank", None),
         "trainable_parameters": trained,
         "total_parameters": summaries[0]["total_parameters"],
         "update_bytes": ARRAYS_OF_UPDATE * trained * named_dtype(settings.dtype).itemsize,

@@ -66,7 +66,7 @@ def seconds(model: Model, prompt: Sequence[int]) -> float:
 
 def models(source: Path, folder: Path, settings: Settings) -> tuple[Model, Model | None, str]:
     """The trained model as the run left it, the same as plain weights; or None, and why there is no such."""
-    if settings.method == "full":
+    if not settings.method.freezes_base:
         model = load_model(folder)[0]
         return model, model, ""
     base, _ = load_model(source, settings.dtype, settings.frozen, settings.mixed_precision)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from minilora.counting.activations import Work, attended_pairs, lowest_trained_layer
 from minilora.formats.files import Shape
 from minilora.formats.sizes import trainable_shapes
-from minilora.methods import Method
+from minilora.methods.method import Method
 from minilora.methods.full import Full
 from minilora.methods.lora import LoRA
 from minilora.methods.prefix import PrefixTuning
@@ -88,7 +88,7 @@ def site_flops(trainable: Mapping[str, Shape], method: Method, module: str, shap
         forward, backward = thin, 2 * thin
         if method.init == "pissa":  # x W_resᵀ = x Wᵀ − s (x A₀ᵀ) B₀ᵀ
             forward, backward = forward + thin, backward + thin
-        if method.dora:  # ‖W + s B A‖, from A Wᵀ, A Aᵀ and B (A Aᵀ)
+        if method.name == "dora":  # ‖W + s B A‖, from A Wᵀ, A Aᵀ and B (A Aᵀ)
             forward += 2 * rank * (out * into + rank * (out + into))
             forward += 2 * rank * rank * (out + into) if method.init == "pissa" else 0
             if method.dropout:  # (x − x̃) Wᵀ

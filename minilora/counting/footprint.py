@@ -15,7 +15,7 @@ from minilora.formats.checkpoint import named_dtype
 from minilora.formats.sizes import numbers, trainable_shapes
 from minilora.frozen.nf4 import ABSMAX_BLOCK, BLOCK
 from minilora.frozen.weight import WIDENED_AT_ONCE
-from minilora.methods import Method
+from minilora.methods.method import Method
 from minilora.methods.full import Full
 from minilora.methods.lora import LoRA
 from minilora.methods.prefix import PrefixTuning

@@ -10,14 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from minilora.formats.fields import names, number, rank, whole
 from minilora.formats.files import HostArray, check_shapes, open_safetensors, read_json, write_json, write_safetensors
-from minilora.formats.peft import CONFIG, Adapter, adapter_shapes, stored_shapes
+from minilora.formats.peft import CONFIG, Adapter, stored_shapes
+from minilora.methods.fields import names, number, rank, whole
 from minilora.methods.lora import LoRA
+from minilora.methods.method import Method, known_methods
 from minilora.methods.targets import projections
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, LAYER, LINEAR, layer_module
@@ -34,8 +35,11 @@ TIED = (
 )
 
 
-def check_sayable(settings: LoRA, config: Config) -> None:
-    """ValueError, naming the setting, if mlx-lm's format has no words for this adapter of such a model."""
+def check_sayable(method: Method, config: Config) -> LoRA:
+    """The method, if mlx-lm's format has words for it on such a model. ValueError, naming the setting, if not."""
+    if not method.mlx_type:
+        raise ValueError(f"format mlx is for LoRA and DoRA: mlx-lm does not know {method.name} adapters")
+    settings = cast(LoRA, method)
     places = settings.places(config)
     if settings.modules_to_save:
         raise ValueError(
@@ -47,19 +51,20 @@ def check_sayable(settings: LoRA, config: Config) -> None:
         raise ValueError("mlx-lm's format has one scale for all modules and no alpha_pattern: use PEFT's")
     if config.tie_word_embeddings and {EMBED, HEAD} & places.keys():
         raise ValueError(TIED)
+    return settings
 
 
 def write_mlx_adapter(
-    folder: Path, settings: LoRA, tensors: Mapping[str, HostArray], config: Config, base_model: str
+    folder: Path, method: Method, tensors: Mapping[str, HostArray], config: Config, base_model: str
 ) -> None:
     """Write an adapter that mlx-lm loads. `tensors` are named as in the model. ValueError as for check_sayable."""
-    check_sayable(settings, config)
+    settings = check_sayable(method, config)
     places = settings.places(config)
     place = next(iter(places.values()))
     keys, num_layers = _keys(config, places)
     raw = {
         "model": base_model,
-        "fine_tune_type": "dora" if settings.dora else "lora",
+        "fine_tune_type": settings.mlx_type,
         "num_layers": num_layers,
         "lora_parameters": {
             "keys": keys,
@@ -80,7 +85,7 @@ def read_mlx_adapter(folder: Path, config: Config) -> Adapter:
         found = stored_shapes(tensors_path, file)
         try:
             settings = _settings(path, raw, config, {name.rpartition(".")[0] for name in found})
-            expected = adapter_shapes(config, settings)
+            expected = settings.shapes(config)
         except ValueError as error:
             raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
         transposed = {_their_name(name): shape[::-1] for name, shape in expected.items()}
@@ -92,8 +97,9 @@ def read_mlx_adapter(folder: Path, config: Config) -> Adapter:
 
 def _settings(path: Path, raw: Mapping[str, Any], config: Config, adapted: Iterable[str]) -> LoRA:
     kind = raw.get("fine_tune_type", "lora")
-    if kind not in ("lora", "dora"):
-        raise ValueError(f"{path}: fine_tune_type {kind!r} is not supported, only 'lora' and 'dora'")
+    known = {method.mlx_type: method for method in known_methods().values() if issubclass(method, LoRA)}
+    if kind not in known:
+        raise ValueError(f"{path}: fine_tune_type {kind!r} is not supported, only {' and '.join(map(repr, known))}")
     parameters, num_layers = raw.get("lora_parameters"), raw.get("num_layers")
     if not isinstance(parameters, dict) or not isinstance(num_layers, int):
         raise ValueError(f"{path}: lora_parameters must be an object in braces, and num_layers a whole number")
@@ -109,13 +115,12 @@ def _settings(path: Path, raw: Mapping[str, Any], config: Config, adapted: Itera
         raise ValueError(f"{path}: keys {list(keys)} name no linear map of the base model")
     first = _first(config, num_layers)
     r, scale = rank(path, parameters, "rank"), number(path, parameters, "scale")
-    return LoRA(
+    return known[kind](
         rank=r,
         alpha=scale * r,
         dropout=number(path, parameters, "dropout", 0),
         target_modules=within + in_full,
         layers_to_transform=tuple(range(first, config.num_hidden_layers)) if first else None,
-        dora=kind == "dora",
     )
 
 

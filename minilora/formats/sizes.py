@@ -5,24 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 from minilora.formats.checkpoint import named_dtype
 from minilora.formats.files import Shape
-from minilora.formats.peft import PREFIX, adapter_shapes
-from minilora.methods import Method
-from minilora.methods.bitfit import BitFit
-from minilora.methods.bottleneck import NAMES, Bottleneck
-from minilora.methods.full import Full
-from minilora.methods.lora import LoRA
-from minilora.methods.prefix import PrefixTuning
-from minilora.methods.prompt import PromptTuning
-from minilora.methods.random_subset import RandomSubset
-from minilora.methods.targets import projections, saved_module_names
-from minilora.methods.virtual_tokens import EMBEDDINGS
-from minilora.methods.whole_modules import Modules
+from minilora.methods.method import Method
 from minilora.model.config import Config
-from minilora.model.names import EMBED, HEAD, layer_module, parameter_shapes
+from minilora.model.names import parameter_shapes
 
 SPELT = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # by safetensors
 
@@ -33,33 +21,8 @@ def numbers(shapes: Mapping[str, Shape]) -> int:
 
 
 def trainable_shapes(method: Method, config: Config) -> dict[str, Shape]:
-    """Name and shape of everything that `method.start` makes. ValueError for a method that is not known here."""
-    weights = parameter_shapes(config)
-    weights.setdefault(f"{HEAD}.weight", weights[f"{EMBED}.weight"])
-    D, layers = config.hidden_size, range(config.num_hidden_layers)
-    match method:
-        case LoRA():
-            return adapter_shapes(config, method)
-        case Full():
-            return parameter_shapes(config)
-        case PrefixTuning(n):
-            return {EMBEDDINGS: (n, 2 * len(layers) * config.num_key_value_heads * config.head_dim)}
-        case PromptTuning(n):
-            return {EMBEDDINGS: (n, D)}
-        case Modules(names):
-            saved = saved_module_names(config, names)
-            return {name: shape for name, shape in weights.items() if name.rpartition(".")[0] in saved}
-        case BitFit(norms):
-            biases = {f"{name}.bias": weights[f"{name}.weight"][:1] for name in projections(config)}
-            return biases | {name: shape for name, shape in weights.items() if norms and len(shape) == 1}
-        case Bottleneck(m):
-            places = [layer_module(layer, role) for layer in layers for role in ("o", "down")]
-            shapes = dict(zip(NAMES, ((m, D), (m,), (D, m), (D,)), strict=True))
-            return {f"{place}.{name}": shape for place in places for name, shape in shapes.items()}
-        case RandomSubset(share):
-            sizes = {name: math.prod(weights[f"{name}.weight"]) for name in projections(config)}
-            return {f"{name}.values": (max(1, round(share * size)),) for name, size in sizes.items()}
-    raise ValueError(f"{type(method).__name__}: it is not known what it trains")
+    """Name and shape of everything that `method.start` makes."""
+    return method.shapes(config)
 
 
 def file_bytes(shapes: Mapping[str, Shape], dtype: str, metadata: Mapping[str, str] | None = None) -> int:
@@ -77,14 +40,8 @@ def file_bytes(shapes: Mapping[str, Shape], dtype: str, metadata: Mapping[str, s
 
 def saved_bytes(method: Method, config: Config, dtype: str) -> int:
     """`adapter_model.safetensors` of such a method; after full fine-tuning, `model.safetensors`."""
-    if isinstance(method, LoRA) and method.init == "pissa":  # written as a change of W, of twice the rank (docs: L21)
-        doubled = {name: 2 * rank for name, rank in method.rank_pattern.items()}
-        method = replace(method, init="kaiming", rank=2 * method.rank, rank_pattern=doubled)
-    shapes = trainable_shapes(method, config)
-    if isinstance(method, LoRA):
-        shapes = {PREFIX + name: shape for name, shape in shapes.items()}
-    peft = isinstance(method, LoRA | Full | PrefixTuning | PromptTuning)
-    return file_bytes(shapes, dtype, {"format": "pt"} if peft else None)
+    shapes = method.saved_shapes(config)
+    return file_bytes({method.key_prefix + name: shape for name, shape in shapes.items()}, dtype, {"format": "pt"})
 
 
 def checkpoint_bytes(config: Config, dtype: str) -> int:

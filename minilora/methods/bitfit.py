@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from minilora.backend import Array, xp
 from minilora.methods.full import trained_copy, trained_site
+from minilora.methods.method import Method, Rival, Shape
+from minilora.methods.setting import setting
 from minilora.methods.targets import projections
 from minilora.model.config import Config
 from minilora.model.model import Model
-from minilora.model.names import NORM, layer_module
+from minilora.model.names import NORM, layer_module, weight_shapes
 from minilora.model.sites import FrozenLinear, Gradients
 
 
@@ -43,10 +45,21 @@ class BiasLinear:
 
 
 @dataclass(frozen=True)
-class BitFit:
-    """A bias on all seven projections of every layer; with `norms`, the gains of all norms too."""
+class BitFit(Method):
+    """A bias on all seven projections of every layer; with `train_norms`, the gains of all norms too."""
 
-    norms: bool = False
+    names = {"bitfit": {}}
+    peft_type = "MINILORA_BITFIT"
+    rivals: ClassVar[tuple[Rival, ...]] = (
+        Rival("bitfit", "biases, and the norms' gains", {"method": "bitfit", "train_norms": True}, (3e-2, 1e-1, 3e-1)),
+    )
+
+    train_norms: bool = setting(False, "of bitfit: the gains of the norms too", saved_as="norms")
+
+    def shapes(self, config: Config) -> dict[str, Shape]:
+        weights = weight_shapes(config)
+        biases: dict[str, Shape] = {f"{name}.bias": weights[f"{name}.weight"][:1] for name in projections(config)}
+        return biases | {f"{name}.weight": weights[f"{name}.weight"] for name in self._norms(config)}
 
     def start(self, model: Model, rng: np.random.Generator, dtype: Any = np.float32) -> dict[str, Array]:
         """The biases the model has, zero where it has none; copies of the gains."""
@@ -69,7 +82,7 @@ class BitFit:
         return Model(replace(model.config, attention_bias=True, mlp_bias=True), sites)
 
     def _norms(self, config: Config) -> list[str]:
-        if not self.norms:
+        if not self.train_norms:
             return []
         layers = range(config.num_hidden_layers)
         return [layer_module(layer, role) for layer in layers for role in ("attention_norm", "mlp_norm")] + [NORM]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from minilora.backend import Array, to_device, xp
 from minilora.methods.lora import frozen_site
+from minilora.methods.method import Method, Rival, Shape
+from minilora.methods.setting import setting
+from minilora.model.config import Config
 from minilora.model.model import Model
 from minilora.model.names import layer_module
 from minilora.model.sites import Gradients, Site
@@ -76,32 +79,44 @@ class BottleneckSite:
 
 
 @dataclass(frozen=True)
-class Bottleneck:
-    """A bottleneck of `size` numbers after attention's and after the MLP's last projection, before they are added."""
+class Bottleneck(Method):
+    """A bottleneck of some numbers after attention's and after the MLP's last projection, before they are added."""
 
-    size: int = 16
+    names = {"bottleneck": {}}
+    peft_type = "MINILORA_BOTTLENECK"
+    rivals: ClassVar[tuple[Rival, ...]] = (
+        Rival(
+            "bottleneck",
+            "a small network behind attention and MLP",
+            {"method": "bottleneck", "bottleneck_size": 32},
+            (3e-3, 1e-2, 3e-2),
+        ),
+    )
 
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"the bottleneck's size is {self.size}, and must be at least 1")
+    bottleneck_size: int = setting(16, "of bottleneck: its inner width", at_least=1, capacity=True, saved_as="size")
+
+    def shapes(self, config: Config) -> dict[str, Shape]:
+        D, m = config.hidden_size, self.bottleneck_size
+        shapes = dict(zip(NAMES, ((m, D), (m,), (D, m), (D,)), strict=True))
+        return {f"{module}.{name}": shape for module in _places(config) for name, shape in shapes.items()}
 
     def start(self, model: Model, rng: np.random.Generator, dtype: Any = np.float32) -> dict[str, Array]:
         """D normal with standard deviation 0.01 (the paper: near the identity); all else zero, so exactly so."""
         trainable: dict[str, Array] = {}
-        for module in _places(model):
+        for module in _places(model.config):
             width = frozen_site(model, module).weight.shape[0]
-            D = to_device((0.01 * rng.standard_normal((self.size, width))).astype(dtype))
-            zeros = (xp.zeros(shape, dtype) for shape in ((self.size,), (width, self.size), (width,)))
+            D = to_device((0.01 * rng.standard_normal((self.bottleneck_size, width))).astype(dtype))
+            zeros = (xp.zeros(shape, dtype) for shape in (D.shape[:1], D.shape[::-1], D.shape[1:]))
             trainable |= {f"{module}.{name}": p for name, p in zip(NAMES, (D, *zeros), strict=True)}
         return trainable
 
     def attach(self, model: Model, trainable: Mapping[str, Array]) -> Model:
         sites = dict(model.sites)
-        for module in _places(model):
+        for module in _places(model.config):
             D, d, U, u = (trainable[f"{module}.{name}"] for name in NAMES)
             sites[module] = BottleneckSite(frozen_site(model, module), (D, d, U, u))
         return Model(model.config, sites)
 
 
-def _places(model: Model) -> list[str]:
-    return [layer_module(layer, role) for layer in range(model.config.num_hidden_layers) for role in ("o", "down")]
+def _places(config: Config) -> list[str]:
+    return [layer_module(layer, role) for layer in range(config.num_hidden_layers) for role in ("o", "down")]

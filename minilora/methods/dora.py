@@ -17,12 +17,19 @@ whole gradient of A and B; what is left out: D6. Numbers like D3 are those of do
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
 
 from minilora.backend import Array, random_generator, xp
 from minilora.frozen.weight import FrozenWeight
 from minilora.lora import LoRACache, Merged, delta, dropout_mask, lora, lora_backward
-from minilora.model.sites import FrozenLinear, Gradients
+from minilora.methods.lora import LoRA, Place
+from minilora.methods.method import Rival, Shape
+from minilora.model.config import Config
+from minilora.model.sites import FrozenLinear, Gradients, Site
 
 
 def row_squares(W: FrozenWeight) -> Array:
@@ -88,11 +95,6 @@ def dora_merge(W: Array, A: Array, B: Array, m: Array, s: float) -> Merged:
     return Merged((m / xp.sqrt((V * V).sum(axis=1)))[:, None] * V, W)
 
 
-def magnitude_name(module: str) -> str:
-    """The name of m at a module, as PEFT writes it: `model.layers.0.self_attn.q_proj.lora_magnitude_vector`."""
-    return f"{module}.lora_magnitude_vector"
-
-
 def first_magnitudes(module: str, W: FrozenWeight, A: Array, B: Array, s: float) -> Array:
     """m at the start, ‖V_o‖, (out,): W' = V. ValueError for a row of zeros, which has no direction. (docs: D1)"""
     norms = row_norms(W, A, B, s, row_squares(W))
@@ -142,3 +144,42 @@ class DoRALinear:
 
     def merged(self) -> dict[str, Array]:
         return {"weight": dora_merge(self.weight.dense(), self.A, self.B, self.m, self.scale).W}
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """LoRA with a length for each row of every adapted linear map; its settings are LoRA's."""
+
+    names = {"dora": {}}
+    switch = "use_dora"
+    mlx_type = "dora"
+    thin_change = False  # it rescales whole rows of W
+    rivals: ClassVar[tuple[Rival, ...]] = (
+        Rival("dora", "LoRA, and a length for each row of W", {"method": "dora"}, (3e-3, 1e-2, 3e-2)),
+    )
+
+    @property
+    def for_linear_maps_only(self) -> str:
+        return "DoRA"
+
+    def shapes_at(self, rank: int, shape: Shape) -> dict[str, Shape]:
+        return {**super().shapes_at(rank, shape), "lora_magnitude_vector": shape[:1]}
+
+    def start_at(
+        self, module: str, W: FrozenWeight, place: Place, rng: np.random.Generator, dtype: Any
+    ) -> dict[str, Array]:
+        start = super().start_at(module, W, place, rng, dtype)
+        A, B = start.values()
+        m = first_magnitudes(module, self.frozen_at(W, place), A, B, place.scale)
+        return {**start, "lora_magnitude_vector": m.real.astype(dtype)}
+
+    def site_at(self, base: FrozenLinear, parameters: Mapping[str, Array], place: Place, key: int) -> Site:
+        A, B, m = (parameters[name] for name in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"))
+        return DoRALinear(base, A, B, m, place.scale, self.dropout, key)
+
+    def fields(self, config: Config, modules: Iterable[str]) -> dict[str, Any]:
+        return {**super().fields(config, modules), "use_dora": True}
+
+    @classmethod
+    def is_held_by(cls, raw: Mapping[str, Any]) -> bool:
+        return raw.get("peft_type") == cls.peft_type and bool(raw.get("use_dora"))

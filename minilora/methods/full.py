@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from minilora.backend import Array
+from minilora.methods.method import Method, Rival, Shape
 from minilora.model.config import Config
 from minilora.model.model import Model
-from minilora.model.names import EMBED, HEAD, LINEAR, NORM, layer_module
+from minilora.model.names import EMBED, HEAD, LINEAR, NORM, layer_module, parameter_shapes
 from minilora.model.sites import FrozenEmbedding, FrozenLinear, FrozenNorm, Gradients, Site
 from minilora.ops.embedding import EmbeddingCache, embedding, embedding_backward
 from minilora.ops.linear import LinearCache, linear, linear_backward
@@ -101,8 +102,16 @@ def trained_site(model: Model, module: str, trainable: Mapping[str, Array]) -> S
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(Method):
     """Every parameter trains: the baseline of all other methods, and how a model is pretrained."""
+
+    names = {"full": {}}
+    freezes_base = False
+    multiplies_frozen = False
+    rivals: ClassVar[tuple[Rival, ...]] = (Rival("full", "every parameter", {"method": "full"}, (3e-4, 1e-3, 3e-3)),)
+
+    def shapes(self, config: Config) -> dict[str, Shape]:
+        return parameter_shapes(config)
 
     def start(self, model: Model, rng: np.random.Generator, dtype: Any = np.float32) -> dict[str, Array]:
         """Copies of all parameters, one for every tensor of the checkpoint."""

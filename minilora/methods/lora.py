@@ -1,46 +1,38 @@
-"""LoRA at chosen sites of a model: linear maps, the embedding, the head; and whole modules trained beside it."""
+"""LoRA at chosen sites of a model: which linear maps get an A and a B, and what they are called."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from minilora.backend import Array, random_generator
 from minilora.frozen.weight import FrozenWeight
-from minilora.lora import (
-    LoRACache,
-    dropout_mask,
-    init_gaussian,
-    init_kaiming,
-    init_orthogonal,
-    lora,
-    lora_backward,
-    merge,
+from minilora.lora import LoRACache, dropout_mask, lora, lora_backward, merge
+from minilora.methods import lora_fields
+from minilora.methods.lora_embedding import LoRAEmbedding, init_lora_embedding, lora_embedding_shapes
+from minilora.methods.method import HostArrays, Method, Rival, Shape
+from minilora.methods.setting import setting
+from minilora.methods.starts import STARTS
+from minilora.methods.targets import (
+    ALL_LINEAR,
+    Names,
+    names_or_pattern,
+    pattern_value,
+    saved_module_names,
+    target_module_names,
 )
-from minilora.methods.dora import DoRALinear, first_magnitudes, magnitude_name
-from minilora.methods.full import trained_copy, trained_site
-from minilora.methods.lora_embedding import LoRAEmbedding, init_lora_embedding
-from minilora.methods.pissa import Residual, as_change_of_W, residual
-from minilora.methods.targets import Names, pattern_value, saved_module_names, target_module_names
+from minilora.methods.whole_modules import attach_whole, whole_shapes, whole_start, with_sites
 from minilora.model.config import Config
 from minilora.model.model import Model
-from minilora.model.names import EMBED, HEAD
-from minilora.model.sites import FrozenEmbedding, FrozenLinear, Gradients
+from minilora.model.names import EMBED, weight_shapes
+from minilora.model.sites import FrozenEmbedding, FrozenLinear, Gradients, Site
 
-RANDOM = {"kaiming": init_kaiming, "gaussian": init_gaussian, "orthogonal": init_orthogonal}
-INITIALISATIONS = (*RANDOM, "pissa")
-
-
-HostArray = np.ndarray[Any, Any]
-
-
-class Place(NamedTuple):
-    rank: int
-    scale: float
+if TYPE_CHECKING:  # from Python 3.11 on
+    from typing import Self
 
 
 class LoRALinear:
@@ -79,11 +71,11 @@ class LoRALinear:
         return {"weight": merge(self.weight.dense(), self.A, self.B, self.scale).W}
 
 
-def adapter_names(module: str) -> tuple[str, str]:
-    """The names of A and B at a module, as PEFT writes them: `model.layers.0.self_attn.q_proj.lora_A.weight`."""
-    if module == EMBED:
-        return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
-    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+class Place(NamedTuple):
+    """How a module is adapted."""
+
+    rank: int
+    scale: float
 
 
 def frozen_site(model: Model, module: str) -> FrozenLinear | FrozenEmbedding:
@@ -95,41 +87,85 @@ def frozen_site(model: Model, module: str) -> FrozenLinear | FrozenEmbedding:
 
 
 @dataclass(frozen=True)
-class LoRA:
+class LoRA(Method):
     """Rank r, α, dropout on the branch's input, and what is adapted; the fields mean what PEFT's mean.
 
     The scale is α/r, or α/√r with `rslora` (Kalajdzievski, 2023, arXiv:2312.03732). `rank_pattern` and `alpha_pattern`
     give modules whose name ends in a key (a regular expression) a rank or α of their own. A module of `modules_to_save`
-    is not adapted: a copy of it trains whole. How names choose modules: methods/targets.py. With `dora` each row of an
-    adapted weight has a length that trains; with init "pissa" A and B start as the principal part of the weight.
+    is not adapted: a copy of it trains whole. How names choose modules: methods/targets.py; how A and B start:
+    methods/starts.py; on the embedding: methods/lora_embedding.py.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    target_modules: Names = ("q_proj", "v_proj")
-    init: str = "kaiming"
-    rslora: bool = False
-    exclude_modules: Names = ()
-    layers_to_transform: tuple[int, ...] | None = None
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    modules_to_save: tuple[str, ...] = ()
-    dora: bool = False
+    names = {"lora": {}, "qlora": {"frozen": "nf4"}}
+    peft_type = "LORA"
+    key_prefix = "base_model.model."
+    mlx_type = "lora"
+    thin_change = True
+    rivals: ClassVar[tuple[Rival, ...]] = (
+        Rival("lora", "A and B beside every linear map, rank 8, α 16", {}, (3e-3, 1e-2, 3e-2)),
+        Rival("rslora", "LoRA scaled by α/√r", {"rslora": True}, (1e-3, 3e-3, 1e-2)),
+        Rival("loraplus", "LoRA, B 16 times as fast as A", {"loraplus_lr_ratio": 16}, (3e-4, 1e-3, 3e-3)),
+        Rival("pissa", "LoRA from W's principal part", {"init": "pissa"}, (1e-3, 3e-3, 1e-2)),
+        Rival("orthogonal", "LoRA from orthogonal A and B", {"init": "orthogonal"}, (3e-3, 1e-2, 3e-2)),
+        Rival("qlora", "LoRA on W in 4 bits", {"method": "qlora"}, (3e-3, 1e-2, 3e-2)),
+    )
+
+    rank: int = setting(8, "r, the rows of A and columns of B", at_least=1, aliases=("lora_r",), capacity=True)
+    alpha: float = setting(
+        16.0, "the adapter's output is scaled by alpha / rank", aliases=("lora_alpha", "lora_scale", "scale")
+    )
+    dropout: float = setting(
+        0.0,
+        "probability of zeroing an input of the adapter, while training",
+        at_least=0,
+        below=1,
+        aliases=("lora_dropout",),
+    )
+    target_modules: Names = setting(
+        (ALL_LINEAR,),
+        "names such as q_proj v_proj, or all-linear",
+        aliases=("lora_target_modules", "keys"),
+        metavar="NAME",
+    )
+    init: str = setting(
+        "kaiming",
+        "how A starts (B at zero, but in orthogonal and pissa)",
+        choices=STARTS,
+        aliases=("init_lora_weights",),
+        metavar="NAME",
+    )
+    rslora: bool = setting(False, "scale by alpha / root of rank instead", aliases=("use_rslora",))
+    loraplus_lr_ratio: float = setting(1.0, "LoRA+: B learns so many times as fast as A", at_least=1, of_training=True)
+    exclude_modules: Names = setting((), "names not to adapt, though a target matches them", metavar="NAME")
+    num_layers: int = setting(0, "adapt the last so many layers only; 0: all", at_least=0)
+    rank_pattern: Mapping[str, int] = setting(
+        {}, "other ranks for some modules: q_proj=16", at_least=1, metavar="NAME=N"
+    )
+    alpha_pattern: Mapping[str, float] = setting({}, "other alphas for some modules: q_proj=32", metavar="NAME=X")
+    modules_to_save: tuple[str, ...] = setting(
+        (),
+        "modules to train whole, beside the adapter: norm lm_head",
+        aliases=("lora_modules_to_save",),
+        metavar="NAME",
+    )
+    layers_to_transform: tuple[int, ...] | None = None  # PEFT's field, which `num_layers` is worked out to
 
     def __post_init__(self) -> None:
-        ranks = (self.rank, *self.rank_pattern.values())
-        if min(ranks) < 1 or not 0 <= self.dropout < 1 or self.init not in INITIALISATIONS:
-            raise ValueError(
-                f"rank {min(ranks)} must be at least 1, dropout {self.dropout} in [0, 1), "
-                f"init {self.init!r} one of {', '.join(INITIALISATIONS)}"
-            )
-        if self.init == "orthogonal" and any(rank % 2 for rank in ranks):
-            raise ValueError(f"init orthogonal halves the rank, so every rank must be even, not {ranks}")
-        if self.init == "pissa" and self.dropout > 0:
-            raise ValueError(
-                f"init pissa does not go with dropout {self.dropout}: it would drop the weight's principal part itself"
-            )
+        super().__post_init__()
+        STARTS[self.init].check((self.rank, *self.rank_pattern.values()), self.dropout)
+
+    def for_model(self, config: Config, encode: Callable[[str], list[int]]) -> Self:
+        """With layers counted from the model's end, and a lone entry that is no name taken as a regular expression."""
+        L = config.num_hidden_layers
+        if self.num_layers > L:
+            raise ValueError(f"--num-layers {self.num_layers}: the model has {L}")
+        return replace(
+            self,
+            target_modules=names_or_pattern(self.target_modules),
+            exclude_modules=names_or_pattern(self.exclude_modules),
+            layers_to_transform=tuple(range(L - self.num_layers, L)) if self.num_layers else self.layers_to_transform,
+            num_layers=0,
+        )
 
     @property
     def scale(self) -> float:
@@ -141,89 +177,109 @@ class LoRA:
 
     def places(self, config: Config) -> dict[str, Place]:
         """The adapted modules, in the model's order, each with its rank and scale."""
-        saved = self.saved(config)
+        saved = saved_module_names(config, self.modules_to_save)
         places = {}
         for module in target_module_names(config, self.target_modules, self.exclude_modules, self.layers_to_transform):
             if module not in saved:
                 rank = pattern_value(self.rank_pattern, module, self.rank)
                 places[module] = Place(rank, self._scale(rank, pattern_value(self.alpha_pattern, module, self.alpha)))
-        if EMBED in places and (self.dora or self.init == "pissa"):
-            name = "DoRA" if self.dora else "init pissa"
-            raise ValueError(f"{name} is for linear maps, not for {EMBED}: leave it out of the target modules")
+        if EMBED in places and self.for_linear_maps_only:
+            raise ValueError(
+                f"{self.for_linear_maps_only} is for linear maps, not for {EMBED}: leave it out of the target modules"
+            )
         return places
 
-    def saved(self, config: Config) -> list[str]:
-        """The modules that train whole."""
-        return saved_module_names(config, self.modules_to_save)
+    @property
+    def for_linear_maps_only(self) -> str:
+        """What of the settings keeps the embedding from being adapted; empty where nothing does."""
+        return f"init {self.init}" if STARTS[self.init].for_linear_maps_only else ""
+
+    def frozen_at(self, W: FrozenWeight, place: Place) -> FrozenWeight:
+        """The weight beside which A and B stand: W itself, or what a start such as PiSSA's leaves of it."""
+        return STARTS[self.init].frozen(W, *place)
+
+    # What stands at one linear map, by name within the module. DoRA adds to these three.
+
+    def shapes_at(self, rank: int, shape: Shape) -> dict[str, Shape]:
+        out_features, in_features = shape
+        return {"lora_A.weight": (rank, in_features), "lora_B.weight": (out_features, rank)}
+
+    def start_at(
+        self, module: str, W: FrozenWeight, place: Place, rng: np.random.Generator, dtype: Any
+    ) -> dict[str, Array]:
+        A, B = STARTS[self.init].A_and_B(W, *place, rng, dtype)
+        return {"lora_A.weight": A, "lora_B.weight": B}
+
+    def site_at(self, base: FrozenLinear, parameters: Mapping[str, Array], place: Place, key: int) -> Site:
+        A, B = parameters["lora_A.weight"], parameters["lora_B.weight"]
+        return LoRALinear(base, A, B, place.scale, self.dropout, key)
+
+    def shapes(self, config: Config) -> dict[str, Shape]:
+        """A and B of every target, and the modules that train whole."""
+        weights, shapes = weight_shapes(config), whole_shapes(config, self.modules_to_save)
+        adapters: dict[str, Shape] = {}
+        for module, place in self.places(config).items():
+            shapes_at = lora_embedding_shapes if module == EMBED else self.shapes_at
+            adapters |= _within(module, shapes_at(place.rank, weights[f"{module}.weight"]))
+        return adapters | shapes
 
     def start(self, model: Model, rng: np.random.Generator, dtype: Any = np.float32) -> dict[str, Array]:
         """Fresh A and B for every target, and copies of the modules that train whole: the model computes as before."""
         trainable: dict[str, Array] = {}
         for module, place in self.places(model.config).items():
-            base = self._base(model, module, place)
-            weight = base.weight
-            if isinstance(base, FrozenEmbedding):
-                A, B = init_lora_embedding(place.rank, weight.shape, rng, dtype)
-            elif isinstance(weight, Residual):
-                A, B = weight.A.astype(dtype), weight.B.astype(dtype)
+            W = frozen_site(model, module).weight
+            if module == EMBED:
+                A, B = init_lora_embedding(place.rank, W.shape, rng, dtype)
+                trainable |= _within(module, {"lora_embedding_A": A, "lora_embedding_B": B})
             else:
-                A, B = RANDOM[self.init](place.rank, weight.shape, rng, dtype)
-            trainable |= zip(adapter_names(module), (A, B), strict=True)
-            if self.dora:
-                m = first_magnitudes(module, weight, A, B, place.scale)
-                trainable[magnitude_name(module)] = m.real.astype(dtype)
-        for module in self.saved(model.config):
-            trainable |= trained_copy(model, module, dtype)
-        return trainable
+                trainable |= _within(module, self.start_at(module, W, place, rng, dtype))
+        return trainable | whole_start(model, self.modules_to_save, dtype)
 
     def attach(self, model: Model, trainable: Mapping[str, Array]) -> Model:
         """The model with the adapter at its targets. The sites share the arrays of `trainable`: update those in place.
 
         If the embedding or the head of a tied model changes, they are one matrix no longer: the model's config says so.
         """
-        config, sites = model.config, dict(model.sites)
-        places, saved = self.places(config), self.saved(config)
-        for key, (module, place) in enumerate(places.items()):
-            base, (A, B) = self._base(model, module, place), (trainable[name] for name in adapter_names(module))
+        sites: dict[str, Site] = {}
+        for key, (module, place) in enumerate(self.places(model.config).items()):
+            base = frozen_site(model, module)
             if isinstance(base, FrozenEmbedding):
+                A, B = (trainable[f"{module}.lora_embedding_{factor}"] for factor in "AB")
                 sites[module] = LoRAEmbedding(base, A, B, place.scale)
-            elif self.dora:
-                m = trainable[magnitude_name(module)]
-                sites[module] = DoRALinear(base, A, B, m, place.scale, self.dropout, key)
-            else:
-                sites[module] = LoRALinear(base, A, B, place.scale, self.dropout, key)
-        for module in saved:
-            sites[module] = trained_site(model, module, trainable)
-        if {EMBED, HEAD} & {*places, *saved}:
-            config = replace(config, tie_word_embeddings=False)
-        return Model(config, sites)
+                continue
+            parameters = {name: trainable[f"{module}.{name}"] for name in self.shapes_at(place.rank, base.weight.shape)}
+            W = self.frozen_at(base.weight, place)
+            if W is not base.weight:
+                base = FrozenLinear(W, base.bias)
+            sites[module] = self.site_at(base, parameters, place, key)
+        return attach_whole(with_sites(model, sites), self.modules_to_save, trainable)
 
-    def _base(self, model: Model, module: str, place: Place) -> FrozenLinear | FrozenEmbedding:
-        """The frozen site beside which A and B stand. With PiSSA its weight is without what A and B start as."""
-        site = frozen_site(model, module)
-        if self.init == "pissa" and isinstance(site, FrozenLinear):
-            return FrozenLinear(residual(site.weight, place.rank, place.scale), site.bias)
-        return site
+    def rate_factors(self, names: Iterable[str]) -> dict[str, float]:
+        """LoRA+: the learning rate of every B is `loraplus_lr_ratio` times that of all else. (docs: T11)
 
-    def saved_form(self, adapted: Model, tensors: Mapping[str, HostArray]) -> tuple[LoRA, dict[str, HostArray]]:
-        """The adapter as it is written: one that computes the same on W itself, for every reader. (docs: L21)
-
-        PiSSA's A and B belong to W_res, which no file holds. As a change of W they have twice the rank, and therefore
-        an α that keeps the scale. Everything else is written as it is.
+        A and B enter the output in different ways, so one rate is too low for B or too high for A, the more the wider
+        the model (Hayou et al., 2024, arXiv:2402.12354, section 4). The ratio's name is PEFT's.
         """
-        saved = dict(tensors)
-        if self.init != "pissa":
-            return self, saved
-        for module in self.places(adapted.config):
-            site, (A, B) = adapted.sites[module], adapter_names(module)
-            assert isinstance(site, LoRALinear | DoRALinear) and isinstance(site.weight, Residual)
-            saved[A], saved[B] = as_change_of_W(tensors[A], tensors[B], site.weight)
-        growth = math.sqrt(2) if self.rslora else 2
-        return replace(
-            self,
-            init="kaiming",
-            rank=2 * self.rank,
-            alpha=growth * self.alpha,
-            rank_pattern={name: 2 * rank for name, rank in self.rank_pattern.items()},
-            alpha_pattern={name: growth * alpha for name, alpha in self.alpha_pattern.items()},
-        ), saved
+        return {name: self.loraplus_lr_ratio for name in names if name.endswith(".lora_B.weight")}
+
+    def saved_form(self, adapted: Model, tensors: HostArrays) -> tuple[Method, dict[str, np.ndarray[Any, Any]]]:
+        return STARTS[self.init].saved_form(self, adapted, tensors)
+
+    def saved_shapes(self, config: Config) -> dict[str, Shape]:
+        return STARTS[self.init].saved_settings(self).shapes(config)
+
+    def fields(self, config: Config, modules: Iterable[str]) -> dict[str, Any]:
+        return lora_fields.write(self, modules)
+
+    @classmethod
+    def is_held_by(cls, raw: Mapping[str, Any]) -> bool:
+        return raw.get("peft_type") == cls.peft_type and not raw.get("use_dora")
+
+    @classmethod
+    def from_fields(cls, place: object, raw: Mapping[str, Any], config: Config) -> Self:
+        return cls(**lora_fields.read(place, raw, config))
+
+
+def _within(module: str, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries by name within a module, under their full names."""
+    return {f"{module}.{name}": entry for name, entry in entries.items()}

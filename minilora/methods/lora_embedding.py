@@ -8,6 +8,7 @@ import numpy as np
 
 from minilora.backend import Array, to_device, xp
 from minilora.frozen.weight import FrozenWeight
+from minilora.model.names import EMBED
 from minilora.model.sites import FrozenEmbedding, Gradients
 
 
@@ -20,6 +21,19 @@ def init_lora_embedding(
     """
     vocab_size, width = shape
     return xp.zeros((rank, vocab_size), dtype), to_device(rng.standard_normal((width, rank)).astype(dtype))
+
+
+def lora_embedding_shapes(rank: int, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Name within the module and shape of A (r, V) and B (D, r), for an E of `shape` (V, D)."""
+    vocab_size, width = shape
+    return {"lora_embedding_A": (rank, vocab_size), "lora_embedding_B": (width, rank)}
+
+
+def adapter_names(module: str) -> tuple[str, str]:
+    """The names of A and B at a module, as PEFT writes them: `model.layers.0.self_attn.q_proj.lora_A.weight`."""
+    if module == EMBED:
+        return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
+    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
 class LoRAEmbeddingCache(NamedTuple):

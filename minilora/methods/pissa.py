@@ -11,13 +11,20 @@ itself is strong. Numbers like L19 are those of docs/lora.md.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from minilora.backend import Array, read_only, to_host, xp
 from minilora.frozen.weight import FrozenWeight
+from minilora.model.model import Model
+
+if TYPE_CHECKING:
+    from minilora.methods.lora import LoRA
 
 HostArray = np.ndarray[Any, Any]
 
@@ -75,3 +82,50 @@ def residual(W: FrozenWeight, rank: int, s: float) -> Residual:
 def as_change_of_W(A: HostArray, B: HostArray, W_res: Residual) -> tuple[HostArray, HostArray]:
     """A' (2r, in) and B' (out, 2r) with W + s B' A' = W_res + s B A: an ordinary adapter of W itself. (docs: L21)"""
     return np.concatenate([A, to_host(W_res.A)]), np.concatenate([B, -to_host(W_res.B)], axis=1)
+
+
+class PiSSA:
+    """The start of A and B by `--init pissa`, one of methods/starts.py."""
+
+    for_linear_maps_only = True
+
+    def check(self, ranks: Collection[int], dropout: float) -> None:
+        """ValueError with dropout: it would drop the weight's principal part itself."""
+        if dropout > 0:
+            raise ValueError(
+                f"init pissa does not go with dropout {dropout}: it would drop the weight's principal part itself"
+            )
+
+    def frozen(self, W: FrozenWeight, rank: int, s: float) -> FrozenWeight:
+        """W_res."""
+        return residual(W, rank, s)
+
+    def A_and_B(
+        self, W: FrozenWeight, rank: int, s: float, rng: np.random.Generator, dtype: Any
+    ) -> tuple[Array, Array]:
+        """A₀ and B₀, which no seed decides."""
+        A, B = init_pissa(W, rank, s)
+        return A.astype(dtype), B.astype(dtype)
+
+    def saved_form(
+        self, method: LoRA, adapted: Model, tensors: Mapping[str, HostArray]
+    ) -> tuple[LoRA, dict[str, HostArray]]:
+        """The adapter as a change of W: A and B belong to W_res, which no file holds. (docs: L21)"""
+        saved = dict(tensors)
+        for module in method.places(adapted.config):
+            A, B = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+            W_res: Any = adapted.sites[module].weight  # type: ignore[attr-defined]
+            saved[A], saved[B] = as_change_of_W(tensors[A], tensors[B], W_res)
+        return self.saved_settings(method), saved
+
+    def saved_settings(self, method: LoRA) -> LoRA:
+        """As a change of W the adapter has twice the rank, and therefore an α that keeps the scale."""
+        growth = math.sqrt(2) if method.rslora else 2
+        return replace(
+            method,
+            init="kaiming",
+            rank=2 * method.rank,
+            alpha=growth * method.alpha,
+            rank_pattern={name: 2 * rank for name, rank in method.rank_pattern.items()},
+            alpha_pattern={name: growth * alpha for name, alpha in method.alpha_pattern.items()},
+        )

@@ -9,14 +9,15 @@ then computes what the base does after reading those words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from minilora.backend import Array, xp
-from minilora.methods.virtual_tokens import EMBEDDINGS, starting_words
+from minilora.methods.method import Rival, Shape
+from minilora.methods.virtual_tokens import EMBEDDINGS, VirtualTokens, starting_words
 from minilora.model.block import KeysValues
 from minilora.model.config import Config
 from minilora.model.model import Model, forward
@@ -55,14 +56,32 @@ def _laid_out(keys_values: list[KeysValues]) -> Array:
 
 
 @dataclass(frozen=True)
-class PrefixTuning:
+class PrefixTuning(VirtualTokens):
     """How many virtual tokens; `text`: the token ids whose keys and values they start as, () for words drawn at random.
 
     The paper's reparametrisation of P by an MLP, which it drops after training, is not used: P itself trains.
     """
 
-    num_virtual_tokens: int = 20
-    text: tuple[int, ...] = ()
+    names = {"prefix": {}}
+    peft_type = "PREFIX_TUNING"
+    rivals: ClassVar[tuple[Rival, ...]] = (
+        Rival("prefix", "20 keys and values before the text", {"method": "prefix"}, (1e-1, 3e-1, 1e0)),
+    )
+
+    def fields(self, config: Config, modules: Iterable[str]) -> dict[str, Any]:
+        return {**super().fields(config, modules), "prefix_projection": False, "encoder_hidden_size": None}
+
+    def _heads_and_width(self, config: Config) -> tuple[int, int]:
+        """A prefix is read by the key/value heads, of which there may be fewer."""
+        return config.num_key_value_heads, config.num_key_value_heads * config.head_dim
+
+    def shapes(self, config: Config) -> dict[str, Shape]:
+        return {
+            EMBEDDINGS: (
+                self.num_virtual_tokens,
+                2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim,
+            )
+        }
 
     def start(self, model: Model, rng: np.random.Generator, dtype: Any = np.float32) -> dict[str, Array]:
         """P as the model's own keys and values of the words: it computes as if it had read them. (docs: P6)"""

@@ -9,14 +9,16 @@ It cannot start as the base itself: with anything before it, a text is another t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from minilora.backend import Array, xp
-from minilora.methods.virtual_tokens import EMBEDDINGS, starting_words
+from minilora.methods.method import Rival, Shape
+from minilora.methods.virtual_tokens import EMBEDDINGS, VirtualTokens, starting_words
+from minilora.model.config import Config
 from minilora.model.model import Model
 from minilora.model.names import EMBED
 from minilora.model.sites import Gradients
@@ -39,11 +41,22 @@ class LearnedPrompt:
 
 
 @dataclass(frozen=True)
-class PromptTuning:
+class PromptTuning(VirtualTokens):
     """How many virtual tokens; `text`: the token ids as whose embeddings they start, () for words drawn at random."""
 
-    num_virtual_tokens: int = 20
-    text: tuple[int, ...] = ()
+    names = {"prompt": {}}
+    peft_type = "PROMPT_TUNING"
+    rivals: ClassVar[tuple[Rival, ...]] = (
+        Rival("prompt", "20 embeddings before the text", {"method": "prompt"}, (3e-2, 1e-1, 3e-1)),
+    )
+
+    def fields(self, config: Config, modules: Iterable[str]) -> dict[str, Any]:
+        """Where a text was given, PEFT would ask for its tokenizer before it overwrites the start by the tensor."""
+        start = {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None}
+        return {**super().fields(config, modules), **start}
+
+    def shapes(self, config: Config) -> dict[str, Shape]:
+        return {EMBEDDINGS: (self.num_virtual_tokens, config.hidden_size)}
 
     def start(self, model: Model, rng: np.random.Generator, dtype: Any = np.float32) -> dict[str, Array]:
         """P as the embeddings of the words: the model computes as if it had read them. (docs: P6)"""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from minilora.backend import Array, to_device, xp
 from minilora.frozen.weight import FrozenWeight
 from minilora.methods.lora import frozen_site
+from minilora.methods.method import Method, Rival, Shape
+from minilora.methods.setting import setting
 from minilora.methods.targets import projections
+from minilora.model.config import Config
 from minilora.model.model import Model
+from minilora.model.names import weight_shapes
 from minilora.model.sites import FrozenLinear, Gradients
 from minilora.ops.linear import x_times_transpose
 
@@ -66,15 +70,33 @@ class RandomSubsetLinear:
 
 
 @dataclass(frozen=True)
-class RandomSubset:
-    """A `share` of the weights of all seven projections, drawn from `seed`: the values added to them train."""
+class RandomSubset(Method):
+    """A share of the weights of all seven projections, drawn from `seed`: the values added to them train."""
 
-    share: float = 0.05
-    seed: int = 0
+    names = {"random": {}}
+    peft_type = "MINILORA_RANDOM_SUBSET"
+    multiplies_frozen = False  # it multiplies by W + S
+    rivals: ClassVar[tuple[Rival, ...]] = (
+        Rival(
+            "random",
+            "weights drawn at random, as many as LoRA's",
+            {"method": "random", "random_share": 0.053},
+            (3e-3, 1e-2, 3e-2),
+        ),
+    )
 
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"the share of weights is {self.share}, and must be above 0 and at most 1")
+    random_share: float = setting(
+        0.04, "of random: the share of weights that trains", above=0, at_most=1, capacity=True, saved_as="share"
+    )
+    seed: int = setting(0, "of everything random", group="machine", at_least=0)
+
+    def shapes(self, config: Config) -> dict[str, Shape]:
+        weights = weight_shapes(config)
+        return {f"{name}.values": (self._count(weights[f"{name}.weight"]),) for name in projections(config)}
+
+    def _count(self, shape: Shape) -> int:
+        """How many weights of a matrix train."""
+        return max(1, round(self.random_share * shape[0] * shape[1]))
 
     def start(self, model: Model, rng: np.random.Generator, dtype: Any = np.float32) -> dict[str, Array]:
         """Zeros: the values are added to the weights that are there."""
@@ -93,7 +115,6 @@ class RandomSubset:
         rng, places = np.random.RandomState(self.seed), {}
         for module in projections(model.config):
             rows, columns = frozen_site(model, module).weight.shape
-            count = max(1, round(self.share * rows * columns))
-            flat = np.sort(rng.permutation(rows * columns)[:count])
+            flat = np.sort(rng.permutation(rows * columns)[: self._count((rows, columns))])
             places[module] = Chosen(*(to_device(index) for index in np.divmod(flat, columns)))
         return places

@@ -66,6 +66,13 @@ def target_module_names(
     return names
 
 
+def names_or_pattern(names: Names) -> Names:
+    """The names; a single entry that is no name is a regular expression, as PEFT takes one."""
+    if not isinstance(names, str) and len(names) == 1 and not re.fullmatch(r"[\w.-]+", names[0]):
+        return names[0]
+    return names
+
+
 def saved_module_names(config: Config, modules_to_save: Sequence[str]) -> list[str]:
     """The modules that train whole, beside the adapter: those whose names *end* so, as PEFT has it, dot or no dot."""
     every = every_module(config)

@@ -45,6 +45,12 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """`parameter_shapes`, and the head's also where it is the embedding: what an untied model has."""
+    shapes = parameter_shapes(config)
+    return shapes | {f"{HEAD}.weight": shapes[f"{EMBED}.weight"]}
+
+
 def parameter_count(config: Config) -> int:
     """How many numbers a checkpoint of this configuration holds."""
     total = 0

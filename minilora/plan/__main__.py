@@ -103,7 +103,7 @@ def heading(job: Job, found: dict[str, Any]) -> list[str]:
 
 def memory_table(job: Job, found: dict[str, Any]) -> list[str]:
     """What lives between steps, what a step adds at each of its moments, and the most of all."""
-    this, full, method = found["this"], found["full"], job.settings.method
+    this, full, method = found["this"], found["full"], job.method.name
     share = this["trainable_parameters"] / found["parameters"]
     lines = [
         row("", method, "full", f"full / {method}"),

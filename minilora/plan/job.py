@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,19 +9,18 @@ from minilora.counting.activations import Work
 from minilora.counting.flops import step_flops
 from minilora.counting.footprint import Storage, footprint
 from minilora.data.tokenizer import Tokenizer
-from minilora.formats.adapters import read_lora
+from minilora.formats.adapters import read_layout
 from minilora.formats.checkpoint import DTYPES, read_config, read_config_file
 from minilora.formats.hub import find_adapter, find_model
 from minilora.formats.known_configs import GPT_3, KNOWN_CONFIGS
 from minilora.formats.load import SHIPPED_MODEL
 from minilora.formats.sizes import checkpoint_bytes, numbers, saved_bytes, trainable_shapes
-from minilora.methods import Method
 from minilora.methods.full import Full
+from minilora.methods.method import Method
 from minilora.methods.prefix import PrefixTuning
 from minilora.methods.prompt import PromptTuning
 from minilora.model.config import Config
 from minilora.model.names import parameter_count
-from minilora.runs.method import make_method
 from minilora.runs.settings import Settings
 from minilora.training.side_by_side import shares
 
@@ -80,16 +78,16 @@ def find_shape(settings: Settings) -> tuple[str, Config, dict[str, Any], Path | 
 def find_method(settings: Settings, config: Config) -> Method:
     """The method; of an adapter that training starts from, its own."""
     if settings.adapter:
-        return read_lora(find_adapter(settings.adapter).folder, config).settings
+        return read_layout(find_adapter(settings.adapter).folder, config).method
     words = Tokenizer.load(SHIPPED_MODEL)  # for --init-text, which says where virtual tokens start, not how many
-    return make_method(settings, config, words)
+    return settings.method.for_model(config, words.encode)
 
 
 def plan(job: Job) -> dict[str, Any]:
     """The figures of the run, and beside them those of full fine-tuning on the same rows."""
     return {
         "model": job.name,
-        "settings": asdict(job.settings),
+        "settings": job.settings.values(),
         "parameters": parameter_count(job.config),
         "checkpoint_file": checkpoint_bytes(job.config, job.storage.file),
         "work": job.work._asdict(),

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minilora.methods.setting import settings_of, values_of
+from minilora.methods.targets import ALL_LINEAR
 from minilora.runs.settings import Settings
 
 LEAST_STEPS = 20  # a shorter run is a trial, of which nothing is said
@@ -67,7 +69,7 @@ def out_of_memory(settings: Settings, longest: int) -> str:
     if not settings.activation_checkpointing:
         ways.append("--activation-checkpointing")
     ways.append(f"a --max-length below that of your longest row, {longest} tokens, which leaves such rows out")
-    if settings.method != "full":
+    if settings.method.freezes_base:
         ways += {
             "widened": ["--frozen stored, bfloat16 weights as they are", "--frozen nf4, 4 bits a weight"],
             "stored": ["--frozen nf4, 4 bits a weight (now stored)"],
@@ -159,42 +161,36 @@ def _calmer(settings: Settings, warmup: float | None = None) -> str:
     ]
     if not 0 < settings.max_grad_norm <= 1:
         ways.append(f"--max-grad-norm 1 (now {settings.max_grad_norm:g})")
-    if _fresh_lora(settings):
-        ways += [f"a lower --alpha (now {settings.alpha:g})", *_lower_rank(settings)]
+    chosen = _chosen(settings)
+    if "alpha" in chosen:
+        ways += [f"a lower --alpha (now {chosen['alpha']:g})", *_capacity(settings, "lower")]
     return "; ".join(ways)
 
 
 def _more(settings: Settings) -> list[str]:
     """Ways to train more numbers."""
-    if _fresh_lora(settings):
-        targets = " ".join(settings.target_modules)
-        more = [] if targets == "all-linear" else [f"more --target-modules (now {targets})"]
-        return [*more, f"a higher --rank (now {settings.rank})"]
-    return [f"a larger {name} (now {value})" for name, value in _size(settings)]
+    targets = " ".join(_chosen(settings).get("target_modules", [ALL_LINEAR]))
+    more = [] if targets == ALL_LINEAR else [f"more --target-modules (now {targets})"]
+    return [*more, *_capacity(settings, "higher")]
 
 
 def _less(settings: Settings) -> list[str]:
     """Ways to learn less of each row by heart."""
-    if _fresh_lora(settings):
-        dropout = [f"--dropout 0.1 (now {settings.dropout:g})"] if settings.dropout < 0.1 else []
-        return [*dropout, *_lower_rank(settings)]
-    return [f"a smaller {name} (now {value})" for name, value in _size(settings)]
+    dropout = _chosen(settings).get("dropout", 1)
+    return [*([f"--dropout 0.1 (now {dropout:g})"] if dropout < 0.1 else []), *_capacity(settings, "lower")]
 
 
-def _lower_rank(settings: Settings) -> list[str]:
-    return [f"a lower --rank (now {settings.rank})"] if settings.rank > 1 else []
+def _capacity(settings: Settings, direction: str) -> list[str]:
+    """The flags that set how many numbers the method trains, and their values; those that can go that way."""
+    declared, chosen = settings_of(type(settings.method)), _chosen(settings)
+    flags = {name: one.flag for name, one in declared.items() if one.declaration.capacity and name in chosen}
+    return [
+        f"a {direction} {flag} (now {chosen[name]:g})"
+        for name, flag in flags.items()
+        if direction == "higher" or chosen[name] > declared[name].declaration.at_least
+    ]
 
 
-def _fresh_lora(settings: Settings) -> bool:
-    """Whether rank, alpha and targets are those of the settings, not those of an adapter that was taken up."""
-    return settings.method in ("lora", "dora") and not settings.adapter
-
-
-def _size(settings: Settings) -> list[tuple[str, str]]:
-    """The flag that sets how many numbers the method trains, and its value; none where nothing does."""
-    return {
-        "bottleneck": [("--bottleneck-size", f"{settings.bottleneck_size}")],
-        "prefix": [("--num-virtual-tokens", f"{settings.num_virtual_tokens}")],
-        "prompt": [("--num-virtual-tokens", f"{settings.num_virtual_tokens}")],
-        "random": [("--random-share", f"{settings.random_share:g}")],
-    }.get(settings.method, [])
+def _chosen(settings: Settings) -> dict[str, Any]:
+    """The method's settings; none where training takes up an adapter, which has its own."""
+    return {} if settings.adapter else values_of(settings.method)

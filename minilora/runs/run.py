@@ -18,21 +18,19 @@ from minilora.formats.adapters import check_format, read_method, write_method
 from minilora.formats.checkpoint import write_checkpoint
 from minilora.formats.hub import Source, find_adapter, find_model
 from minilora.formats.load import load_model
-from minilora.methods import Method
-from minilora.methods.full import Full
-from minilora.methods.lora import LoRA
+from minilora.methods.method import Method
+from minilora.model.config import Config
 from minilora.model.model import Model
 from minilora.model.names import parameter_count
 from minilora.runs.advice import advise, after_divergence
 from minilora.runs.evaluation import answers, can_be_matched, drift, exact_match, outside_text
 from minilora.runs.folder import train_in
-from minilora.runs.method import check_tied, make_method
 from minilora.runs.metrics import read_metrics
 from minilora.runs.settings import Settings
 from minilora.runs.task import Task, load_task
 from minilora.training.loop import Diverged, Plan, steps_per_epoch
 from minilora.training.loss_scale import FIRST
-from minilora.training.optimizers import OPTIMIZERS, loraplus
+from minilora.training.optimizers import OPTIMIZERS
 from minilora.training.order import Order
 from minilora.training.schedules import warmup_steps
 from minilora.training.state import State
@@ -85,14 +83,14 @@ def prepare(settings: Settings, folder: Path) -> Run:
         settings = replace(settings, adapter=start.name)
         method, trainable = read_method(start.folder, base, settings.dtype)
     else:
-        method = make_method(settings, base.config, tokenizer)
+        method = settings.method.for_model(base.config, tokenizer.encode)
         trainable = method.start(base, rng, settings.dtype)
     adapted = method.attach(base, trainable)
     check_format(settings.format, method, base.config)
     check_tied(settings, base.config, adapted.config)
     task = load_task(settings, tokenizer, settings.max_length or default_max_length(adapted))
 
-    factors = loraplus(trainable, settings.loraplus_lr_ratio)
+    factors = settings.method.rate_factors(trainable)
     optimizer = OPTIMIZERS[settings.optimizer](trainable, settings.weight_decay, factors)
     state = State(trainable, optimizer, Order(len(task.rows)), rng, task.digest)
     if settings.mixed_precision == "fp16":
@@ -100,6 +98,15 @@ def prepare(settings: Settings, folder: Path) -> Run:
     return Run(
         settings, source, folder, make_plan(settings, task), task, tokenizer, raw_config, method, base, adapted, state
     )
+
+
+def check_tied(settings: Settings, base: Config, adapted: Config) -> None:
+    """ValueError where the method would part the embedding and the head of a tied model, and nobody asked for it."""
+    if base.tie_word_embeddings and not (adapted.tie_word_embeddings or settings.untie or settings.adapter):
+        raise ValueError(
+            "embedding and head of this model are one matrix, and this method trains one of them: say --untie to make "
+            "them two (merged, the model grows by that matrix), or choose other modules"
+        )
 
 
 def default_max_length(model: Model) -> int:
@@ -130,7 +137,7 @@ def train_run(run: Run) -> None:
     """Train, and leave the outcome in the run folder. Raises Diverged, with advice; the last good state stays there."""
 
     def on_save(state: State) -> None:
-        if not isinstance(run.method, Full):  # small: the folder always holds an adapter that can be used
+        if run.method.freezes_base:  # small: the folder always holds an adapter that can be used
             write_outcome(run, state.best or {name: to_host(p) for name, p in state.trainable.items()})
 
     task, pad_id = run.task, run.tokenizer.pad_id
@@ -144,13 +151,11 @@ def train_run(run: Run) -> None:
 
 def write_outcome(run: Run, tensors: dict[str, np.ndarray[Any, Any]]) -> None:
     """The adapter in the format asked for; after full fine-tuning, a whole checkpoint."""
-    if isinstance(run.method, Full):
+    if not run.method.freezes_base:
         write_checkpoint(run.folder, run.raw_config, tensors)
         save_tokenizer_files(run.source.folder, run.folder)
     else:
-        method: Method = run.method
-        if isinstance(method, LoRA):
-            method, tensors = method.saved_form(run.adapted, tensors)
+        method, tensors = run.method.saved_form(run.adapted, tensors)
         source = run.settings.model, run.source.revision or None
         write_method(run.folder, method, tensors, run.base.config, *source, run.settings.format)
 

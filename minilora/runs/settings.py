@@ -1,11 +1,14 @@
-"""Everything that decides a run, in one place: the defaults, what `settings.json` holds, and what `--resume` reads."""
+"""Everything that decides a run, in one place: what `settings.json` holds, and what `--resume` reads.
+
+Each setting is declared once, here or in its method's file; flags, their help, checks and docs/settings.md follow.
+"""
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,129 +17,220 @@ from minilora.formats.adapters import FORMATS
 from minilora.formats.files import read_json, write_json
 from minilora.formats.load import SHIPPED_MODEL
 from minilora.frozen.half import MIXED_PRECISION
-from minilora.methods.lora import INITIALISATIONS
+from minilora.methods.lora import LoRA
+from minilora.methods.method import Method, known_methods
+from minilora.methods.setting import KEY, Setting, check, setting, settings_of, typed, values_of
 from minilora.model.base import FROZEN
 from minilora.runs.metrics import TENSORBOARD, check_report_to
 from minilora.training.optimizers import OPTIMIZERS
 from minilora.training.schedules import SCHEDULES
 
 SETTINGS_FILE = "settings.json"
+DATA, METHOD, TRAINING, WATCHING, MACHINE = (
+    *("what to train on what", "method", "training", "watching, saving", "machine"),
+)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One field for each flag of `train`, under the flag's name."""
+    """One field for each flag of `train`, under the flag's name; those of the method are in `method`."""
 
-    model: str = str(SHIPPED_MODEL)  # a folder, or an id of the Hugging Face Hub
-    revision: str = ""  # of the latter; in a run's settings.json, always the commit
-    data: str = ""  # "" is the built-in task
-    prompt_feature: str = ""  # "" is the usual key: prompt, completion, text, messages
-    completion_feature: str = ""
-    text_feature: str = ""
-    chat_feature: str = ""
-    train_on: str = TRAIN_ON[0]
-    date: str = ""  # what chat templates are told; in a run's settings.json, never ""
-    method: str = "lora"
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("all-linear",)
-    init: str = "kaiming"
-    rslora: bool = False
-    loraplus_lr_ratio: float = 1.0
-    exclude_modules: tuple[str, ...] = ()
-    num_layers: int = 0  # the last so many; 0: all
-    rank_pattern: tuple[str, ...] = ()  # q_proj=16
-    alpha_pattern: tuple[str, ...] = ()
-    modules_to_save: tuple[str, ...] = ()
-    untie: bool = False
-    num_virtual_tokens: int = 20
-    init_text: str = ""  # "": words drawn at random
-    bottleneck_size: int = 16
-    train_norms: bool = False
-    random_share: float = 0.04
-    adapter: str = ""
-    format: str = FORMATS[0]  # of the adapter that is written
-    steps: int = 0
-    epochs: float = 3.0
-    batch_size: int = 8
-    grad_accumulation: int = 1
-    learning_rate: float = 5e-4
-    optimizer: str = "adamw"
-    schedule: str = "cosine"
-    warmup: float = 0.03
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    max_length: int = 0
-    packing: bool = False
-    activation_checkpointing: bool = False
-    eval_every: int = 0
-    eval_rows: int = 100
-    patience: int = 0
-    save_every: int = 50
-    report_to: str = "none"
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "float32"
-    frozen: str = "widened"
-    mixed_precision: str = "no"
+    method: Method = field(default_factory=LoRA)
+
+    model: str = setting(
+        str(SHIPPED_MODEL),
+        "folder of the base model, or its id on the Hugging Face Hub (default: tinysmol)",
+        group=DATA,
+        aliases=("model_name_or_path",),
+        metavar="MODEL",
+    )
+    revision: str = setting(
+        "", "branch, tag or commit of that id", group=DATA, aliases=("model_revision",), metavar="NAME"
+    )  # in a run's settings.json, always the commit
+    data: str = setting(
+        "",
+        "file or folder of your rows (default: the built-in SQL task)",
+        group=DATA,
+        aliases=("dataset_name",),
+        metavar="PATH",
+    )
+    prompt_feature: str = setting("", "the key that your rows have instead of prompt", group=DATA, metavar="KEY")
+    completion_feature: str = setting(
+        "", "the key that your rows have instead of completion", group=DATA, metavar="KEY"
+    )
+    text_feature: str = setting(
+        "", "the key that your rows have instead of text", group=DATA, aliases=("dataset_text_field",), metavar="KEY"
+    )
+    chat_feature: str = setting("", "the key that your rows have instead of messages", group=DATA, metavar="KEY")
+    train_on: str = setting(
+        TRAIN_ON[0],
+        "of prompts and answers",
+        group=DATA,
+        choices=TRAIN_ON,
+        aliases=("mask_prompt", "completion_only_loss", "assistant_only_loss"),
+        metavar="PART",
+        optional_value=True,
+    )
+    date: str = setting(
+        "", "the day that a chat template is told which asks for it (default: today)", group=DATA, metavar="YYYY-MM-DD"
+    )  # in a run's settings.json, never ""
+
+    untie: bool = setting(False, "let embedding and head, where they are one matrix, become two")
+    adapter: str = setting(
+        "",
+        "start from this adapter, a folder or an id on the hub, instead of a fresh one",
+        aliases=("resume_adapter_file",),
+        metavar="FOLDER",
+    )
+    format: str = setting(
+        FORMATS[0], "of the adapter that is written, for PEFT or for mlx-lm", choices=FORMATS, metavar="NAME"
+    )
+
+    steps: int = setting(
+        0, "optimiser steps; 0: as --epochs says", group=TRAINING, at_least=0, aliases=("iters", "max_steps")
+    )
+    epochs: float = setting(3.0, "passes over the data", group=TRAINING, at_least=0, aliases=("num_train_epochs",))
+    batch_size: int = setting(
+        8, "rows in a micro-batch", group=TRAINING, at_least=1, aliases=("per_device_train_batch_size",)
+    )
+    grad_accumulation: int = setting(
+        1,
+        "micro-batches in a step: exactly one larger batch, in less memory",
+        group=TRAINING,
+        at_least=1,
+        aliases=("grad_accumulation_steps", "gradient_accumulation_steps"),
+    )
+    learning_rate: float = setting(5e-4, "the peak of the schedule", group=TRAINING, at_least=0)
+    optimizer: str = setting(
+        "adamw", "rule of the update", group=TRAINING, choices=OPTIMIZERS, aliases=("optim",), metavar="NAME"
+    )
+    schedule: str = setting(
+        "cosine",
+        "of the learning rate after the warm-up",
+        group=TRAINING,
+        choices=SCHEDULES,
+        aliases=("lr_scheduler_type",),
+        metavar="NAME",
+    )
+    warmup: float = setting(
+        0.03,
+        "steps of climbing to the peak; below 1, a share of all steps",
+        group=TRAINING,
+        at_least=0,
+        aliases=("warmup_steps", "warmup_ratio"),
+    )
+    weight_decay: float = setting(0.01, "decoupled from the gradient; on matrices only", group=TRAINING, at_least=0)
+    max_grad_norm: float = setting(
+        1.0, "gradients longer than this are shortened to it; 0: never", group=TRAINING, at_least=0
+    )
+    max_length: int = setting(
+        0,
+        "tokens in a row at most; 0: what the model was made for, up to 1024",
+        group=TRAINING,
+        at_least=0,
+        aliases=("max_seq_length",),
+    )
+    packing: bool = setting(
+        False, "put several examples end to end in a row; they do not see each other", group=TRAINING
+    )
+    activation_checkpointing: bool = setting(
+        False,
+        "keep only each layer's input and run it again in the backward: less memory",
+        group=TRAINING,
+        aliases=("grad_checkpoint", "gradient_checkpointing"),
+    )
+
+    eval_every: int = setting(
+        0,
+        "steps between validations; 0: ten times in all",
+        group=WATCHING,
+        at_least=0,
+        aliases=("eval_steps", "steps_per_eval"),
+    )
+    eval_rows: int = setting(
+        100,
+        "held-out rows to answer for the exact match, before and after; 0: none",
+        group=WATCHING,
+        at_least=0,
+    )
+    patience: int = setting(
+        0,
+        "stop after this many validations without gain; 0: never",
+        group=WATCHING,
+        at_least=0,
+        aliases=("early_stopping_patience",),
+    )
+    save_every: int = setting(
+        50,
+        "steps between savings of the resumable state; 0: only at the end",
+        group=WATCHING,
+        at_least=0,
+        aliases=("save_steps",),
+    )
+    report_to: str = setting(
+        "none",
+        "log for TensorBoard too, beside metrics.jsonl",
+        group=WATCHING,
+        choices=("none", TENSORBOARD),
+        metavar="NAME",
+    )
+
+    seed: int = setting(0, "of everything random", group=MACHINE, at_least=0)
+    device: str = setting(
+        "auto",
+        "where to compute; auto takes a GPU if there is one",
+        group=MACHINE,
+        choices=("auto", "cpu", "cuda"),
+        metavar="NAME",
+    )
+    dtype: str = setting("float32", "of the computation", group=MACHINE, choices=("float32", "float64"), metavar="NAME")
+    frozen: str = setting(
+        "widened",
+        "how weights that do not train are held: widened to --dtype, stored in 16 bits as they are, nf4 as in QLoRA, "
+        "offloaded: stored, but off the GPU",
+        group=MACHINE,
+        choices=FROZEN,
+        aliases=("load_in_4bit",),
+        metavar="NAME",
+        optional_value=True,
+    )
+    mixed_precision: str = setting(
+        "no",
+        "products with frozen weights in 16 bits: bf16, or fp16 with a loss scale; no: all in --dtype",
+        group=MACHINE,
+        choices=MIXED_PRECISION,
+        aliases=("bf16", "fp16"),
+        metavar="NAME",
+        optional_value=True,
+    )
 
     def check(self) -> None:
-        """Raise ValueError naming the flag whose value makes no sense."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{flag(field.name)} {value} is not a finite number")
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{flag(name)} {getattr(self, name)!r}: choose {', '.join(allowed)}")
-        for name, least in AT_LEAST.items():
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{flag(name)} {getattr(self, name)} is less than {least}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout {self.dropout} is not in [0, 1)")
+        """Raise ValueError naming the flag whose value makes no sense, alone or beside the others."""
+        check(self)
         if self.steps == 0 and self.epochs == 0:
             raise ValueError("both --steps and --epochs are 0: there is nothing to do")
         check_report_to(self.report_to)
         if self.date and not re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])", self.date):
             raise ValueError(f"--date {self.date!r}: write it as 2025-06-30")
-        if self.adapter and self.method != "lora":
-            raise ValueError(f"--adapter goes with --method lora, not {self.method}")
-        if self.loraplus_lr_ratio != 1 and self.method not in ("lora", "dora"):
-            raise ValueError(f"--loraplus-lr-ratio is for the B of --method lora or dora; {self.method} has none")
-        if not 0 < self.random_share <= 1:
-            raise ValueError(f"--random-share {self.random_share} is not above 0 and at most 1")
-        if self.frozen == "nf4" and self.method == "full":
+        if self.adapter and type(self.method) is not DEFAULT_METHOD:
+            raise ValueError(f"--adapter goes with --method {DEFAULT_METHOD().name}, not {self.method.name}")
+        if self.frozen == "nf4" and not self.method.freezes_base:
             raise ValueError("--frozen nf4: weights in 4 bits cannot be trained themselves; take another --method")
-        if self.mixed_precision != "no" and self.method in ("full", "random"):
-            raise ValueError(f"--mixed-precision is for products with frozen weights; --method {self.method} has none")
+        if self.mixed_precision != "no" and not self.method.multiplies_frozen:
+            name = self.method.name
+            raise ValueError(f"--mixed-precision is for products with frozen weights; --method {name} has none")
         if self.mixed_precision != "no" and self.dtype != "float32":
             raise ValueError(f"--mixed-precision {self.mixed_precision} goes with --dtype float32, not {self.dtype}")
 
+    def values(self) -> dict[str, Any]:
+        """All of it by name, the method's settings beside the others, as settings.json holds it."""
+        return {"method": self.method.name, **values_of(self.method), **values_of(self)}
+
     def save(self, folder: Path) -> None:
-        write_json(folder / SETTINGS_FILE, asdict(self))
+        write_json(folder / SETTINGS_FILE, self.values())
 
 
-NAMES = tuple(field.name for field in fields(Settings))
-CHOICES = {
-    "method": (*("lora", "dora", "full", "prefix", "prompt", "bottleneck", "bitfit", "head", "embedding", "random"),),
-    "format": FORMATS,
-    "init": tuple(INITIALISATIONS),
-    "train_on": TRAIN_ON,
-    "optimizer": tuple(OPTIMIZERS),
-    "schedule": SCHEDULES,
-    "report_to": ("none", TENSORBOARD),
-    "device": ("auto", "cpu", "cuda"),
-    "dtype": ("float32", "float64"),
-    "frozen": FROZEN,
-    "mixed_precision": MIXED_PRECISION,
-}
-AT_LEAST = {
-    **{"rank": 1, "loraplus_lr_ratio": 1, "batch_size": 1, "grad_accumulation": 1, "num_virtual_tokens": 1},
-    **{"bottleneck_size": 1, "num_layers": 0},
-    **{"steps": 0, "epochs": 0, "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "max_length": 0, "seed": 0},
-    **{"eval_every": 0, "eval_rows": 0, "patience": 0, "save_every": 0, "learning_rate": 0},
-}
+DEFAULT_METHOD = LoRA
 
 # What `train` without --data does: a short run, tuned for the shipped model on two CPU cores.
 DEFAULT_JOB: dict[str, Any] = {
@@ -151,27 +245,57 @@ DEFAULT_JOB: dict[str, Any] = {
 }
 
 
-def flag(name: str) -> str:
-    """`grad_accumulation` as the user types it."""
-    return "--" + name.replace("_", "-")
+@cache
+def all_settings() -> dict[str, Setting]:
+    """Every setting of a run and of any method, by name. What two methods share means the same in both."""
+    own = settings_of(Settings)
+    switches = tuple(cls.switch for cls in _methods() if cls.switch)
+    what = setting(
+        "",
+        "what trains",
+        choices=known_methods(),
+        aliases=("fine_tune_type", *switches),
+        metavar="NAME",
+        optional_value=True,
+    )
+    method = Setting("method", DEFAULT_METHOD().name, what.metadata[KEY], str)
+    of_methods = {name: one for cls in _methods() for name, one in settings_of(cls).items() if name not in own}
+    data = {name: one for name, one in own.items() if one.declaration.group == DATA}
+    return {**data, "method": method, **of_methods, **own}
 
 
-def typed(name: str, value: Any, where: str) -> Any:
-    """The value as the type of the setting `name`; `where` says how the user gave it, for the error."""
-    kind = type(getattr(Settings, name))
-    shown = json.dumps(value, default=str)
-    if kind is tuple and isinstance(value, dict):  # rank_pattern, in a file
-        value = [f"{key}={one}" for key, one in value.items()]
-    if kind is tuple:
-        names = [value] if isinstance(value, str) else value
-        if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
-            raise ValueError(f"{where} must be a list of names, not {shown}")
-        return tuple(names)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{where} must be {kind.__name__}, not {shown}")
-    return value
+def _methods() -> list[type[Method]]:
+    """Every method once, the default first."""
+    return list(dict.fromkeys((DEFAULT_METHOD, *known_methods().values())))
+
+
+def make_settings(values: Mapping[str, Any]) -> Settings:
+    """The settings with these values by name, checked; what they do not name has its default.
+
+    A method's name may stand for settings beside it, as `qlora` does for `frozen="nf4"`. Settings of other methods are
+    passed over, except those that say how to train: they would be expected to act. ValueError, naming the flag.
+    """
+    name = values.get("method", DEFAULT_METHOD().name)
+    if name not in known_methods():
+        raise ValueError(f"--method {name!r}: choose {', '.join(known_methods())}")
+    cls = known_methods()[name]
+    known = all_settings()
+    for key, meant in cls.names[name].items():
+        if values.get(key, meant) not in (meant, known[key].default):
+            raise ValueError(
+                f"--method {name} means {known[key].flag} {meant}, not {values[key]}: leave one of them out"
+            )
+    values = {**values, **cls.names[name]}
+    of_method, of_run = settings_of(cls), settings_of(Settings)
+    for other, declared in known.items():
+        unused = declared.declaration.of_training and other not in of_method
+        if unused and values.get(other, declared.default) != declared.default:
+            owners = " or ".join(owner for owner, one in known_methods().items() if other in settings_of(one))
+            raise ValueError(f"{declared.flag} is for --method {owners}; {name} has no use for it")
+    method = cls(**{key: value for key, value in values.items() if key in of_method})
+    settings = Settings(method, **{key: value for key, value in values.items() if key in of_run})
+    settings.check()
+    return settings
 
 
 def read_settings(folder: Path) -> Settings:
@@ -180,9 +304,8 @@ def read_settings(folder: Path) -> Settings:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no run to resume: {path} is missing")
     values = read_json(path)
+    known = all_settings()
     for name in values:
-        if name not in NAMES:
-            raise ValueError(f"{path}: {name!r} is not a setting; there are {', '.join(NAMES)}")
-    settings = Settings(**{name: typed(name, value, f"{path}: {name}") for name, value in values.items()})
-    settings.check()
-    return settings
+        if name not in known:
+            raise ValueError(f"{path}: {name!r} is not a setting; there are {', '.join(known)}")
+    return make_settings({name: typed(known[name], value, f"{path}: {name}") for name, value in values.items()})

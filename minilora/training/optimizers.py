@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 from minilora.backend import Array, xp
@@ -93,15 +93,6 @@ class SGD:
 
 
 OPTIMIZERS = {"adamw": AdamW, "sgd": SGD}
-
-
-def loraplus(parameters: Iterable[str], ratio: float) -> Factors:
-    """LoRA+: the learning rate of every B is `ratio` times that of all else. (docs: T11)
-
-    A and B enter the output in different ways, so one rate is too low for B or too high for A, the more the wider the
-    model (Hayou et al., 2024, arXiv:2402.12354, section 4). The ratio is PEFT's `loraplus_lr_ratio`.
-    """
-    return {name: ratio for name in parameters if name.endswith(".lora_B.weight")}
 
 
 def global_norm(gradients: Arrays) -> float:

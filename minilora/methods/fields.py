@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, TypeVar
 
+from minilora.methods.setting import Setting
 from minilora.methods.targets import Names
 
 Number = TypeVar("Number", int, float)
+
+COMMON = {  # fields that any adapter's configuration may have, and that do not change what a finished adapter computes
+    *("peft_type", "task_type", "base_model_name_or_path", "revision"),
+    *("auto_mapping", "peft_version", "inference_mode", "runtime_config"),
+}
+
+
+def refuse_unknown(place: object, raw: Mapping[str, Any], known: Container[str]) -> None:
+    """Raise ValueError for a field that says something and is not understood."""
+    for field, given in raw.items():
+        if given and field not in COMMON and field not in known:
+            raise ValueError(f"{place}: {field} {given!r} is not supported")
+
+
+def value(place: object, raw: Mapping[str, Any], declared: Setting) -> Any:
+    """A setting as its dataclass holds it."""
+    given = raw.get(declared.saved_as)
+    if isinstance(given, list) and all(isinstance(entry, str) for entry in given):
+        given = tuple(given)
+    if type(given) is not type(declared.default):
+        raise ValueError(f"{place}: {declared.saved_as} is {given!r}, expected {type(declared.default).__name__}")
+    return given
 
 
 def number(place: object, raw: Mapping[str, Any], field: str, default: float | None = None) -> float:
