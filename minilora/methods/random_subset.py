@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from minilora.backend import Array, to_device, xp
+from minilora.backend import Array, from_host, xp
 from minilora.frozen.weight import FrozenWeight
 from minilora.methods.lora import frozen_site
 from minilora.methods.method import Method, Rival, Shape
@@ -115,6 +116,12 @@ class RandomSubset(Method):
         rng, places = np.random.RandomState(self.seed), {}
         for module in projections(model.config):
             rows, columns = frozen_site(model, module).weight.shape
-            flat = np.sort(rng.permutation(rows * columns)[: self._count((rows, columns))])
-            places[module] = Chosen(*(to_device(index) for index in np.divmod(flat, columns)))
+            count = self._count((rows, columns))
+            flat = from_host(partial(_drawn, rng, rows * columns, count), (count,), np.int64)
+            places[module] = Chosen(flat // columns, flat % columns)
         return places
+
+
+def _drawn(rng: np.random.RandomState, size: int, count: int) -> np.ndarray[Any, Any]:
+    """So many of the numbers below `size`, in their order."""
+    return np.sort(rng.permutation(size)[:count])
