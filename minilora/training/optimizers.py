@@ -63,7 +63,9 @@ class AdamW:
             denominator = xp.sqrt(v)
             denominator *= v_scale
             denominator += self.eps
-            p -= rate / m_weight * m / denominator
+            change = rate / m_weight * m
+            change /= denominator
+            p -= change
 
     def state(self) -> dict[str, Array]:
         """m, v and t. (docs: T10)"""
