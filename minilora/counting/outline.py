@@ -268,7 +268,7 @@ def elementwise(ufunc: np.ufunc, *operands: Any, out: Outline | None = None) -> 
     shape = first.shape
     if any(other.shape != shape for other in others):
         shape = np.broadcast_shapes(*(array.shape for array in arrays))
-    kinds = (operand.dtype if hasattr(operand, "dtype") else type(operand) for operand in operands)
+    kinds: Any = [operand.dtype if hasattr(operand, "dtype") else type(operand) for operand in operands]
     return follow(computed(first, shape, _dtype_of(ufunc, *kinds)), ufunc, *operands)
 
 

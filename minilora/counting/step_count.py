@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from minilora.counting.module import OutlineModule, outlines
-from minilora.counting.watched import HEAD, LOSS, UPDATE, watched_base, watched_model
+from minilora.counting.watched import LOSS, MOMENTS, UPDATE, watched_base, watched_model
 from minilora.data.batches import Batch, divide
 from minilora.formats.checkpoint import named_dtype
 from minilora.methods.method import Method
 from minilora.model.base import base_model
 from minilora.model.config import Config
-from minilora.model.names import parameter_shapes
+from minilora.model.names import HEAD, parameter_shapes
 from minilora.training.optimizers import OPTIMIZERS, clip_gradients, global_norm
 from minilora.training.step import loss_and_gradients
 
@@ -92,21 +92,21 @@ def count_step(
     with outlines(on_cpu) as xp:
         counted = Counted(xp, config, method, storage, optimizer)
         count = counted.step(batch, checkpointing)
-        if parts > 1:
-            part = counted.step(divide(batch, parts)[0], checkpointing)
-            bytes_of = {moment: n * (1 if moment == UPDATE else parts) for moment, n in part.moments.items()}
+        if micro_batches > 1:
             count = count._replace(
-                activations=parts * part.activations, loss_chunk=parts * part.loss_chunk, moments=bytes_of
-            )
-        if micro_batches > 1:  # the gradients so far live beside those that are made
-            calls = count.calls + (micro_batches - 1) * counted.calls_of_one_more(batch, checkpointing)
-            count = count._replace(
-                moments={m: n + (0 if m == UPDATE else count.gradients) for m, n in count.moments.items()},
                 forward=Flops(*(micro_batches * n for n in count.forward)),
                 backward=Flops(*(micro_batches * n for n in count.backward)),
-                calls=calls,
+                calls=count.calls + (micro_batches - 1) * counted.calls_of_one_more(batch, checkpointing),
             )
-    return count
+        part = counted.step(divide(batch, parts)[0], checkpointing) if parts > 1 else count
+        before = count.gradients if micro_batches > 1 else 0  # the gradients so far, beside those that are made
+        return count._replace(
+            activations=parts * part.activations,
+            loss_chunk=parts * part.loss_chunk,
+            moments={
+                moment: most if moment == UPDATE else parts * most + before for moment, most in part.moments.items()
+            },
+        )
 
 
 class Counted:
@@ -127,17 +127,19 @@ class Counted:
 
     def step(self, batch: Batch, checkpointing: bool) -> StepCount:
         """One optimiser step on one batch, as the training loop takes it."""
-        tally, head = self.tally, self.model.sites[HEAD]
+        tally, calls = self.tally, self.tally.calls
+        head: Any = self.model.sites[HEAD]
+        head.entered = None
         tally.most.clear()
         tally.flops.clear()
-        tally.enter(UPDATE)
-        head.entered, calls = None, tally.calls  # type: ignore[attr-defined]
+        tally.enter("the start")
         _, gradients = loss_and_gradients(self.model, [batch], [0], checkpointing)
+        self.calls_of_gradients = tally.calls - calls
         tally.enter(UPDATE)
         clip_gradients(gradients, max(global_norm(gradients), 2.0), 1.0)
         self.optimizer.update(self.trainable, gradients, 1e-4)
 
-        entry = head.entered  # type: ignore[attr-defined]
+        entry = head.entered
         itemsize = next(iter(gradients.values())).dtype.itemsize
         hidden = batch.tokens.size * self.model.config.hidden_size * itemsize
         trainable, state = _bytes(self.trainable), _bytes(self.optimizer.state())
@@ -148,20 +150,17 @@ class Counted:
             gradients=_bytes(gradients),
             activations=entry.live - entry.rows - 2 * hidden - self.between_steps,  # hidden states and their gradient
             loss_chunk=tally.most[LOSS] - (entry.live - entry.rows),
-            moments={moment: most - self.between_steps for moment, most in tally.most.items()},
+            moments={moment: tally.most[moment] - self.between_steps for moment in MOMENTS if moment in tally.most},
             forward=Flops(*(tally.flops["forward", purpose] for purpose in PURPOSES)),
             backward=Flops(*(tally.flops["backward", purpose] for purpose in PURPOSES)),
             calls=tally.calls - calls,
         )
 
     def calls_of_one_more(self, batch: Batch, checkpointing: bool) -> int:
-        """What each further micro-batch adds."""
-        calls = []
-        for batches in ([batch], [batch, batch]):
-            before = self.tally.calls
-            loss_and_gradients(self.model, batches, range(len(batches)), checkpointing)
-            calls.append(self.tally.calls - before)
-        return calls[1] - calls[0]
+        """What a second micro-batch, and each further one, adds to the step before."""
+        calls = self.tally.calls
+        loss_and_gradients(self.model, [batch, batch], [0, 1], checkpointing)
+        return self.tally.calls - calls - self.calls_of_gradients
 
 
 class Tensors(Mapping[str, Any]):

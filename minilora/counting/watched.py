@@ -12,10 +12,11 @@ from minilora.counting.tally import Tally
 from minilora.frozen.weight import FrozenWeight
 from minilora.model.model import Model
 from minilora.model.names import EMBED, HEAD, NORM, parameter_shapes
-from minilora.model.sites import FrozenEmbedding, FrozenLinear, Gradients, Site
+from minilora.model.sites import FrozenEmbedding, FrozenLinear, Site
 
 LOSS, UPDATE, EMBEDDING = "the loss", "the update", "the embedding's gradient"
 FROZEN_FORWARD, FORWARD, BACKWARD = "a frozen layer's forward", "a layer's forward", "a layer's backward"
+MOMENTS = (FROZEN_FORWARD, FORWARD, LOSS, BACKWARD, EMBEDDING, UPDATE)
 
 
 class HeadEntry(NamedTuple):
@@ -32,7 +33,7 @@ class WatchedSite:
     are there because something trains. Between the sites there is attention alone.
     """
 
-    def __init__(self, name: str, site: Site, tally: Tally, shape: tuple[int, ...], frozen_layer: bool) -> None:
+    def __init__(self, name: str, site: Any, tally: Tally, shape: tuple[int, ...], frozen_layer: bool) -> None:
         self.site, self.tally, self.name = site, tally, name
         self.trains = site.trains
         self.per_row = 2 * math.prod(shape) if len(shape) == 2 and name != EMBED else 0
@@ -50,21 +51,21 @@ class WatchedSite:
         elif tally.way == "forward" and self.name != NORM:
             tally.enter(self.moment)
         tally.purpose = "trained"
-        result = self.site.forward(x, seed)
+        y, kept = self.site.forward(x, seed)
         self._leave(tally.way, len(x))
-        return result
+        return y, kept
 
-    def backward(self, dy: Outline, cache: Any) -> tuple[Outline, Gradients]:
+    def backward(self, dy: Outline, cache: Any) -> tuple[Outline, dict[str, Outline]]:
         tally = self.tally
         if self.name != HEAD:
             tally.enter(EMBEDDING if self.name == EMBED else BACKWARD)
             tally.way = "backward"
         way, tally.way = tally.way, "backward"
         tally.purpose = "trained"
-        result = self.site.backward(dy, cache)
+        dx, gradients = self.site.backward(dy, cache)
         self._leave("backward", len(dy))
         tally.way = way
-        return result
+        return dx, gradients
 
     def _leave(self, way: str, rows: int) -> None:
         flops = self.tally.flops

@@ -15,31 +15,14 @@ import numpy as np
 
 from minilora.backend import Array, peak_memory_bytes
 from minilora.cli import errors
-from minilora.counting.activations import Work
-from minilora.data.batches import Batch, collate
-from minilora.data.examples import Example
+from minilora.data.batches import Batch
 from minilora.formats.checkpoint import named_dtype
 from minilora.formats.load import load_model
-from minilora.model.config import Config
 from minilora.model.model import Model
-from minilora.plan.__main__ import read_job
-from minilora.plan.job import Job
+from minilora.plan.flags import read_run
+from minilora.plan.planned_run import PlannedRun
 from minilora.training.optimizers import OPTIMIZERS, Optimizer, clip_gradients, global_norm
 from minilora.training.step import loss_and_gradients
-
-
-def random_batch(config: Config, work: Work, rng: np.random.Generator) -> Batch:
-    """Full rows of random tokens, of which the last so many have a label."""
-    tokens = rng.integers(config.vocab_size, size=(work.rows, work.length)).tolist()
-    each, more = divmod(work.labelled, work.rows)
-    counts = [each + (row < more) for row in range(work.rows)]
-    return collate(
-        [
-            [Example(row, [i >= work.length - count for i in range(work.length)])]
-            for row, count in zip(tokens, counts, strict=True)
-        ],
-        pad_id=0,
-    )
 
 
 def take_step(
@@ -56,20 +39,20 @@ def take_step(
     optimizer.update(trainable, gradients, 1e-4)
 
 
-def measure(job: Job, folder: Path) -> dict[str, int]:
+def measure(run: PlannedRun, folder: Path) -> dict[str, int]:
     """`imported`: before anything is made, by the system's account. `between_steps` and `peak`: all arrays and objects
     that are made from then on, by NumPy's and Python's account. `resident`: the most of the whole, by the system's."""
-    settings, dtype = job.settings, named_dtype(job.settings.dtype)
+    settings, dtype = run.settings, named_dtype(run.settings.dtype)
     rng = np.random.default_rng(settings.seed)
     warm = np.ones((256, 256), dtype)
     warm @ warm  # the library of products sets up its threads
     imported = peak_memory_bytes()
     tracemalloc.start()
     base, _ = load_model(folder, settings.dtype, settings.frozen, settings.mixed_precision)
-    trainable = job.method.start(base, rng, dtype)
-    model = job.method.attach(base, trainable)
+    trainable = run.method.start(base, rng, dtype)
+    model = run.method.attach(base, trainable)
     optimizer = OPTIMIZERS[settings.optimizer](trainable)
-    batches = [random_batch(job.config, job.work, rng) for _ in range(settings.grad_accumulation)]
+    batches = [run.micro_batch.draw(run.config, rng) for _ in range(settings.grad_accumulation)]
     between_steps, _ = tracemalloc.get_traced_memory()
     take_step(model, trainable, optimizer, batches, settings.activation_checkpointing, on_all_cores=True)
     _, peak = tracemalloc.get_traced_memory()
@@ -79,8 +62,8 @@ def measure(job: Job, folder: Path) -> dict[str, int]:
 def measured_step_command(argv: list[str] | None = None) -> None:
     """Parse, measure, print."""
     folder, *flags = sys.argv[1:] if argv is None else argv
-    job, _ = read_job(flags)
-    print(json.dumps(measure(job, Path(folder))))
+    run, _ = read_run(flags)
+    print(json.dumps(measure(run, Path(folder))))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,65 @@
+"""What a planned run takes: the figures that `plan` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minilora.counting.step_count import count_step
+from minilora.formats.sizes import checkpoint_bytes, numbers, saved_bytes, trainable_shapes
+from minilora.methods.full import Full
+from minilora.methods.method import Method
+from minilora.model.names import parameter_count
+from minilora.plan.planned_run import PlannedRun
+from minilora.training.side_by_side import shares
+
+MEMORY = (
+    *("weights", "trainable", "optimizer", "gradients", "activations", "loss_chunk"),
+    *("moments", "fullest", "between_steps", "total"),
+)
+
+
+def run_figures(run: PlannedRun) -> dict[str, Any]:
+    """The figures of the run, and beside them those of full fine-tuning on the same rows."""
+    return {
+        "model": run.name,
+        "settings": run.settings.values(),
+        "parameters": parameter_count(run.config),
+        "checkpoint_file": checkpoint_bytes(run.config, run.storage.file),
+        "work": run.micro_batch._asdict(),
+        "this": method_figures(run, run.method),
+        "full": method_figures(run, Full()),
+    }
+
+
+def method_figures(run: PlannedRun, method: Method) -> dict[str, Any]:
+    """Bytes, FLOPs and calls of a step of such a method, and the bytes of the file that it leaves."""
+    settings, storage = run.settings, run.storage
+    if isinstance(method, Full) and storage.frozen == "nf4":
+        storage = storage._replace(frozen="stored")  # train refuses what cannot be trained
+    if isinstance(method, Full):
+        storage = storage._replace(mixed_precision="no")  # nothing is frozen
+    on_cpu = settings.device != "cuda"
+    count = count_step(
+        run.config,
+        method,
+        run.micro_batch.draw(run.config, np.random.default_rng(0)),
+        storage,
+        settings.optimizer,
+        settings.activation_checkpointing,
+        settings.grad_accumulation,
+        shares(run.micro_batch.rows) if on_cpu else 1,
+        on_cpu,
+    )
+    flops = {"forward": count.forward._asdict(), "backward": count.backward._asdict()}
+    total = count.forward.total + count.backward.total
+    written = "float32" if isinstance(method, Full) else settings.dtype  # a whole checkpoint is always float32
+    return {
+        "trainable_parameters": numbers(trainable_shapes(method, run.config)),
+        "memory": {key: getattr(count, key) for key in MEMORY},
+        "saved_file": saved_bytes(method, run.config, written),
+        "flops": flops | {"total": total},
+        "head_share": (count.forward.head + count.backward.head) / total,
+        "calls": count.calls,
+    }

@@ -1,0 +1,31 @@
+"""The flags of `plan`: its own, and those of `train`."""
+
+from __future__ import annotations
+
+import argparse
+
+from minilora.cli import train_flags
+from minilora.cli.flags import dashed
+from minilora.plan.planned_run import PlannedRun, plan_run
+
+
+def parse(argv: list[str] | None, description: str | None) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of `plan` alone, and those that it shares with `train`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m minilora.plan",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="All flags of python -m minilora.train are taken; its --help explains them.",
+    )
+    parser.add_argument("--labelled", type=float, default=1.0, metavar="SHARE", help="of the tokens, up to 1 (default)")
+    parser.add_argument("--json", action="store_true", help="print a JSON object, with sizes in bytes")
+    parser.add_argument("--measure", action="store_true", help="take such a step on the CPU too, and compare")
+    return parser.parse_known_args(dashed(argv))
+
+
+def read_run(argv: list[str] | None, description: str | None = None) -> tuple[PlannedRun, argparse.Namespace]:
+    """What the command line asks about."""
+    args, shared = parse(argv, description)
+    settings, _, _ = train_flags.choose_settings(train_flags.parse(shared))
+    return plan_run(settings, args.labelled), args

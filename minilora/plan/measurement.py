@@ -1,0 +1,39 @@
+"""A planned step, taken: in a process of its own, so that the memory it takes is its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from minilora.figures.machine import facts
+from minilora.plan.planned_run import PlannedRun
+from minilora.plan.report import size
+
+
+def measure(flags: Sequence[str], planned: PlannedRun, total: int) -> dict[str, int]:
+    """What `measured_step` says of the same flags, with random weights for a shape that has none.
+
+    ValueError where the machine is too small for it.
+    """
+    there = facts(1)["memory_bytes"]
+    if there and total > 0.9 * there:
+        raise ValueError(f"--measure: such a step takes {size(total)}, and this machine has {size(there)}")
+    with tempfile.TemporaryDirectory(prefix="minilora-plan-") as scratch:
+        folder = planned.folder or Path(scratch, "model")
+        if not planned.folder:
+            run_alone("random_checkpoint", planned.name, "--out", str(folder), "--dtype", planned.storage.file)
+        measured: dict[str, int] = json.loads(run_alone("plan.measured_step", str(folder), *flags))
+    return measured
+
+
+def run_alone(command: str, *arguments: str) -> str:
+    """The last line that another command prints, in a process of its own, so that the memory it takes is its own."""
+    done = subprocess.run([sys.executable, "-m", f"minilora.{command}", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it ended without a word, perhaps for want of memory"])[-1]
+        raise RuntimeError(f"--measure: {last.removeprefix('error: ')}")
+    return done.stdout.strip().splitlines()[-1]

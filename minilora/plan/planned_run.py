@@ -1,0 +1,99 @@
+"""The training run that flags ask for, as far as its size is concerned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minilora.counting.step_count import Storage
+from minilora.data.batches import Batch, collate
+from minilora.data.examples import Example
+from minilora.data.tokenizer import Tokenizer
+from minilora.formats.adapters import read_layout
+from minilora.formats.checkpoint import DTYPES, read_config, read_config_file
+from minilora.formats.hub import find_adapter, find_model
+from minilora.formats.known_configs import GPT_3, KNOWN_CONFIGS
+from minilora.formats.load import SHIPPED_MODEL
+from minilora.methods.method import Method
+from minilora.model.config import Config
+from minilora.runs.settings import Settings
+
+SHAPES = KNOWN_CONFIGS | {"GPT-3": GPT_3}
+
+
+class MicroBatch(NamedTuple):
+    """The rows that go through the model together."""
+
+    rows: int
+    length: int  # tokens of each
+    labelled: int  # tokens with a label, in all rows
+
+    def draw(self, config: Config, rng: np.random.Generator) -> Batch:
+        """Full rows of random tokens, of which the last so many have a label."""
+        tokens = rng.integers(config.vocab_size, size=(self.rows, self.length)).tolist()
+        each, more = divmod(self.labelled, self.rows)
+        counts = [each + (row < more) for row in range(self.rows)]
+        return collate(
+            [
+                [Example(row, [i >= self.length - count for i in range(self.length)])]
+                for row, count in zip(tokens, counts, strict=True)
+            ],
+            pad_id=0,
+        )
+
+
+class PlannedRun(NamedTuple):
+    """A training run, as far as its size is concerned."""
+
+    name: str  # of the model, for people
+    settings: Settings
+    config: Config
+    folder: Path | None  # of the checkpoint, where there is one
+    method: Method
+    micro_batch: MicroBatch
+    storage: Storage
+
+
+def plan_run(settings: Settings, labelled: float) -> PlannedRun:
+    """Full rows, of whose tokens the share `labelled` has a label. ValueError or OSError where flags make no sense."""
+    if not 0 < labelled <= 1:
+        raise ValueError(f"--labelled {labelled} is not above 0 and at most 1")
+    name, config, raw, folder = find_shape(settings)
+    method = find_method(settings, config)
+    length = settings.max_length or min(config.max_position_embeddings - method.virtual_tokens, 1024)
+    if length < 2:
+        raise ValueError(f"--max-length {length}: it takes two tokens to predict one")
+    rows = settings.batch_size
+    tokens = max(1, round(labelled * rows * (length - 1)))  # what follows the last token of a row is unknown
+    stored = raw.get("dtype") or raw.get("torch_dtype")
+    storage = Storage(
+        settings.dtype,
+        settings.frozen,
+        stored if stored in DTYPES else "float32",
+        settings.mixed_precision,
+    )
+    return PlannedRun(name, settings, config, folder, method, MicroBatch(rows, length, tokens), storage)
+
+
+def find_shape(settings: Settings) -> tuple[str, Config, dict[str, Any], Path | None]:
+    """What `--model` names: its name, its configuration and config.json, and the folder if its weights are there."""
+    path = Path(settings.model)
+    if path.name in SHAPES and not path.exists():
+        return path.name, Config.from_dict(SHAPES[path.name]), SHAPES[path.name], None
+    if path.is_file():
+        return str(path), *read_config_file(path), None
+    try:
+        folder = find_model(settings.model, settings.revision, ("config.json",)).folder
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; nor a known shape: {', '.join(SHAPES)}") from error
+    return settings.model, *read_config(folder), folder if any(folder.glob("*.safetensors")) else None
+
+
+def find_method(settings: Settings, config: Config) -> Method:
+    """The method; of an adapter that training starts from, its own."""
+    if settings.adapter:
+        return read_layout(find_adapter(settings.adapter).folder, config).method
+    words = Tokenizer.load(SHIPPED_MODEL)  # for --init-text, which says where virtual tokens start, not how many
+    return settings.method.for_model(config, words.encode)

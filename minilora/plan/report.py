@@ -1,0 +1,100 @@
+"""The tables that `plan` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minilora.plan.planned_run import PlannedRun
+
+
+def heading(run: PlannedRun, found: dict[str, Any]) -> list[str]:
+    config, rows_of, k = run.config, run.micro_batch, run.settings.grad_accumulation
+    rows = f"{k} × {rows_of.rows}" if k > 1 else str(rows_of.rows)
+    held, mixed = run.storage.frozen, run.storage.mixed_precision
+    if mixed != "no":
+        held = f"{held if held == 'nf4' else mixed}, products with them in {mixed}"
+    return [
+        f"{run.name}: {config.num_hidden_layers} layers of width {config.hidden_size}, "
+        f"{found['parameters']:,} parameters, {size(found['checkpoint_file'])} in {run.storage.file}",
+        f"{rows} × {rows_of.length} tokens, {k * rows_of.labelled:,} with a label; "
+        f"computed in {run.storage.dtype}, frozen weights {held}",
+    ]
+
+
+def memory_table(run: PlannedRun, found: dict[str, Any]) -> list[str]:
+    """What lives between steps, what a step adds at each of its moments, and the most of all."""
+    this, full, method = found["this"], found["full"], run.method.name
+    share = this["trainable_parameters"] / found["parameters"]
+    lines = [
+        row("", method, "full", f"full / {method}"),
+        row("parameters that train", *(f"{one['trainable_parameters']:,}" for one in (this, full)), f"{share:.3%}"),
+    ]
+
+    def add(name: str, a: int | None, b: int | None, marks: tuple[str, str] = ("", "")) -> None:
+        cells = ["" if n is None else mark + size(n) for n, mark in zip((a, b), marks, strict=True)]
+        lines.append(row(name, *cells, f"{b / a:,.2f}×" if a and b else ""))
+
+    named = {
+        "frozen weights": "weights",
+        "what trains": "trainable",
+        f"state of {run.settings.optimizer}": "optimizer",
+        "between steps": "between_steps",
+        "gradients": "gradients",
+        "kept for the backward": "activations",
+        "a chunk of the loss": "loss_chunk",
+    }
+    for name, key in named.items():
+        add(name, this["memory"][key], full["memory"][key])
+    lines.append("a step adds")
+    for moment in this["memory"]["moments"] | full["memory"]["moments"]:
+        a, b = (one["memory"]["moments"].get(moment) for one in (this, full))
+        first, second = ("→ " if one["memory"]["fullest"] == moment else "" for one in (this, full))
+        add(f"  at {moment}", a, b, (first, second))
+    add("the most at any time", this["memory"]["total"], full["memory"]["total"])
+    lines.append(row("interpreter and libraries, about", *[size(found["interpreter"])] * 2, ""))
+    add("the file that is left", this["saved_file"], full["saved_file"])
+    return lines
+
+
+def flops_table(found: dict[str, Any]) -> list[str]:
+    """FLOPs of a step by what they are for, and its calls."""
+    this, full = found["this"], found["full"]
+    ways = [one["flops"][way] for one in (this, full) for way in ("forward", "backward")]
+    lines = [row("FLOPs of a step", "forward", "backward", "full: forward", "backward")]
+    for part, name in (
+        ("weights", "frozen products"),
+        ("trained", "because of what trains"),
+        ("attention", "attention"),
+        ("head", "head"),
+    ):
+        lines.append(row(name, *(f"{way[part]:.3g}" for way in ways)))
+    lines.append(row("sum", *(f"{sum(way.values()):.3g}" for way in ways)))
+    lines.append(row("calls", f"{this['calls']:,}", "", f"{full['calls']:,}", ""))
+    lines.append(
+        f"{this['flops']['total']:.4g} in all, full {full['flops']['total']:.4g}; head {this['head_share']:.1%}"
+    )
+    return lines
+
+
+def comparison(memory: dict[str, Any], measured: dict[str, int]) -> list[str]:
+    """The count against the measured step."""
+    pairs = {
+        "between steps": (memory["between_steps"], measured["between_steps"]),
+        "the most at any time": (memory["total"], measured["peak"]),
+        "the process, by the system's account": (measured["imported"] + memory["total"], measured["resident"]),
+    }
+    return [row("", "counted", "measured", "counted/measured")] + [
+        row(name, size(a), size(b), f"{a / b:.3f}") for name, (a, b) in pairs.items()
+    ]
+
+
+def row(name: str, *cells: str) -> str:
+    return f"{name:37}" + "".join(f"{cell:>17}" for cell in cells)
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:,.2f} {unit}"
+    return f"{count / 1e3:,.2f} kB"
