@@ -96,7 +96,7 @@ def combine_command(argv: list[str] | None = None) -> None:
     rank = None if args.combination_type == "cat" else args.rank or largest_rank(adapters, config)
     combination = combine(config, adapters, weights, rank)
     base, revision = trained.base or model, trained.revision or None
-    write_adapter(args.out, combination.settings, combination.tensors, config, base, revision)
+    write_adapter(args.out, combination.method, combination.tensors, config, base, revision)
     report = summarize(combination, folders, weights, args.combination_type)
     write_json(args.out / REPORT_FILE, report)
     show(args.out, combination, report)

@@ -88,7 +88,7 @@ class Adapter(NamedTuple):
 class Combination(NamedTuple):
     """The combined adapter, its scale 1 everywhere; which modules several adapters change; what truncation cost."""
 
-    settings: LoRA
+    method: LoRA
     tensors: dict[str, HostArray]
     overlapping: list[str]
     truncations: dict[str, Truncation]  # module → what was lost; empty where nothing was truncated

@@ -259,7 +259,11 @@ def all_settings() -> dict[str, Setting]:
         optional_value=True,
     )
     method = Setting("method", DEFAULT_METHOD().name, what.metadata[KEY], str)
-    of_methods = {name: one for cls in _methods() for name, one in settings_of(cls).items() if name not in own}
+    of_methods: dict[str, Setting] = {}
+    for cls in _methods():
+        for name, one in settings_of(cls).items():
+            if name not in own:
+                of_methods.setdefault(name, one)
     data = {name: one for name, one in own.items() if one.declaration.group == DATA}
     return {**data, "method": method, **of_methods, **own}
 

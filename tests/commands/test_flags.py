@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from support.commands import command_module
 from test_commands import Result, assert_refused, run
 
-from minilora.cli.flags import ALIASES, NEEDLESS, OTHER_COMMANDS, flag
+from minilora.cli.flags import NEEDLESS, OTHER_COMMANDS, TO_TRAIN
 from minilora.cli.train_flags import choose_settings, parse
-from minilora.runs.settings import Settings
+from minilora.methods.setting import flag
+from minilora.runs.settings import Settings, all_settings
 
 TRAIN = [  # theirs, and how it is said here
     ("--model-name-or-path some/model", "--model some/model"),
@@ -174,7 +175,7 @@ def test_a_familiar_flag_of_the_other_commands_means_what_it_means_at_home(
 
 def test_every_familiar_name_is_tried_above_and_shown_by_help() -> None:
     shown = run("train", "--help").out
-    for names in ALIASES.values():
+    for names in [*(one.declaration.aliases for one in all_settings().values()), *TO_TRAIN.values()]:
         for name in names:
             assert any(flag(name) in theirs.split() for theirs, _ in TRAIN), name
             assert flag(name) in shown
@@ -216,7 +217,7 @@ def test_what_has_no_equal_here_is_refused_with_what_to_give_instead(line: str, 
 @given(st.integers(1, 64), st.floats(0.1, 100))
 def test_the_scale_of_mlx_is_alpha_over_rank(rank: int, scale: float) -> None:
     settings, _, _ = meaning(f"--scale {scale!r} --rank {rank}")
-    assert settings.alpha / settings.rank == pytest.approx(scale)
+    assert settings.values()["alpha"] / settings.values()["rank"] == pytest.approx(scale)
 
 
 # --- Config files ---
@@ -301,7 +302,7 @@ def test_numbers_that_yaml_takes_for_texts_are_numbers() -> None:
 def test_flags_and_files_say_the_same_of_every_setting() -> None:
     """Every setting can be given in a file, under its own name."""
     settings, _, _ = meaning("--data rows.jsonl --lora_r 3 --scale 3 --packing --keys q_proj")
-    values = {name: value for name, value in vars(settings).items() if name != "revision"}
+    values = {name: value for name, value in settings.values().items() if name != "revision"}
     written("run.json", json.dumps(values))
     assert meaning("-c run.json")[0] == settings
 

@@ -15,19 +15,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from support.strategies import QV
 from test_commands import CONFIG as COMMAND_CONFIG
 from test_commands import PAIRS, TEXTS, assert_refused, contents, good, read, run, write_rows
 from test_formats import CONFIG, Q0, RAW, SMOLLM3, UNTIED, quick, same
 from test_peft import adapter
 
 from minilora.data.train_tokenizer import train_tokenizer
-from minilora.formats.adapters import check_format, load_adapter, read_lora, read_method, write_method
+from minilora.formats.adapters import check_format, load_adapter, read_layout, read_method, write_method
 from minilora.formats.checkpoint import random_weights, write_checkpoint
 from minilora.formats.files import read_json, write_json
 from minilora.formats.load import load_model
 from minilora.formats.mlx import CONFIG as CONFIG_FILE
 from minilora.formats.mlx import TENSORS, read_mlx_adapter, write_mlx_adapter
 from minilora.methods.bitfit import BitFit
+from minilora.methods.dora import DoRA
 from minilora.methods.lora import LoRA
 from minilora.model.base import base_model
 from minilora.model.config import Config
@@ -111,25 +113,38 @@ def test_an_adapter_of_mlx_means_these_weights(tmp_path: Path, layout: str) -> N
     np.testing.assert_allclose(logits(adapted), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert np.abs(logits(base) - expected).max() > 1e-2 * np.abs(expected).max()
     read = read_mlx_adapter(tmp_path, FOUR)
-    assert list(read.settings.places(FOUR)) == places and read.base_model == "some/base"
+    assert list(read.method.places(FOUR)) == places and read.base_model == "some/base"
     # Written by us again, it still means the same.
-    write_mlx_adapter(tmp_path / "again", read.settings, read.tensors, FOUR, read.base_model)
+    write_mlx_adapter(tmp_path / "again", read.method, read.tensors, FOUR, read.base_model)
     assert same(load_file(tmp_path / "again" / TENSORS), load_file(tmp_path / TENSORS))
     again = read_mlx_adapter(tmp_path / "again", FOUR)
-    assert again.settings.places(FOUR) == read.settings.places(FOUR) and again.settings.dora == read.settings.dora
+    assert again.method == read.method or (again.method.places(FOUR), type(again.method)) == (
+        read.method.places(FOUR),
+        type(read.method),
+    )
 
 
-sayable = st.builds(
-    LoRA,
-    rank=st.integers(1, 4),
-    alpha=st.sampled_from([1.0, 8.0, 12.5]),
-    dropout=st.sampled_from([0.0, 0.05]),
-    target_modules=st.sampled_from(
-        [("q_proj", "v_proj"), "all-linear", (Q0, "down_proj"), ("q_proj", "lm_head"), r".*\.[13]\..*(o|up)_proj"]
-    ),
-    rslora=st.booleans(),
-    dora=st.booleans(),
-    exclude_modules=st.sampled_from([(), ("v_proj",), r".*\.1\..*\.(v|o)_proj"]),
+sayable = st.one_of(
+    *(
+        st.builds(
+            kind,
+            rank=st.integers(1, 4),
+            alpha=st.sampled_from([1.0, 8.0, 12.5]),
+            dropout=st.sampled_from([0.0, 0.05]),
+            target_modules=st.sampled_from(
+                [
+                    ("q_proj", "v_proj"),
+                    "all-linear",
+                    (Q0, "down_proj"),
+                    ("q_proj", "lm_head"),
+                    r".*\.[13]\..*(o|up)_proj",
+                ]
+            ),
+            rslora=st.booleans(),
+            exclude_modules=st.sampled_from([(), ("v_proj",), r".*\.1\..*\.(v|o)_proj"]),
+        )
+        for kind in (LoRA, DoRA)
+    )
 )
 
 
@@ -139,14 +154,14 @@ def test_whatever_modules_an_adapter_has_mlx_and_peft_say_the_same(tmp_path: Pat
     """Through mlx-lm's format and back the tensors are the very same, at the same places with the same scale."""
     tensors = adapter(FOUR, chosen)
     write_method(tmp_path / "mlx", chosen, tensors, FOUR, "some/base", format="mlx")
-    read = read_lora(tmp_path / "mlx", FOUR)
-    write_method(tmp_path / "peft", read.settings, read.tensors, FOUR, read.base_model)
-    back = read_lora(tmp_path / "peft", FOUR)
+    read = read_layout(tmp_path / "mlx", FOUR)
+    write_method(tmp_path / "peft", read.method, read.tensors, FOUR, read.base_model)
+    back = read_layout(tmp_path / "peft", FOUR)
     assert same(back.tensors, tensors) and back.base_model == "some/base"
     assert all(array.flags.c_contiguous for array in read.tensors.values())
     places = chosen.places(FOUR)
-    assert back.settings.places(FOUR).keys() == places.keys() and back.settings.dora == chosen.dora
-    for module, (rank, scale) in back.settings.places(FOUR).items():
+    assert back.method.places(FOUR).keys() == places.keys() and type(back.method) is type(chosen)
+    for module, (rank, scale) in back.method.places(FOUR).items():
         assert (rank, scale) == (places[module].rank, pytest.approx(places[module].scale, rel=1e-15))
 
 
@@ -191,16 +206,22 @@ def test_what_mlx_cannot_say_is_refused_by_name(
 
 
 def test_patterns_that_change_nothing_can_be_said(tmp_path: Path) -> None:
-    chosen = LoRA(rank=4, alpha=8.0, rank_pattern={"v_proj": 4, "up_proj": 9}, alpha_pattern={".*": 8.0})
+    chosen = LoRA(
+        rank=4,
+        alpha=8.0,
+        rank_pattern={"v_proj": 4, "up_proj": 9},
+        alpha_pattern={".*": 8.0},
+        target_modules=QV,
+    )
     write_mlx_adapter(tmp_path, chosen, adapter(CONFIG, chosen), CONFIG, "base")
-    assert read_mlx_adapter(tmp_path, CONFIG).settings.places(CONFIG) == chosen.places(CONFIG)
+    assert read_mlx_adapter(tmp_path, CONFIG).method.places(CONFIG) == chosen.places(CONFIG)
 
 
 def test_other_methods_and_other_formats_are_refused() -> None:
-    with pytest.raises(ValueError, match="mlx-lm does not know BitFit"):
+    with pytest.raises(ValueError, match="mlx-lm does not know bitfit"):
         check_format("mlx", BitFit(), CONFIG)
     with pytest.raises(ValueError, match="format 'gguf' is unknown: choose peft, mlx"):
-        check_format("gguf", LoRA(), CONFIG)
+        check_format("gguf", LoRA(target_modules=QV), CONFIG)
 
 
 def change(folder: Path, fields: dict[str, Any], parameters: dict[str, Any], config: Config = FOUR) -> None:
@@ -255,7 +276,7 @@ def test_the_embedding_of_a_tied_model_is_refused_because_mlx_adapts_the_head_wi
 
 
 def test_the_layout_is_known_by_its_file_and_two_in_one_folder_are_refused(tmp_path: Path) -> None:
-    chosen = LoRA(rank=2)
+    chosen = LoRA(rank=2, target_modules=QV)
     base = base_model(CONFIG, random_weights(CONFIG, seed=0))
     write_method(tmp_path, chosen, adapter(CONFIG, chosen), CONFIG, "base")
     assert read_method(tmp_path, base)[0] == chosen
@@ -343,7 +364,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "last layers": {"target_modules": ("q_proj", "up_proj"), "layers_to_transform": (2, 3)},
     "one layer, in full": {"target_modules": ("q_proj",), "layers_to_transform": (1,)},
     "rslora": {"target_modules": ("o_proj",), "rslora": True},
-    "dora": {"target_modules": ("v_proj", "down_proj"), "dora": True},
+    "dora": {"target_modules": ("v_proj", "down_proj"), "kind": DoRA},
     "embedding and head": {"target_modules": ("v_proj", "embed_tokens", "lm_head")},
 }
 
@@ -352,7 +373,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS)
 def test_mlx_itself_loads_what_we_write_and_has_the_same_logits(tmp_path: Path, kind: str, options: str) -> None:
     utils = pytest.importorskip("mlx_lm.tuner.utils")
-    raw, chosen = RAWS[kind], LoRA(rank=3, alpha=4.0, **OPTIONS[options])
+    chosen_options = {"kind": LoRA, **OPTIONS[options]}
+    raw, chosen = RAWS[kind], chosen_options.pop("kind")(rank=3, alpha=4.0, **chosen_options)
     config = Config.from_dict(raw)
     if config.tie_word_embeddings and "embedding" in options:
         raw = {**raw, "tie_word_embeddings": False}

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from support.strategies import QV
 from test_10_model import logits_of
 from test_commands import ADAPTER, ONE_STEP_OF_DESCENT, PAIRS, TEXTS, good, pytorch_loss, write_rows
 from test_commands import CONFIG as COMMAND_CONFIG
@@ -25,13 +26,15 @@ from minilora.formats.adapters import load_adapter, read_method
 from minilora.formats.checkpoint import DTYPES, random_weights, write_checkpoint
 from minilora.formats.files import read_json, write_json
 from minilora.formats.load import load_model
-from minilora.formats.peft import PREFIX, adapter_shapes, read_adapter, write_adapter
+from minilora.formats.peft import read_adapter, write_adapter
 from minilora.methods.lora import LoRA
 from minilora.methods.targets import target_module_names
 from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.ops.cross_entropy import IGNORE
 from minilora.training.step import loss_and_gradients
+
+PREFIX = LoRA.key_prefix
 
 # What PEFT says when it saves an adapter on the embedding.
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
@@ -40,7 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` 
 def adapter(config: Config, chosen: LoRA, seed: int = 0) -> dict[str, np.ndarray]:
     """Random tensors of such an adapter."""
     rng = np.random.default_rng(seed)
-    return {name: rng.standard_normal(shape, np.float32) for name, shape in adapter_shapes(config, chosen).items()}
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in chosen.shapes(config).items()}
 
 
 # --- Our own files ---
@@ -66,7 +69,7 @@ lora_settings = st.builds(
 @given(chosen=lora_settings)
 def test_an_adapter_is_read_back_exactly(tmp_path: Path, chosen: LoRA) -> None:
     tensors = adapter(CONFIG, chosen)
-    write_adapter(tmp_path, chosen, tensors, "some/base")
+    write_adapter(tmp_path, chosen, tensors, CONFIG, "some/base")
     read, read_tensors, base, copies = read_adapter(tmp_path, CONFIG)
     assert (read, base, copies) == (chosen, "some/base", {})
     assert list(read.alpha_pattern) == list(chosen.alpha_pattern)  # the first that fits decides
@@ -76,7 +79,7 @@ def test_an_adapter_is_read_back_exactly(tmp_path: Path, chosen: LoRA) -> None:
 def test_all_linear_is_written_as_its_seven_names(tmp_path: Path) -> None:
     chosen = LoRA(target_modules=("all-linear",), layers_to_transform=(1,))
     tensors = adapter(CONFIG, chosen)
-    write_adapter(tmp_path, chosen, tensors, "")
+    write_adapter(tmp_path, chosen, tensors, CONFIG, "")
     read, read_tensors, *_ = read_adapter(tmp_path, CONFIG)
     assert same(read_tensors, tensors) and len(read.target_modules) == 7
     assert read.places(CONFIG) == chosen.places(CONFIG)
@@ -84,11 +87,11 @@ def test_all_linear_is_written_as_its_seven_names(tmp_path: Path) -> None:
 
 def test_patterns_that_name_nothing_adapted_are_left_out_for_peft_would_warn_of_them(tmp_path: Path) -> None:
     patterns: dict[str, Any] = {"rank_pattern": {"up_proj": 3, "q_proj": 4}, "alpha_pattern": {"lm_head|.*norm.*": 1.0}}
-    chosen = LoRA(rank=2, modules_to_save=("norm",), **patterns)
-    write_adapter(tmp_path, chosen, adapter(CONFIG, chosen), "")
+    chosen = LoRA(rank=2, target_modules=QV, modules_to_save=("norm",), **patterns)
+    write_adapter(tmp_path, chosen, adapter(CONFIG, chosen), CONFIG, "")
     raw = read_json(tmp_path / "adapter_config.json")
     assert raw["rank_pattern"] == {"q_proj": 4} and "alpha_pattern" not in raw
-    assert read_adapter(tmp_path, CONFIG).settings.places(CONFIG) == chosen.places(CONFIG)
+    assert read_adapter(tmp_path, CONFIG).method.places(CONFIG) == chosen.places(CONFIG)
 
 
 # --- Files as others write them ---
@@ -96,16 +99,19 @@ def test_patterns_that_name_nothing_adapted_are_left_out_for_peft_would_warn_of_
 
 def change_adapter(folder: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray | None] | None = None) -> None:
     """A q, v adapter of rank 2 with some fields and tensors changed."""
-    chosen = LoRA(rank=2)
+    chosen = LoRA(rank=2, target_modules=QV)
     changed = {**adapter(CONFIG, chosen), **(tensors or {})}
-    write_adapter(folder, chosen, {name: tensor for name, tensor in changed.items() if tensor is not None}, "base")
+    kept = {name: tensor for name, tensor in changed.items() if tensor is not None}
+    write_adapter(folder, chosen, kept, CONFIG, "base")
     path = folder / "adapter_config.json"
     write_json(path, {**read_json(path), **fields})
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_an_adapter_in_any_dtype_is_read_as_float32(tmp_path: Path, dtype: str) -> None:
-    narrow = {name: tensor.astype(DTYPES[dtype]) for name, tensor in adapter(CONFIG, LoRA(rank=2)).items()}
+    narrow = {
+        name: tensor.astype(DTYPES[dtype]) for name, tensor in adapter(CONFIG, LoRA(rank=2, target_modules=QV)).items()
+    }
     change_adapter(tmp_path, {}, dict(narrow))
     _, tensors, *_ = read_adapter(tmp_path, CONFIG)
     assert same(tensors, {name: tensor.astype(np.float32) for name, tensor in narrow.items()})
@@ -131,7 +137,7 @@ def test_every_way_to_name_the_targets_chooses_the_same_modules(tmp_path: Path, 
 
 def test_all_linear_in_a_file_means_the_seven_projections_and_not_the_head(tmp_path: Path) -> None:
     chosen = LoRA(target_modules=("all-linear",))
-    write_adapter(tmp_path, chosen, adapter(CONFIG, chosen), "")
+    write_adapter(tmp_path, chosen, adapter(CONFIG, chosen), CONFIG, "")
     path = tmp_path / "adapter_config.json"
     write_json(path, {**read_json(path), "target_modules": "all-linear"})
     assert len(read_adapter(tmp_path, CONFIG)[1]) == 2 * 7 * 2
@@ -207,7 +213,7 @@ def test_fields_without_effect_are_passed_over(tmp_path: Path) -> None:
     fields = {"revision": "main", "peft_version": "9.9", "inference_mode": False, "auto_mapping": {"x": 1}}
     fields |= {"layers_pattern": "layers", "exclude_modules": None, "rank_pattern": None, "use_dora": False}
     change_adapter(tmp_path, {**fields, "init_lora_weights": "eva", "eva_config": {"rho": 2}, "future": None})
-    assert read_adapter(tmp_path, CONFIG)[0] == LoRA(rank=2)
+    assert read_adapter(tmp_path, CONFIG)[0] == LoRA(rank=2, target_modules=QV)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +262,7 @@ def test_a_copy_of_the_base_beside_an_adapter_is_passed_over_only_if_it_is_the_b
     weights = random_weights(CONFIG, seed=0)
     base, copy = base_model(CONFIG, weights), weights["model.embed_tokens.weight"].astype(DTYPES[dtype])
     change_adapter(tmp_path, {}, {name: copy})
-    assert read_method(tmp_path, base)[0] == LoRA(rank=2)
+    assert read_method(tmp_path, base)[0] == LoRA(rank=2, target_modules=QV)
     copy[3, 4] += 0.5
     change_adapter(tmp_path, {}, {name: copy})
     module = name.partition(".base_layer")[0].removesuffix(".weight")
@@ -365,7 +371,7 @@ def test_an_adapter_of_peft_is_read_exactly_and_written_again_means_the_same(
     found = {name.removeprefix(PREFIX): array for name, array in load_file(tmp_path / "adapter" / ADAPTER).items()}
     assert same(tensors | {name.replace(".weight", ".base_layer.weight"): a for name, a in copies.items()}, found)
     assert (read.rank, read.dropout, base) == (2, 0.25, str(tmp_path / "base"))
-    write_adapter(tmp_path / "again", read, tensors, base)
+    write_adapter(tmp_path / "again", read, tensors, case.config, base)
     settings_again, tensors_again, *_ = read_adapter(tmp_path / "again", case.config)
     assert same(tensors_again, tensors) and settings_again == read
 

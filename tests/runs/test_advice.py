@@ -18,16 +18,30 @@ from test_commands import CONFIG, PAIRS, TEXTS, assert_refused, good, read, run,
 
 from minilora.data.train_tokenizer import train_tokenizer
 from minilora.formats.checkpoint import random_weights, write_checkpoint
+from minilora.methods.lora import LoRA
+from minilora.methods.method import known_methods
+from minilora.methods.setting import settings_of
 from minilora.model.config import Config
 from minilora.runs.advice import LEAST_STEPS, advise, after_divergence, out_of_memory
-from minilora.runs.settings import CHOICES, DEFAULT_JOB, NAMES, Settings
+from minilora.runs.settings import DEFAULT_JOB, Settings, all_settings
 from minilora.training import loop
 
 DEFAULT = Settings(**DEFAULT_JOB)
 levels, lengths = st.floats(0.2, 10), st.integers(LEAST_STEPS, 300)
+
+
+def settings_of_any_method(method: str, **values: Any) -> Settings:
+    """The settings with those of the values that the method has."""
+    cls = known_methods()[method]
+    own = {name: values.pop(name) for name in settings_of(cls) if name in values}
+    run = settings_of(Settings)
+    return Settings(cls(**cls.names[method] | own), **{name: value for name, value in values.items() if name in run})
+
+
+METHODS = [name for name in known_methods() if name != "qlora"]
 every_settings = st.builds(
-    Settings,
-    method=st.sampled_from(["lora", "dora"]) | st.sampled_from(CHOICES["method"]),
+    settings_of_any_method,
+    method=st.sampled_from(["lora", "dora"]) | st.sampled_from(METHODS),
     adapter=st.sampled_from(["", "", "runs/rows-1"]),
     rank=st.integers(2, 64),
     alpha=st.floats(1, 64),
@@ -39,7 +53,7 @@ every_settings = st.builds(
     max_grad_norm=st.sampled_from([0.0, 1.0, 5.0]),
     patience=st.integers(0, 3),
     learning_rate=st.floats(1e-7, 1),
-    frozen=st.sampled_from(CHOICES["frozen"]),
+    frozen=st.sampled_from(all_settings()["frozen"].declaration.choices),
 )
 
 
@@ -77,7 +91,7 @@ def test_a_loss_that_falls_is_advised_nothing(
 
 @given(seed=seeds, count=lengths, level=levels)
 def test_a_loss_that_stays_where_it_was_is_told_with_its_figures(seed: int, count: int, level: float) -> None:
-    settings = replace(DEFAULT, learning_rate=1e-7, rank=4)
+    settings = replace(DEFAULT, learning_rate=1e-7, method=LoRA(rank=4))
     (said,) = advise(lines(level * noise(seed, count, 0.005)), settings, level, 0.99 * level)
     assert "hardly fell" in said and f"held out {level:.3g} before, {0.99 * level:.3g} after" in said
     assert "a higher --learning-rate (now 1e-07)" in said and "a higher --rank (now 4)" in said
@@ -167,9 +181,9 @@ def everything_said(settings: Settings) -> list[str]:
 def test_every_flag_that_is_named_is_one_of_train_and_what_it_is_now_is_right(settings: Settings) -> None:
     for said in everything_said(settings):
         flags = {name.replace("-", "_") for name in re.findall(r"--([a-z][\w-]*)", said)}
-        assert flags <= {*NAMES, "show_batch"}
+        assert flags <= {*all_settings(), "show_batch"}
         for name, shown in re.findall(r"--([a-z][\w-]*)(?: [\d.]+| q_proj)? \(now ([^)]*)\)", said):
-            value = getattr(settings, name.replace("-", "_"))
+            value = settings.values()[name.replace("-", "_")]
             if isinstance(value, float):
                 assert shown == ("7 steps" if said.startswith("What") and name == "warmup" else f"{value:g}")
             elif isinstance(value, int):
@@ -181,18 +195,19 @@ def test_every_flag_that_is_named_is_one_of_train_and_what_it_is_now_is_right(se
 @given(settings=every_settings)
 def test_nothing_is_advised_that_the_method_has_not_or_that_is_done_already(settings: Settings) -> None:
     said = " ".join(everything_said(settings))
-    lora = settings.method in ("lora", "dora") and not settings.adapter
+    method = settings.method.name
+    lora = method in ("lora", "dora") and not settings.adapter
     assert all(("--" + name in said) == lora for name in ("rank", "alpha"))
-    assert ("--dropout" in said) == (lora and settings.dropout < 0.1)
-    assert ("--target-modules" in said) == (lora and settings.target_modules != ("all-linear",))
+    assert ("--dropout" in said) == (lora and settings.values()["dropout"] < 0.1)
+    assert ("--target-modules" in said) == (lora and settings.values()["target_modules"] != ("all-linear",))
     assert ("--max-grad-norm" in said) == (settings.max_grad_norm != 1)
-    assert ("--bottleneck-size" in said) == (settings.method == "bottleneck")
-    assert ("--num-virtual-tokens" in said) == (settings.method in ("prefix", "prompt"))
-    assert ("--random-share" in said) == (settings.method == "random")
+    assert ("--bottleneck-size" in said) == (method == "bottleneck" and not settings.adapter)
+    assert ("--num-virtual-tokens" in said) == (method in ("prefix", "prompt") and not settings.adapter)
+    assert ("--random-share" in said) == (method == "random" and not settings.adapter)
     assert ("--activation-checkpointing" in said) == (not settings.activation_checkpointing)
     assert ("--grad-accumulation" in said) == (settings.batch_size > 1)
-    assert ("--frozen stored" in said) == (settings.frozen == "widened" and settings.method != "full")
-    assert ("--frozen nf4" in said) == (settings.frozen != "nf4" and settings.method != "full")
+    assert ("--frozen stored" in said) == (settings.frozen == "widened" and method != "full")
+    assert ("--frozen nf4" in said) == (settings.frozen != "nf4" and method != "full")
 
 
 # --- In real runs ---

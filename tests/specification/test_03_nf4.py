@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.complex_step import check_backward
-from support.strategies import TINY, batches, configs, normal, random_adapter, random_weights, seeds, sizes
+from support.strategies import QV, TINY, batches, configs, normal, random_adapter, random_weights, seeds, sizes
 
 from minilora.data.batches import Batch
 from minilora.frozen.nf4 import DYNAMIC, NF4, NF4Weight, dequantize, quantize
@@ -23,7 +23,7 @@ from minilora.methods.lora import LoRA
 from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, LINEAR, NORM, layer_module
-from minilora.runs.settings import Settings
+from minilora.runs.settings import make_settings
 from minilora.training.optimizers import SGD
 from minilora.training.step import loss_and_gradients
 
@@ -319,7 +319,7 @@ def test_the_gradients_of_lora_on_4_bits_are_exact(seed: int, W: np.ndarray, n: 
 
 def trained_beside(config: Config, weights: dict[str, np.ndarray], frozen: str, batch: Batch) -> Any:
     """The loss and gradients of an adapter beside these weights."""
-    base, adapter = base_model(config, weights, np.float64, frozen), LoRA(2)
+    base, adapter = base_model(config, weights, np.float64, frozen), LoRA(2, target_modules=QV)
     trainable = random_adapter(adapter.start(base, np.random.default_rng(0), np.float64), 1)
     return loss_and_gradients(adapter.attach(base, trainable), [batch], None)
 
@@ -351,7 +351,10 @@ def test_only_the_linear_maps_of_the_layers_are_in_4_bits(config: Config, seed: 
 
 
 def test_an_adapter_beside_4_bits_learns_and_the_codes_stay_as_they_are() -> None:
-    base, adapter = base_model(TINY, random_weights(TINY, 0), np.float64, "nf4"), LoRA(4)
+    base, adapter = (
+        base_model(TINY, random_weights(TINY, 0), np.float64, "nf4"),
+        LoRA(4, target_modules=QV),
+    )
     frozen = [base.sites[layer_module(0, role)].weight for role in LINEAR]  # type: ignore[attr-defined]
     before = [{name: a.copy() for name, a in arrays_of(weight).items()} for weight in frozen]
     trainable = adapter.start(base, np.random.default_rng(0), np.float64)
@@ -372,4 +375,4 @@ def test_an_unknown_way_to_hold_weights_and_full_fine_tuning_in_4_bits_are_refus
     with pytest.raises(ValueError, match="'nf5' is unknown: choose widened, stored, nf4"):
         base_model(TINY, random_weights(TINY, 0), frozen="nf5")
     with pytest.raises(ValueError, match="--frozen nf4: weights in 4 bits cannot be trained"):
-        Settings(method="full", frozen="nf4").check()
+        make_settings({"method": "full", "frozen": "nf4"})

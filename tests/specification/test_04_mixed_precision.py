@@ -26,7 +26,7 @@ from minilora.model.model import Model
 from minilora.model.names import HEAD, layer_module
 from minilora.runs.metrics import read_metrics
 from minilora.runs.run import prepare
-from minilora.runs.settings import Settings, read_settings
+from minilora.runs.settings import make_settings, read_settings
 from minilora.runs.state_file import load_state, save_state
 from minilora.train import main
 from minilora.training.loss_scale import FIRST, GROWS_AFTER, LARGEST, LEAST, LossScale
@@ -256,7 +256,7 @@ def test_the_scale_doubles_when_nothing_has_overflowed_for_long_and_1_stays() ->
 )
 def test_settings_that_make_no_sense_name_the_flag(wrong: dict[str, str], told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        Settings(**wrong).check()
+        make_settings(wrong)
 
 
 def test_a_run_in_float16_has_a_loss_scale_and_goes_on_with_it_when_resumed(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from support.complex_step import check_backward, check_gradients
 from support.strategies import (
+    QV,
     ROLES,
     TINY,
     adapters,
@@ -294,8 +295,8 @@ def test_the_change_of_the_output_is_proportional_to_the_scale(site: Site) -> No
 
 @given(st.integers(1, 256), st.floats(0.5, 64))
 def test_the_scale_is_alpha_over_r_and_with_rslora_alpha_over_root_r(rank: int, alpha: float) -> None:
-    assert LoRA(rank=rank, alpha=alpha).scale == alpha / rank
-    assert LoRA(rank=rank, alpha=alpha, rslora=True).scale == pytest.approx(alpha / rank**0.5)
+    assert LoRA(rank=rank, alpha=alpha, target_modules=QV).scale == alpha / rank
+    assert LoRA(rank=rank, alpha=alpha, rslora=True, target_modules=QV).scale == pytest.approx(alpha / rank**0.5)
 
 
 # --- Dropout, on the branch's input ---
@@ -632,4 +633,4 @@ def test_a_target_that_is_no_projection_of_the_model_is_refused(target: str) -> 
 def test_an_adapter_on_an_adapter_is_refused(adapted: Any) -> None:
     assert isinstance(adapted.model.sites[layer_module(0, "q")], LoRALinear)
     with pytest.raises(ValueError, match="already adapted"):
-        LoRA().start(adapted.model, np.random.default_rng(0))
+        LoRA(target_modules=QV).start(adapted.model, np.random.default_rng(0))

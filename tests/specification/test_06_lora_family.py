@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from support.complex_step import check_backward
-from support.strategies import TINY, batches, configs, normal, random_weights, seeds, sizes, targets
+from support.strategies import QV, TINY, batches, configs, normal, random_weights, seeds, sizes, targets
 from test_10_model import logits_of
 from test_commands import CONFIG, PAIRS, TEXTS, good, run, write_rows
 
@@ -25,13 +25,13 @@ from minilora.formats.load import load_model
 from minilora.frozen.nf4 import NF4Weight
 from minilora.frozen.weight import DenseWeight
 from minilora.lora import delta, init_orthogonal, lora, lora_backward
-from minilora.methods.dora import DoRALinear
+from minilora.methods.dora import DoRA, DoRALinear
 from minilora.methods.lora import LoRA, LoRALinear
 from minilora.methods.pissa import Residual, as_change_of_W, init_pissa, residual
 from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.model import Model
-from minilora.training.optimizers import OPTIMIZERS, SGD, AdamW, loraplus
+from minilora.training.optimizers import OPTIMIZERS, SGD, AdamW
 from minilora.training.schedules import learning_rate
 from minilora.training.step import loss_and_gradients
 
@@ -48,16 +48,20 @@ def trained(start: Arrays, seed: int) -> Arrays:
 
 
 # The tiny models' smallest side is 2.
-pissas = st.builds(
-    LoRA,
-    rank=st.integers(1, 2),
-    alpha=st.sampled_from([1.0, 16.0]),
-    target_modules=targets,
-    init=st.just("pissa"),
-    rslora=st.booleans(),
-    rank_pattern=st.sampled_from([{}, {"q_proj": 1}]),
-    alpha_pattern=st.sampled_from([{}, {"layers.0.self_attn.v_proj": 3.0}]),
-    dora=st.booleans(),
+pissas = st.one_of(
+    *(
+        st.builds(
+            kind,
+            rank=st.integers(1, 2),
+            alpha=st.sampled_from([1.0, 16.0]),
+            target_modules=targets,
+            init=st.just("pissa"),
+            rslora=st.booleans(),
+            rank_pattern=st.sampled_from([{}, {"q_proj": 1}]),
+            alpha_pattern=st.sampled_from([{}, {"layers.0.self_attn.v_proj": 3.0}]),
+        )
+        for kind in (LoRA, DoRA)
+    )
 )
 orthogonals = st.builds(
     LoRA,
@@ -98,9 +102,9 @@ def test_orthogonal_A_and_B_have_the_spread_of_pefts() -> None:
 
 def test_an_odd_rank_cannot_be_halved() -> None:
     with pytest.raises(ValueError, match="orthogonal halves the rank, so every rank must be even"):
-        LoRA(3, init="orthogonal")
+        LoRA(3, init="orthogonal", target_modules=QV)
     with pytest.raises(ValueError, match="even"):
-        LoRA(4, init="orthogonal", rank_pattern={"q_proj": 5})
+        LoRA(4, init="orthogonal", rank_pattern={"q_proj": 5}, target_modules=QV)
 
 
 # --- PiSSA: the principal part ---
@@ -252,7 +256,7 @@ def test_the_principal_part_is_the_same_whenever_it_is_computed_and_computed_onc
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A resumed run computes it anew: what it trains beside must be what it was."""
-    method, svd, calls = LoRA(2, init="pissa"), np.linalg.svd, []
+    method, svd, calls = LoRA(2, init="pissa", target_modules=QV), np.linalg.svd, []
     monkeypatch.setattr(np.linalg, "svd", lambda *args, **options: calls.append(1) or svd(*args, **options))
 
     def start() -> tuple[Arrays, Model]:
@@ -271,7 +275,7 @@ def test_the_principal_part_is_the_same_whenever_it_is_computed_and_computed_onc
 def test_pissa_leaves_a_four_bit_weight_in_four_bits() -> None:
     weights = {name: array.astype(np.float32) for name, array in random_weights(TINY, 0).items()}
     base = base_model(TINY, weights, frozen="nf4")
-    method = LoRA(2, init="pissa")
+    method = LoRA(2, init="pissa", target_modules=QV)
     model = method.attach(base, method.start(base, np.random.default_rng(0)))
     for module in method.places(TINY):
         rest = model.sites[module].weight
@@ -281,13 +285,13 @@ def test_pissa_leaves_a_four_bit_weight_in_four_bits() -> None:
 def test_pissa_is_refused_where_it_cannot_be_meant(tmp_path: Path) -> None:
     base, rng = base_model(TINY, random_weights(TINY, 0), np.float64), np.random.default_rng(0)
     with pytest.raises(ValueError, match=r"pissa does not go with dropout 0\.1"):
-        LoRA(2, init="pissa", dropout=0.1)
+        LoRA(2, init="pissa", dropout=0.1, target_modules=QV)
     with pytest.raises(ValueError, match=r"rank 5 is more than a weight of shape \(4, 8\) has singular values"):
-        LoRA(5, init="pissa").start(base, rng)
+        LoRA(5, init="pissa", target_modules=QV).start(base, rng)
     with pytest.raises(ValueError, match=r"init pissa is for linear maps, not for model\.embed_tokens"):
         LoRA(2, init="pissa", target_modules=("embed_tokens",)).start(base, rng)
     with pytest.raises(ValueError, match="saved_form"):
-        method = LoRA(2, init="pissa")
+        method = LoRA(2, init="pissa", target_modules=QV)
         write_method(tmp_path, method, method.start(base, rng), TINY, "base")
 
 
@@ -309,7 +313,8 @@ def test_an_adapter_from_pissa_has_the_same_logits_in_peft(
 ) -> None:
     torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
     base, _ = load_model(checkpoint, "float32")
-    method = LoRA(2, init="pissa", target_modules=("q_proj", "up_proj"), rslora=rslora, dora=dora)
+    kind = DoRA if dora else LoRA
+    method = kind(2, init="pissa", target_modules=("q_proj", "up_proj"), rslora=rslora)
     start = method.start(base, np.random.default_rng(0))
     trainable = {name: p.astype(np.float32) for name, p in trained(start, 1).items()}
     adapted = method.attach(base, trainable)
@@ -351,7 +356,7 @@ def test_an_adapter_from_pefts_pissa_has_the_same_logits_here(checkpoint: Path, 
 
 def test_loraplus_names_the_Bs_of_linear_maps_and_nothing_else() -> None:
     names = {"a.lora_A.weight", "a.lora_B.weight", "a.lora_magnitude_vector", "lm_head.weight", "e.lora_embedding_B"}
-    assert loraplus(names, 16.0) == {"a.lora_B.weight": 16.0}
+    assert LoRA(loraplus_lr_ratio=16.0).rate_factors(names) == {"a.lora_B.weight": 16.0}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -369,7 +374,7 @@ def test_loraplus_is_plain_training_with_another_rate_for_B_and_at_ratio_one_the
         return p
 
     A, B = "q.lora_A.weight", "q.lora_B.weight"
-    found = walk(0.25, loraplus([A, B], ratio))
+    found = walk(0.25, LoRA(loraplus_lr_ratio=ratio).rate_factors([A, B]))
     np.testing.assert_array_equal(found[A], walk(0.25, None)[A])
     np.testing.assert_array_equal(found[B], walk(0.25 * ratio, None)[B])
 
@@ -387,7 +392,7 @@ def test_loraplus_walks_where_pefts_optimizer_walks() -> None:
     ours = {name: p.detach().numpy().copy() for name, p in theirs.items()}
     options = {"lr": 0.01, "loraplus_lr_ratio": 16.0, "loraplus_weight_decay": 0.1}
     peer = optimizers.create_loraplus_optimizer(wrapped, torch.optim.AdamW, **options)
-    optimizer = AdamW(ours, 0.1, loraplus(ours, 16.0))
+    optimizer = AdamW(ours, 0.1, LoRA(loraplus_lr_ratio=16.0).rate_factors(ours))
     for step in range(5):
         gradients = {name: normal(step, *p.shape) for name, p in ours.items()}
         for name, p in theirs.items():
@@ -486,6 +491,6 @@ def test_with_loraplus_the_first_step_of_B_is_longer_by_the_ratio(model: Path, d
 def test_loraplus_without_a_B_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
     flags = ("--model", model, "--data", data, "--out", tmp_path / "run", "--loraplus-lr-ratio")
     result = run("train", *flags, 4, "--method", "full")
-    assert result.code == 2 and "--loraplus-lr-ratio is for the B of --method lora or dora" in result.err
+    assert result.code == 2 and "--loraplus-lr-ratio is for --method" in result.err
     result = run("train", *flags, 0.5)
     assert result.code == 2 and "--loraplus-lr-ratio 0.5 is less than 1" in result.err

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.complex_step import check_backward, check_gradients
-from support.strategies import TINY, batches, configs, normal, random_weights, seeds, sizes, targets
+from support.strategies import QV, TINY, batches, configs, normal, random_weights, seeds, sizes, targets
 from test_10_model import logits_of
 
 from minilora.adapters.merging import merged_parameters
@@ -25,6 +25,7 @@ from minilora.formats.load import load_model
 from minilora.frozen.weight import DenseWeight
 from minilora.lora import dropout_mask, lora, lora_backward
 from minilora.methods.dora import (
+    DoRA,
     DoRALinear,
     dora,
     dora_backward,
@@ -196,14 +197,13 @@ def test_what_dropout_takes_from_dora_still_passes_through_the_weight(site: Site
 # --- Whole models ---
 
 doras = st.builds(
-    LoRA,
+    DoRA,
     rank=st.integers(1, 4),
     alpha=st.sampled_from([1.0, 16.0]),
     dropout=st.sampled_from([0.0, 0.5]),
     target_modules=targets,
     init=st.sampled_from(["kaiming", "gaussian"]),
     rslora=st.booleans(),
-    dora=st.just(True),
 )
 
 
@@ -268,10 +268,10 @@ def test_a_row_of_zeros_and_an_embedding_are_refused_by_name() -> None:
     weights["model.layers.1.self_attn.v_proj.weight"][2] = 0
     base, rng = base_model(TINY, weights, np.float64), np.random.default_rng(0)
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.v_proj: row 2 of its weight is zero"):
-        LoRA(dora=True).start(base, rng)
-    LoRA(dora=True, exclude_modules=("1.self_attn.v_proj",)).start(base, rng)
+        DoRA(target_modules=QV).start(base, rng)
+    DoRA(exclude_modules=("1.self_attn.v_proj",), target_modules=QV).start(base, rng)
     with pytest.raises(ValueError, match=r"DoRA is for linear maps, not for model\.embed_tokens"):
-        LoRA(dora=True, target_modules=("embed_tokens", "q_proj")).start(base, rng)
+        DoRA(target_modules=("embed_tokens", "q_proj")).start(base, rng)
 
 
 # --- PEFT ---
@@ -401,7 +401,7 @@ def test_an_adapter_of_dora_travels_to_peft_and_back_with_equal_logits(tmp_path:
     weights = {name: array.astype(np.float32) for name, array in random_weights(config, 0).items()}
     write_checkpoint(tmp_path / "base", raw, weights)
     base, _ = load_model(tmp_path / "base", "float32")
-    method = LoRA(rank=2, target_modules=("q_proj", "down_proj", "lm_head"), rslora=True, dora=True)
+    method = DoRA(rank=2, target_modules=("q_proj", "down_proj", "lm_head"), rslora=True)
     tensors = {k: p.astype(np.float32) for k, p in trained(method.start(base, np.random.default_rng(0)), 1).items()}
     write_method(tmp_path / "ours", method, tensors, config, str(tmp_path / "base"))
     ours = logits_of(load_adapter(base, tmp_path / "ours"), BATCH)

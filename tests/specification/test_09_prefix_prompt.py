@@ -304,7 +304,9 @@ def test_virtual_tokens_take_room_from_the_text_and_must_leave_some(method: type
     trainable = method(most).start(plain, np.random.default_rng(0))
     assert default_max_length(plain) == TINY.max_position_embeddings
     assert default_max_length(method(most).attach(plain, trainable)) == 2
-    for count in (0, most + 1):
+    with pytest.raises(ValueError, match="--num-virtual-tokens 0 is less than 1"):
+        method(0)
+    for count in (most + 1,):
         with pytest.raises(ValueError, match=f"num_virtual_tokens {count} must be from 1 to 62"):
             method(count).start(plain, np.random.default_rng(0))
 

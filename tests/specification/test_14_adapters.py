@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support.strategies import ROLES, TINY, VOCAB, configs, normal, random_adapter, random_weights, seeds
+from support.strategies import QV, ROLES, TINY, VOCAB, configs, normal, random_adapter, random_weights, seeds
 from test_backend import Device
 from test_commands import CONFIG, assert_refused, contents, good, run
 
@@ -36,7 +36,9 @@ from minilora.formats.library import load_adapters, named_adapters
 from minilora.formats.load import load_model
 from minilora.formats.peft import read_adapter, write_adapter
 from minilora.lora import delta
-from minilora.methods.lora import LoRA, LoRALinear, adapter_names
+from minilora.methods.dora import DoRA
+from minilora.methods.lora import LoRA, LoRALinear
+from minilora.methods.lora_embedding import adapter_names
 from minilora.methods.prefix import PrefixTuning
 from minilora.methods.prompt import PromptTuning
 from minilora.methods.targets import every_module
@@ -49,7 +51,7 @@ from minilora.model.names import EMBED, HEAD
 some = settings(max_examples=30)
 DENSE = Config.from_dict(CONFIG)
 SETTINGS = {  # what folders of adapters are made with
-    "a": LoRA(4, 8.0, target_modules=("q_proj", "v_proj")),
+    "a": LoRA(4, 8.0, target_modules=QV),
     "b": LoRA(2, 8.0, target_modules=("v_proj", "up_proj"), rslora=True, rank_pattern={"up_proj": 3}),
     "c": LoRA(2, 4.0, target_modules=("o_proj",), layers_to_transform=(1,)),
 }
@@ -94,7 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(folder / "base", CONFIG, checkpoint.random_weights(DENSE, seed=0, std=0.3))
     base, _ = load_model(folder / "base")
     for seed, (name, method) in enumerate(SETTINGS.items()):
-        write_adapter(folder / name, method, tensors(method, base, seed, np.float32), str(folder / "base"))
+        write_adapter(folder / name, method, tensors(method, base, seed, np.float32), DENSE, str(folder / "base"))
     return folder
 
 
@@ -213,7 +215,7 @@ def summed(config: Config, weights: dict[str, np.ndarray], parts: Sequence[tuple
     """The oracle: a model whose every matrix is W + Σ w ΔW, formed."""
     changed = dict(weights)
     for adapter, w in parts:
-        for module, place in adapter.settings.places(config).items():
+        for module, place in adapter.method.places(config).items():
             A, B = (adapter.tensors[name] for name in adapter_names(module))
             dW = w * delta(A, B, place.scale)
             changed[f"{module}.weight"] = changed[f"{module}.weight"] + (dW.T if module == EMBED else dW)
@@ -231,14 +233,14 @@ def test_the_combined_adapter_computes_what_weights_with_all_changes_compute(
     adapters = [Adapter(str(i), method, tensors(method, base, seed + i)) for i, method in enumerate(chosen)]
     w = [0.7, -0.4, 1.5][: len(adapters)]
     combination = combine(config, adapters, w, cut)
-    found = outcome(combination.settings.attach(base, combination.tensors), tokens_of(seed, 2))
+    found = outcome(combination.method.attach(base, combination.tensors), tokens_of(seed, 2))
     expected = outcome(summed(config, weights, list(zip(adapters, w, strict=True))), tokens_of(seed, 2))
-    assert {scale for _, scale in combination.settings.places(config).values()} == {1.0}
+    assert {scale for _, scale in combination.method.places(config).values()} == {1.0}
     if cut == 1:
-        assert {rank for rank, _ in combination.settings.places(config).values()} == {1}
+        assert {rank for rank, _ in combination.method.places(config).values()} == {1}
     else:
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
-    changed = [set(adapter.settings.places(config)) for adapter in adapters]
+    changed = [set(adapter.method.places(config)) for adapter in adapters]
     assert set(combination.overlapping) == {m for m in set.union(*changed) if sum(m in each for each in changed) > 1}
     assert combination.truncations.keys() == (set() if cut is None else set.union(*changed))
 
@@ -284,7 +286,7 @@ def test_peft_combines_two_adapters_of_one_shape_to_the_same(folder: Path, tmp_p
     base, _ = load_model(folder / "base")
     for seed, name in enumerate(("one", "two")):
         method = LoRA(3, 6.0 + seed, target_modules=("q_proj", "down_proj"))
-        write_adapter(tmp_path / name, method, tensors(method, base, seed, np.float32), str(folder / "base"))
+        write_adapter(tmp_path / name, method, tensors(method, base, seed, np.float32), DENSE, str(folder / "base"))
     tokens = tokens_of(0, 2, vocab=DENSE.vocab_size)
     both = ["--adapter", tmp_path / "one", "--adapter", tmp_path / "two", "--weights", 0.6, 0.9]
     theirs = peft.PeftModel.from_pretrained(
@@ -373,7 +375,7 @@ def test_adapters_that_name_different_bases_are_not_combined_unless_forced(
         assert_refused(result, "one was trained on", "--force")
         assert not (tmp_path / "out").exists()
         good("combine", *flags, "--force")
-    assert read_adapter(tmp_path / "out", DENSE).settings.scale == 1
+    assert read_adapter(tmp_path / "out", DENSE).method.scale == 1
 
 
 def test_a_path_written_two_ways_is_one_base(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,10 +386,15 @@ def test_a_path_written_two_ways_is_one_base(folder: Path, tmp_path: Path, monke
 
 def test_what_cannot_be_combined_is_named(folder: Path, tmp_path: Path) -> None:
     base, _ = load_model(folder / "base")
-    for name, method in {"saved": LoRA(2, modules_to_save=("norm",)), "dora": LoRA(2, dora=True)}.items():
-        write_adapter(tmp_path / name, method, method.start(base, np.random.default_rng(0)), str(folder / "base"))
+    for name, method in {
+        "saved": LoRA(2, modules_to_save=("norm",), target_modules=QV),
+        "dora": DoRA(2, target_modules=QV),
+    }.items():
+        write_adapter(
+            tmp_path / name, method, method.start(base, np.random.default_rng(0)), DENSE, str(folder / "base")
+        )
     copy_of(folder / "a", tmp_path / "prefix", peft_type="PREFIX_TUNING")
-    for name, named in {"saved": "modules_to_save (norm)", "dora": "DoRA", "prefix": "PREFIX_TUNING"}.items():
+    for name, named in {"saved": "modules_to_save (norm)", "dora": "dora", "prefix": "prefix"}.items():
         flags = ["--adapter", folder / "a", "--adapter", tmp_path / name, "--out", tmp_path / "out"]
         assert_refused(run("combine", *flags), named, name)
     assert not (tmp_path / "out").exists()
@@ -426,7 +433,7 @@ def test_names_are_chosen_or_those_of_the_folders(folder: Path, monkeypatch: pyt
 
 
 SAVED = LoRA(2, 4.0, target_modules=("q_proj",), modules_to_save=("layers.0.input_layernorm", "layers.1.mlp.up_proj"))
-DORA = LoRA(2, 4.0, target_modules=("v_proj", "down_proj"), dora=True)
+DORA = DoRA(2, 4.0, target_modules=("v_proj", "down_proj"))
 HEADLESS = st.one_of(loras, st.sampled_from([SAVED, DORA]))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support.strategies import QV
 
 from minilora.backend import to_host
 from minilora.data.tokenizer import save_tokenizer_files
@@ -45,8 +46,8 @@ ADAPTERS = {
     "embedding": LoRA(2, 8.0, target_modules=("embed_tokens", "v_proj")),
     "head": LoRA(2, 8.0, target_modules=("lm_head",)),
     "both": LoRA(2, 8.0, target_modules=("lm_head", "embed_tokens")),
-    "saved head": LoRA(2, 8.0, modules_to_save=("lm_head",)),
-    "saved embedding and norms": LoRA(2, 8.0, modules_to_save=("embed_tokens", "norm")),
+    "saved head": LoRA(2, 8.0, modules_to_save=("lm_head",), target_modules=QV),
+    "saved embedding and norms": LoRA(2, 8.0, modules_to_save=("embed_tokens", "norm"), target_modules=QV),
 }
 UNTYING = [name for name in ADAPTERS if name not in ("projections", "patterns")]
 

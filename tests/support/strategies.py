@@ -15,6 +15,7 @@ from minilora.model.config import Config
 from minilora.model.names import parameter_shapes
 
 VOCAB = 11
+QV = ("q_proj", "v_proj")
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TINY = Config(
     vocab_size=VOCAB,

@@ -59,7 +59,7 @@ COMMON: dict[str, Any] = {
 }
 LLAMA3_SCALING = {"rope_type": "llama3", **LLAMA3, "original_max_position_embeddings": 16}
 CASES: dict[str, tuple[dict[str, Any], LoRA]] = {
-    "llama": ({}, LoRA(2, 8.0)),
+    "llama": ({}, LoRA(2, 8.0, target_modules=("q_proj", "v_proj"))),
     "llama_untied_with_biases": (
         {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
         LoRA(3, 6.0, target_modules=("all-linear",)),
