@@ -1,4 +1,4 @@
-"""The methods that are compared: the flags of `train` that ask for each, and the learning rates it is tried with.
+"""The methods that are compared, as flags of `train`; each method's file says as what, and at which learning rates.
 
 All train the same rows for the same number of steps. A method with a size of its own gets the one that trains about as
 many numbers as LoRA at rank 8 does on the shipped model, if it can: so they differ in where they put them.
@@ -7,8 +7,13 @@ many numbers as LoRA at rank 8 does on the shipped model, if it can: so they dif
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from minilora.methods.full import Full
+from minilora.methods.lora import LoRA
+from minilora.methods.method import Method, known_methods
+from minilora.methods.setting import flag
 
 SHOTS = 8  # rows before a prompt, as many of them as fit
 
@@ -22,33 +27,26 @@ class Rival(NamedTuple):
     rates: tuple[float, ...] = ()
 
 
-LORA = Rival("lora", "A and B beside every linear map, rank 8, α 16", (), (3e-3, 1e-2, 3e-2))
-FULL = Rival("full", "every parameter", ("--method", "full"), (3e-4, 1e-3, 3e-3))
+def flags_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Settings as a user types them."""
+    words: list[str] = []
+    for name, value in settings.items():
+        words += [flag(name)] if value is True else [flag(name), str(value)]
+    return tuple(words)
 
-RIVALS = (
-    FULL,
-    LORA,
-    Rival("rslora", "LoRA scaled by α/√r", ("--rslora",), (1e-3, 3e-3, 1e-2)),
-    Rival("loraplus", "LoRA, B 16 times as fast as A", ("--loraplus-lr-ratio", "16"), (3e-4, 1e-3, 3e-3)),
-    Rival("pissa", "LoRA from W's principal part", ("--init", "pissa"), (1e-3, 3e-3, 1e-2)),
-    Rival("orthogonal", "LoRA from orthogonal A and B", ("--init", "orthogonal"), (3e-3, 1e-2, 3e-2)),
-    Rival("dora", "LoRA, and a length for each row of W", ("--method", "dora"), (3e-3, 1e-2, 3e-2)),
-    Rival("qlora", "LoRA on W in 4 bits", ("--frozen", "nf4"), (3e-3, 1e-2, 3e-2)),
-    Rival(
-        "bottleneck", "a small network behind attention and MLP",
-        ("--method", "bottleneck", "--bottleneck-size", "32"), (3e-3, 1e-2, 3e-2),
-    ),
-    Rival("prefix", "20 keys and values before the text", ("--method", "prefix"), (1e-1, 3e-1, 1e0)),
-    Rival("prompt", "20 embeddings before the text", ("--method", "prompt"), (3e-2, 1e-1, 3e-1)),
-    Rival("bitfit", "biases, and the norms' gains", ("--method", "bitfit", "--train-norms"), (3e-2, 1e-1, 3e-1)),
-    Rival("head", "the head alone", ("--method", "head", "--untie"), (3e-4, 1e-3, 3e-3)),
-    Rival("embedding", "the embedding alone", ("--method", "embedding", "--untie"), (1e-3, 3e-3, 1e-2)),
-    Rival(
-        "random", "weights drawn at random, as many as LoRA's",
-        ("--method", "random", "--random-share", "0.053"), (3e-3, 1e-2, 3e-2),
-    ),
-    Rival("few-shot", f"nothing: up to {SHOTS} rows with answers before the prompt", ("--few-shot", str(SHOTS))),
-)  # fmt: skip
+
+def rivals() -> tuple[Rival, ...]:
+    """Full fine-tuning, LoRA, then all others by their files; last what does not train."""
+    kinds: list[type[Method]] = list(dict.fromkeys((Full, LoRA, *known_methods().values())))
+    trained = [
+        Rival(rival.name, rival.what, flags_of(rival.settings), rival.rates) for kind in kinds for rival in kind.rivals
+    ]
+    shots = f"nothing: up to {SHOTS} rows with answers before the prompt"
+    return (*trained, Rival("few-shot", shots, ("--few-shot", str(SHOTS))))
+
+
+RIVALS = rivals()
+FULL, LORA, *_ = RIVALS
 
 
 def lora_of_rank(rank: int, rates: Sequence[float]) -> Rival:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import mutation
 import pytest
+import settings_page
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -221,3 +222,9 @@ def test_inline_mathematics_is_closed_on_its_line_and_survives_markdown(page: Pa
         for formula in well_formed:
             assert not re.search(r"\\[^a-zA-Z]|\*|<", formula), formula
             assert formula.count("{") == formula.count("}"), formula
+
+
+def test_the_page_of_settings_says_what_the_declarations_say() -> None:
+    assert settings_page.PAGE.read_text(encoding="utf-8") == settings_page.page(), (
+        "docs/settings.md is stale: run python tests/tools/settings_page.py"
+    )
