@@ -6,49 +6,17 @@ fine-tuned model later needs for one particular format, which no document here s
 """
 
 import random
+from pathlib import Path
 
 from minilora.tasks.nl2sql import words
+from minilora.tasks.nl2sql.phrasings import TRAINING
 from minilora.tasks.nl2sql.pseudo_words import pseudo_word
 from minilora.tasks.nl2sql.rows import Names, Query, ask, draw_query
-from minilora.tasks.nl2sql.wider_phrasings import WIDER
+from minilora.tasks.tables import read_table
 
-_HEADINGS = (
-    ("Table", "Request", "Note"), ("Table", "Question", "Meaning"), ("Things", "Question", "Short"),
-    ("Table", "Task", "Plan"), ("About", "Ask", "Note"), ("Record", "Request", "Meaning"),
-    ("Table", "Q", "A"), ("Table", "Question", "Code"), ("Table", "Question", "Query note"),
-    ("Data", "Question", "Answer form"), ("List", "Wish", "Steps"), ("Table", "Question", "In brief"),
-)  # fmt: skip
-_LABELS = {
-    "target": ("take", "show", "want", "get", "fetch", "give", "find", "report", "ask", "pick"),
-    "table": ("of", "in", "among", "table", "about", "source", "out of", "on"),
-    "conditions": ("if", "only", "when", "keep", "filter", "such that", "whose", "condition"),
-    "group": ("per", "each", "for each", "split", "grouped", "in groups of"),
-    "order": ("sorted", "ranked", "ordered", "arranged", "sort"),
-    "limit": ("first", "top", "at most", "just", "cut"),
-}
-_COMPARISONS = (
-    ("=", ">", "<"), ("=", ">", "<"), ("=", ">", "<"), ("==", ">", "<"), ("is", "above", "below"),
-    (":", "over", "under"), ("equals", "more than", "less than"), ("eq", "gt", "lt"),
-)  # fmt: skip
-# Spelled out, because even the short names of SQL functions are left for fine-tuning to teach.
-_FUNCTIONS = {
-    "AVG": ("average", "mean"),
-    "MAX": ("highest", "maximum", "largest"),
-    "MIN": ("lowest", "minimum", "smallest"),
-    "SUM": ("total", "together", "all of"),
-    "COUNT": ("number", "how many", "counted"),
-}
-_DIRECTIONS = (
-    ("up", "down"), ("rising", "falling"), ("ascending", "descending"), ("low first", "high first"),
-    ("+", "-"), ("lowest", "highest"), ("smallest first", "largest first"),
-)  # fmt: skip
-_PARTS = ("{label} {x}", "{label} {x}", "{label} {x}", "{x}", "{label}={x}", "{label}: {x}", "[{label}: {x}]",
-          "{label}({x})", "({label} {x})", "<{label} {x}>", '"{label}": "{x}"')  # fmt: skip
-_SEPARATORS = (" ", " ", " ", " / ", " | ", "; ", ", ", " -> ", "\n- ")
-
-
-_SHAPES = ("{} ({})", "{} ({})", "{} ({})", "{}: {}", "{} [{}]")
-_CALLS = ("{f}({c})", "{f}({c})", "{f}({c})", "{f} {c}", "{f} of {c}", "{c}.{f}", "{f}:{c}")
+# A repeated entry is drawn more often. The functions are spelled out, because even the short names of SQL functions are
+# left for fine-tuning to teach.
+_TABLES = read_table(Path(__file__).with_name("notes.json"))
 _REPEATED_FORMS = ("one column, condition", "aggregate", "count, condition", "sorted")
 
 
@@ -58,21 +26,22 @@ class NoteFormat:
     def __init__(self, rng: random.Random) -> None:
         case = rng.choice((str.lower, str.lower, str.upper, str.capitalize))
         made_up = rng.random() < 0.2
-        self.labels = {p: case(pseudo_word(rng) if made_up else rng.choice(_LABELS[p])) for p in _LABELS}
-        self.functions = {name: case(rng.choice(labels)) for name, labels in _FUNCTIONS.items()}
-        self.directions = [case(word) for word in rng.choice(_DIRECTIONS)]
+        labels = _TABLES["labels"]
+        self.labels = {part: case(pseudo_word(rng) if made_up else rng.choice(labels[part])) for part in labels}
+        self.functions = {name: case(rng.choice(names)) for name, names in _TABLES["functions"].items()}
+        self.directions = [case(word) for word in rng.choice(_TABLES["directions"])]
         self.distinct = case(rng.choice(("unique", "different", "each one", "no repeats")))
-        self.comparisons = dict(zip("=><", rng.choice(_COMPARISONS), strict=True))
+        self.comparisons = dict(zip("=><", rng.choice(_TABLES["comparisons"]), strict=True))
         self.quote = rng.choice(("'{}'", "'{}'", "'{}'", "'{}'", '"{}"', "{}", "<{}>"))
         self.column = rng.choice(("{}", "{}", "{}", "{}", "`{}`", "[{}]"))
         self.spoken = rng.random() < 0.15
-        self.call = rng.choice(_CALLS)
+        self.call = rng.choice(_TABLES["calls"])
         self.both = rng.choice((" and ", " & ", " + ", "; ", ", "))
         self.comma = rng.choice((", ", ", ", ", ", " and ", " + ", "/"))
-        self.part = rng.choice(_PARTS)
-        self.separator = rng.choice(_SEPARATORS)
+        self.part = rng.choice(_TABLES["parts"])
+        self.separator: str = rng.choice(_TABLES["separators"])
         self.end = rng.choice(("", "", "", ".", ";"))
-        self.parts = list(_LABELS)
+        self.parts = list(labels)
         if rng.random() < 0.6:
             rng.shuffle(self.parts)
 
@@ -135,16 +104,16 @@ def fresh_names(rng: random.Random) -> Names:
 def notes(rng: random.Random) -> str:
     """Return a document of a few requests, all noted down in one new format."""
     names, written = fresh_names(rng), NoteFormat(rng)
-    table, request, note = rng.choice(_HEADINGS)
+    table, request, note = rng.choice(_TABLES["headings"])
     form = rng.choice(_REPEATED_FORMS) if rng.random() < 0.15 else ""
-    schema = rng.choice(_SHAPES)
+    schema = rng.choice(_TABLES["shapes"])
     gap = rng.choice(("\n", "\n\n"))
     lines: list[str] = []
     length = rng.randint(300, 700)
     while length > 0:
         query = draw_query(rng, names, form)
         things = schema.format(query.table, ", ".join(query.schema))
-        text = f"{table}: {things}\n{request}: {ask(query, WIDER, rng)}\n{note}:{written.write(query)}"
+        text = f"{table}: {things}\n{request}: {ask(query, TRAINING, rng)}\n{note}:{written.write(query)}"
         lines.append(text)
         length -= len(text)
     return gap.join(lines)

@@ -6,7 +6,7 @@ import sqlite3
 
 import pytest
 
-from minilora.tasks.nl2sql.phrasings import HELD_OUT, Phrasings
+from minilora.tasks.nl2sql.phrasings import HELD_OUT, TRAINING, Phrasings
 from minilora.tasks.nl2sql.rows import (
     FORMS,
     HELD_OUT_NAMES,
@@ -18,7 +18,6 @@ from minilora.tasks.nl2sql.rows import (
     nl2sql_rows,
     to_sql,
 )
-from minilora.tasks.nl2sql.wider_phrasings import WIDER as TRAINING
 
 SPLITS = ("train", "valid", "test")
 ROWS = {split: nl2sql_rows(split, 1500, seed=3) for split in SPLITS}

@@ -16,10 +16,10 @@ from minilora.tasks.nl2sql.phrasings import (
     DISTINCT_CUES,
     HELD_OUT,
     ORDER_CUES,
+    TRAINING,
     Phrasings,
 )
 from minilora.tasks.nl2sql.pseudo_words import pseudo_word
-from minilora.tasks.nl2sql.wider_phrasings import WIDER
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def ask(query: Query, phrasings: Phrasings, rng: random.Random) -> str:
         "k": str(query.limit),
     }
     if query.order:
-        direction, most, least, top = rng.choice(ORDER_CUES[query.descending])
+        direction, most, least, top = rng.choice(ORDER_CUES["descending" if query.descending else "ascending"])
         slots |= {"direction": direction, "most": most, "least": least, "top": top}
         slots["order"] = rng.choice(phrasings.orders).format_map(slots)
     if query.aggregate in AGGREGATE_CUES:
@@ -206,7 +206,7 @@ def nl2sql_rows(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
     """
     if split not in ("train", "valid", "test"):
         raise ValueError(f"unknown split {split!r}: use 'train', 'valid' or 'test'")
-    phrasings = WIDER if split == "train" else HELD_OUT
+    phrasings = TRAINING if split == "train" else HELD_OUT
     rng = random.Random(f"nl2sql {split} {seed}")
     rows: dict[str, str] = {}
     while len(rows) < count:
