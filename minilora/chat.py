@@ -11,7 +11,7 @@ import itertools
 import sys
 
 from minilora.cli import errors
-from minilora.cli.answering import Loaded, add_flags, check, load, pieces, room
+from minilora.cli.answering import Loaded, add_flags, check_flags, load, pieces, room
 from minilora.cli.flags import dashed
 from minilora.data.prompts import end_of_turn
 from minilora.formats.library import BASE
@@ -98,7 +98,7 @@ class Chat:
 
 def chat_command(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    check(args)
+    check_flags(args)
     chat = Chat(load(args), args.system_prompt, args.max_tokens)
     terminal = sys.stdin.isatty()
     if terminal:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from minilora.adapters.combination import Adapter, Combination, combine, relative_error
+from minilora.adapters.combination import Combination, Summand, combine, relative_error
 from minilora.cli import errors
 from minilora.cli.flags import dashed, flags
 from minilora.formats.checkpoint import read_config, read_weights
@@ -20,7 +20,7 @@ from minilora.formats.peft import CONFIG, check_copies, read_adapter, write_adap
 from minilora.methods.lora import LoRA
 from minilora.model.config import Config
 
-REPORT_FILE = "combine.json"
+COMBINE_FILE = "combine.json"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -55,7 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(dashed(argv))
 
 
-def check(args: argparse.Namespace) -> list[float]:
+def checked_weights(args: argparse.Namespace) -> list[float]:
     """The weights. ValueError naming the flag that makes no sense."""
     if len(args.adapter) < 2:
         raise ValueError(f"--adapter is given {len(args.adapter)} times: it takes two or more adapters to combine")
@@ -70,19 +70,19 @@ def check(args: argparse.Namespace) -> list[float]:
     return weights
 
 
-def read_linear(name: str, folder: Path, config: Config, model_folder: Path) -> Adapter:
+def read_linear(name: str, folder: Path, config: Config, model_folder: Path) -> Summand:
     """An adapter whose update is a product of thin factors. ValueError, naming what it is, for any other."""
     adapter = read_adapter(folder, config)
     if not adapter.method.thin_change:
         raise ValueError(f"{folder / CONFIG}: {adapter.method.name}, and only LoRA is linear and can be combined")
     if adapter.copies:
         check_copies(folder, adapter.copies, read_weights(model_folder, config))
-    return Adapter(name, cast(LoRA, adapter.method), adapter.tensors)
+    return Summand(name, cast(LoRA, adapter.method), adapter.tensors)
 
 
 def combine_command(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    weights = check(args)
+    weights = checked_weights(args)
     folders = named_adapters(args.adapter)
     if (different := contradiction(folders)) and not args.force:
         raise ValueError(f"{different}: a sum of the two is right for neither. --force combines them all the same")
@@ -97,16 +97,16 @@ def combine_command(argv: list[str] | None = None) -> None:
     combination = combine(config, adapters, weights, rank)
     base, revision = trained.base or model, trained.revision or None
     write_adapter(args.out, combination.method, combination.tensors, config, base, revision)
-    report = summarize(combination, folders, weights, args.combination_type)
-    write_json(args.out / REPORT_FILE, report)
+    report = combination_report(combination, folders, weights, args.combination_type)
+    write_json(args.out / COMBINE_FILE, report)
     show(args.out, combination, report)
 
 
-def largest_rank(adapters: Sequence[Adapter], config: Config) -> int:
+def largest_rank(adapters: Sequence[Summand], config: Config) -> int:
     return max(place.rank for adapter in adapters for place in adapter.method.places(config).values())
 
 
-def summarize(
+def combination_report(
     combination: Combination, folders: dict[str, Path], weights: Sequence[float], combination_type: str
 ) -> dict[str, Any]:
     """What `combine.json` holds. Errors are ‖ΔW − ΔWᵣ‖ / ‖ΔW‖ in the Frobenius norm."""

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from minilora.adapters.mixed import mixed, shares_batches
 from minilora.cli import errors
-from minilora.cli.answering import Loaded, add_flags, check, load, pieces, room
+from minilora.cli.answering import Loaded, add_flags, check_flags, load, pieces, room
 from minilora.cli.flags import dashed, flags
-from minilora.data.prompts import Prompt, as_messages, conversation, encode_prompt, end_of_turn, read_prompts
+from minilora.data.prompts import PromptRow, as_messages, conversation, encode_prompt, end_of_turn, read_prompts
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.files import write_text
 from minilora.formats.library import BASE
@@ -51,7 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 class Request(NamedTuple):
     """A prompt and the adapter that is to answer it."""
 
-    row: Prompt
+    row: PromptRow
     adapter: str
     ids: list[int]
     limit: int  # of new tokens
@@ -59,7 +59,7 @@ class Request(NamedTuple):
 
 def generate_command(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    check(args)
+    check_flags(args)
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
     loaded = load(args)
@@ -77,7 +77,7 @@ def generate_command(argv: list[str] | None = None) -> None:
         print()
         return
     lines = []
-    for line in answers(requests, loaded, args.batch_size):
+    for line in answer_lines(requests, loaded, args.batch_size):
         lines.append(line)
         if not args.out:
             print(line, flush=True)
@@ -85,10 +85,10 @@ def generate_command(argv: list[str] | None = None) -> None:
         write_text(args.out, "".join(f"{line}\n" for line in lines))
 
 
-def given_prompts(args: argparse.Namespace) -> list[Prompt]:
+def given_prompts(args: argparse.Namespace) -> list[PromptRow]:
     """All prompts, in their order; texts are messages if `--chat` says so."""
     texts = args.prompt or ([] if args.prompts else ["-"])
-    rows: list[Prompt] = [{"prompt": sys.stdin.read() if text == "-" else text} for text in texts]
+    rows: list[PromptRow] = [{"prompt": sys.stdin.read() if text == "-" else text} for text in texts]
     rows += read_prompts(args.prompts) if args.prompts else []
     if args.chat:
         for row in rows:
@@ -99,7 +99,7 @@ def given_prompts(args: argparse.Namespace) -> list[Prompt]:
     return rows
 
 
-def make_request(row: Prompt, adapter: str, loaded: Loaded, max_tokens: int) -> Request:
+def make_request(row: PromptRow, adapter: str, loaded: Loaded, max_tokens: int) -> Request:
     if adapter not in loaded.models:
         raise ValueError(f"a prompt asks for the adapter {adapter!r}: there are {', '.join(loaded.models)}")
     ids = encode_prompt(row, loaded.tokenizer)
@@ -115,7 +115,7 @@ def words(request: Request, loaded: Loaded) -> Iterator[str]:
     return pieces(itertools.islice(answer, request.limit), loaded.tokenizer)
 
 
-def answers(requests: Sequence[Request], loaded: Loaded, batch_size: int) -> Iterator[str]:
+def answer_lines(requests: Sequence[Request], loaded: Loaded, batch_size: int) -> Iterator[str]:
     """A line of JSON for each request, in their order, as batches are done.
 
     Rows of a batch may use different adapters; only those that cannot (see `shares_batches`) are apart.

@@ -16,14 +16,14 @@ from minilora.cli import errors
 from minilora.cli.flags import add_model_flags, dashed, flags
 from minilora.data.tokenizer import Tokenizer, save_tokenizer_files
 from minilora.formats.adapters import load_adapter
-from minilora.formats.checkpoint import DTYPES, convert, read_config, read_weights, write_checkpoint
+from minilora.formats.checkpoint import DTYPES, as_dtype, read_config, read_weights, write_checkpoint
 from minilora.formats.files import write_json
 from minilora.formats.hub import find_adapter, find_model
 from minilora.model.base import base_model
 from minilora.model.names import EMBED, HEAD
 from minilora.runs.evaluation import largest_logit_difference, outside_text
 
-REPORT_FILE = "merge.json"
+MERGE_FILE = "merge.json"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -94,9 +94,9 @@ def merge_command(argv: list[str] | None = None) -> None:
         weights[f"{HEAD}.weight"] = weights[f"{EMBED}.weight"]
 
     dtype = DTYPES[args.dtype]
-    rounding, written = Rounding(), {name: convert(name, weight, dtype) for name, weight in weights.items()}
+    rounding, written = Rounding(), {name: as_dtype(name, weight, dtype) for name, weight in weights.items()}
     for name, merged in tqdm(merged_parameters(base, adapted), desc="merging", unit="tensor"):
-        written[name] = convert(name, to_host(merged), dtype)
+        written[name] = as_dtype(name, to_host(merged), dtype)
         before = weights.get(name)  # a bias that BitFit has added was not there
         rounding.add(np.zeros(merged.shape) if before is None else before.astype(np.float32), merged, written[name])
     texts = outside_text(Tokenizer.load(source))
@@ -111,7 +111,7 @@ def merge_command(argv: list[str] | None = None) -> None:
     ways = {name: getattr(adapted.config, name) for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
     write_checkpoint(args.out, {**raw_config, **ways}, written, args.dtype, int(args.max_shard_size * 1e9))
     save_tokenizer_files(source, args.out)
-    write_json(args.out / REPORT_FILE, report)
+    write_json(args.out / MERGE_FILE, report)
     tell(report, args.out)
 
 

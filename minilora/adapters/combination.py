@@ -79,7 +79,7 @@ def truncate(A: HostArray, B: HostArray, rank: int) -> tuple[Factors, Truncation
     return nearest, Truncation(sigma, kept)
 
 
-class Adapter(NamedTuple):
+class Summand(NamedTuple):
     name: str
     method: LoRA
     tensors: Mapping[str, HostArray]
@@ -95,7 +95,7 @@ class Combination(NamedTuple):
 
 
 def combine(
-    config: Config, adapters: Sequence[Adapter], weights: Sequence[float], rank: int | None = None
+    config: Config, adapters: Sequence[Summand], weights: Sequence[float], rank: int | None = None
 ) -> Combination:
     """ΔW = Σᵢ wᵢ sᵢ Bᵢ Aᵢ at every module that any of the adapters changes, cut to `rank` if one is given.
 

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from minilora.benchmark.inputs import Inputs
 from minilora.benchmark.measure import Result, main_job, measure, predict
-from minilora.benchmark.report import tables
-from minilora.benchmark.workloads import CASES, FULL, QUICK, WORKLOADS, Case, Plan, Side
+from minilora.benchmark.report import benchmark_tables
+from minilora.benchmark.workloads import CASES, FULL, QUICK, WORKLOADS, Case, Setup, Side
 from minilora.cli import errors
-from minilora.figures.machine import cores, facts, gpu_trouble, missing_peers
+from minilora.figures.machine import facts, gpu_trouble, missing_peers, usable_cores
 from minilora.figures.tables import as_markdown, as_text, check_markdown_file, machine_line, write_markdown
 from minilora.formats.files import write_json, write_text
 
@@ -44,7 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", help="a known shape, filled with random weights, or a folder (SmolLM2-135M)")
     parser.add_argument("--repeats", type=int, help="measured steps of a side; generations half, epochs a fifth (5)")
-    parser.add_argument("--threads", type=int, default=cores(), help="of every side (%(default)s)")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="of every side (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for W1 to W5; W6 is on the GPU")
     parser.add_argument("--quick", action="store_true", help="a tiny model and little work: shows that all runs")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder of the results (%(default)s)")
@@ -78,14 +78,14 @@ def benchmark_command(argv: list[str] | None = None) -> None:
     outcomes: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="minilora-benchmark-") as scratch:
         inputs = Inputs(Path(scratch))
-        plan = Plan(inputs, QUICK if args.quick else FULL, args.model, args.device, args.repeats, args.threads)
+        plan = Setup(inputs, QUICK if args.quick else FULL, args.model, args.device, args.repeats, args.threads)
         for workload in sorted(set(args.workload)):
             if workload == "W6" and trouble:
                 continue
             found = run_workload(workload, plan, with_peers=not missing)
             predict(found)
             outcomes += found
-            for table in tables(found):
+            for table in benchmark_tables(found):
                 print(f"\n{as_text(table)}", flush=True)
             write_results(args, machine, outcomes, notes)  # as far as it has come: a run is long
 
@@ -93,7 +93,7 @@ def benchmark_command(argv: list[str] | None = None) -> None:
         return
     draw(args.out)
     if args.markdown:
-        write_markdown(args.markdown, as_markdown(tables(outcomes), machine, notes))
+        write_markdown(args.markdown, as_markdown(benchmark_tables(outcomes), machine, notes))
     failed = [
         side["error"] for o in outcomes for side in o["sides"] if "error" in side and side["program"] != "peft_side"
     ]
@@ -102,7 +102,7 @@ def benchmark_command(argv: list[str] | None = None) -> None:
     print(f"\n{args.out}: {', '.join(sorted(path.name for path in args.out.glob('*.*')))}")
 
 
-def run_workload(workload: str, plan: Plan, with_peers: bool) -> list[Result]:
+def run_workload(workload: str, plan: Setup, with_peers: bool) -> list[Result]:
     """All cases of a workload, with a bar that tells which side is at work."""
     if workload == "W4":
         print("\nW4: python -m minilora.train …", flush=True)
@@ -132,7 +132,7 @@ def write_results(args: argparse.Namespace, machine: dict[str, Any], outcomes: l
     write_json(
         args.out / "benchmark.json", {"machine": machine, "settings": settings, "notes": notes, "workloads": outcomes}
     )
-    write_text(args.out / "benchmark.md", as_markdown(tables(outcomes), machine, notes))
+    write_text(args.out / "benchmark.md", as_markdown(benchmark_tables(outcomes), machine, notes))
 
 
 def draw(folder: Path) -> None:

@@ -24,7 +24,7 @@ COLOURS = {"ours": "#08519c", "train": "#08519c", "peft_side": "#d94801", "produ
 UNITS = {"tokens": "tokens of a step", "rank": "rank", "layers": "layers", "context": "tokens of a row (context)"}
 
 
-def plot(folder: Path) -> list[Path]:
+def plot_benchmark(folder: Path) -> list[Path]:
     """`benchmark.png` and, if W5 was measured, `growth.png`."""
     outcomes = read_json(folder / "benchmark.json")["workloads"]
     cases = [outcome for outcome in outcomes if outcome["workload"] != "W5"]
@@ -118,4 +118,4 @@ def plot_growth(outcomes: Sequence[Result], path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    plot(Path(sys.argv[1]))
+    plot_benchmark(Path(sys.argv[1]))

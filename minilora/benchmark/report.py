@@ -8,7 +8,7 @@ from minilora.benchmark.measure import Result
 from minilora.figures.tables import Table
 
 
-def tables(outcomes: Sequence[Result]) -> list[Table]:
+def benchmark_tables(outcomes: Sequence[Result]) -> list[Table]:
     """A table for each case; those of W5 in one."""
     found = [case_table(outcome) for outcome in outcomes if outcome["workload"] != "W5"]
     growing = [outcome for outcome in outcomes if outcome["workload"] == "W5"]

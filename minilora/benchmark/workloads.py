@@ -91,7 +91,7 @@ QUICK = Size(
 )
 
 
-class Plan(NamedTuple):
+class Setup(NamedTuple):
     """What the command line decides."""
 
     inputs: Inputs
@@ -123,7 +123,7 @@ PEFT_GPU = (
 )
 
 
-def dense(plan: Plan) -> Iterator[Case]:
+def dense(plan: Setup) -> Iterator[Case]:
     """W1: full rows, every token labelled."""
     rows, tokens = plan.size.dense
     model = plan.inputs.model(plan.model)
@@ -131,10 +131,10 @@ def dense(plan: Plan) -> Iterator[Case]:
     for targets in (QKV, ALL):
         job = Job("step", model, plan.inputs.adapter(model, 8, targets), file, device=plan.device, threads=plan.threads)
         title = f"a step on {rows} × {tokens} tokens, rank 8 on {', '.join(targets)}"
-        yield Case("W1", title, job, (*OURS, *PEFT, PRODUCTS), plan.repeats, names(PEFT))
+        yield Case("W1", title, job, (*OURS, *PEFT, PRODUCTS), plan.repeats, side_names(PEFT))
 
 
-def instructions(plan: Plan) -> Iterator[Case]:
+def instructions(plan: Setup) -> Iterator[Case]:
     """W2: prompts and completions of very different lengths, as instruction data has them."""
     size = plan.size
     model = plan.inputs.model(plan.model)
@@ -152,7 +152,7 @@ def instructions(plan: Plan) -> Iterator[Case]:
         f"completions, {size.batch_rows} rows a step, rank 8 on all-linear"
     )
     repeats = max(1, plan.repeats // 5)
-    yield Case("W2", title, job, (*OURS, *PEFT, *GROUPED, PRODUCTS), repeats, names(PEFT))
+    yield Case("W2", title, job, (*OURS, *PEFT, *GROUPED, PRODUCTS), repeats, side_names(PEFT))
 
 
 def instruction_lengths(count: int, shortest: int, longest: int, seed: int) -> tuple[list[int], list[int]]:
@@ -167,7 +167,7 @@ def instruction_lengths(count: int, shortest: int, longest: int, seed: int) -> t
     return lengths.astype(int).tolist(), (lengths - completions).astype(int).tolist()
 
 
-def generation(plan: Plan) -> Iterator[Case]:
+def generation(plan: Setup) -> Iterator[Case]:
     """W3: greedy continuation with the key/value cache."""
     size = plan.size
     model = plan.inputs.model(plan.model)
@@ -176,10 +176,10 @@ def generation(plan: Plan) -> Iterator[Case]:
         job = Job("generate", model, "", file, new_tokens=size.new_tokens, device=plan.device, threads=plan.threads)
         title = f"{size.new_tokens} tokens after {size.prompt}, batch {rows}"
         repeats = (plan.repeats + 1) // 2
-        yield Case("W3", title, job, (*OURS, *TRANSFORMERS, PRODUCTS), repeats, names(TRANSFORMERS))
+        yield Case("W3", title, job, (*OURS, *TRANSFORMERS, PRODUCTS), repeats, side_names(TRANSFORMERS))
 
 
-def growth(plan: Plan) -> Iterator[Case]:
+def growth(plan: Setup) -> Iterator[Case]:
     """W5: one thing grows at a time, the others stay as in W1. The first case tells how fast products are here."""
     inputs, (rows, tokens) = plan.inputs, plan.size.dense
     total = rows * tokens
@@ -202,7 +202,7 @@ def growth(plan: Plan) -> Iterator[Case]:
         yield case("context", value, 8, value, total // value, base, ours)
 
 
-def gpu(plan: Plan) -> Iterator[Case]:
+def gpu(plan: Setup) -> Iterator[Case]:
     """W6: full rows on a GPU, PEFT in bfloat16."""
     rows, tokens = plan.size.gpu
     for name in plan.size.gpu_models:
@@ -211,14 +211,14 @@ def gpu(plan: Plan) -> Iterator[Case]:
         job = Job("step", model, plan.inputs.adapter(model, 8, ALL), file, device="cuda", threads=plan.threads)
         products = Side("matrix products alone, float16", "products", {"dtype": "float16"})
         title = f"GPU, {name}: a step on {rows} × {tokens} tokens, rank 8 on all-linear"
-        yield Case("W6", title, job, (*OURS_GPU, *PEFT_GPU, products), 2 * plan.repeats, names(PEFT_GPU))
+        yield Case("W6", title, job, (*OURS_GPU, *PEFT_GPU, products), 2 * plan.repeats, side_names(PEFT_GPU))
 
 
-def names(sides: tuple[Side, ...]) -> tuple[str, ...]:
+def side_names(sides: tuple[Side, ...]) -> tuple[str, ...]:
     return tuple(side.name for side in sides)
 
 
-CASES: dict[str, Callable[[Plan], Iterator[Case]]] = {
+CASES: dict[str, Callable[[Setup], Iterator[Case]]] = {
     "W1": dense,
     "W2": instructions,
     "W3": generation,

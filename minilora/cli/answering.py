@@ -15,7 +15,7 @@ from minilora.data.tokenizer import Tokenizer
 from minilora.formats.hub import find_model
 from minilora.formats.library import BASE, contradiction, load_adapters, named_adapters
 from minilora.formats.load import load_model
-from minilora.model.base import FROZEN
+from minilora.frozen.hold import FROZEN
 from minilora.model.generation import Choose, sampler
 from minilora.model.model import Model
 
@@ -53,7 +53,7 @@ def add_flags(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     parser.add_argument("--frozen", choices=FROZEN, default="widened", help="how weights are held")
 
 
-def check(args: argparse.Namespace) -> None:
+def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError naming the flag whose value makes no sense."""
     for name, fine in (
         ("max_tokens", args.max_tokens >= 1),

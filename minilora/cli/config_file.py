@@ -25,7 +25,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), [*"-+0123456789"])
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
+def read_flags_file(path: Path) -> dict[str, Any]:
     """Names and values, names with _ for -. What is null is left out, and mlx-lm's nested keys are laid flat."""
     where = f"--config {path}"
     values = _names(_parse(path), where)

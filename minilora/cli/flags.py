@@ -1,6 +1,6 @@
 """Names that users bring from mlx-lm, TRL, transformers and PEFT: beside our own as flags and in config files.
 
-Where theirs means something else than ours, `convert` converts it or says what to give instead. The defaults are ours.
+Where theirs means something else than ours, `in_our_unit` converts it, or says what to give instead.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def switches() -> dict[str, str]:
     return {cls.switch: name for name, cls in known_methods().items() if cls.switch}
 
 
-def convert(written: Written, setting: Callable[[str], Any]) -> Any:
+def in_our_unit(written: Written, setting: Callable[[str], Any]) -> Any:
     """The value in our unit. `setting` looks up another setting, for units that depend on it."""
     name, value, where = written
     if name in switches() and str(value).lower() in ("true", "false"):

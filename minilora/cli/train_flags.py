@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minilora.cli.config_file import read_config_file
-from minilora.cli.flags import NEEDLESS, TO_TRAIN, AsWritten, Written, by_setting, convert, dashed, flags
+from minilora.cli.config_file import read_flags_file
+from minilora.cli.flags import NEEDLESS, TO_TRAIN, AsWritten, Written, by_setting, dashed, flags, in_our_unit
 from minilora.formats.hub import is_hub_id
 from minilora.methods.setting import Setting, flag, settings_of, typed
 from minilora.runs.settings import (
@@ -109,7 +109,7 @@ def choose_settings(args: argparse.Namespace) -> tuple[Settings, Path, bool]:
 
 
 def _in_file(config: Path) -> dict[str, Written]:
-    written = by_setting(read_config_file(config), lambda name: f"--config {config}: {name}")
+    written = by_setting(read_flags_file(config), lambda name: f"--config {config}: {name}")
     for ours, one in written.items():
         if ours not in (*all_settings(), "out"):
             raise ValueError(f"--config {config}: {one.name!r} is not a setting; there are {', '.join(all_settings())}")
@@ -124,7 +124,7 @@ def settings_from(written: Mapping[str, Written]) -> Settings:
     def value(name: str) -> Any:
         if name not in written:
             return defaults.get(name, known[name].default)
-        given = typed(known[name], convert(written[name], value), written[name].where)
+        given = typed(known[name], in_our_unit(written[name], value), written[name].where)
         if name in ("model", "data", "adapter") and given and not is_hub_id(given):
             return str(Path(given).resolve())  # so that --resume finds it from any folder
         return given

@@ -23,12 +23,12 @@ from minilora.compare import figures
 from minilora.compare.claims import as_page
 from minilora.compare.inputs import write_rows
 from minilora.compare.latency import latency
-from minilora.compare.plots import plot
-from minilora.compare.report import tables
+from minilora.compare.plots import plot_comparison
+from minilora.compare.report import comparison_tables
 from minilora.compare.rivals import FULL, LORA, RIVALS, Rival, choose, lora_of_rank
 from minilora.compare.spectrum import spectra
 from minilora.compare.trials import Field, expected_trials
-from minilora.figures.machine import cores, facts
+from minilora.figures.machine import facts, usable_cores
 from minilora.figures.tables import as_markdown, as_text, check_markdown_file, machine_line, write_markdown
 from minilora.formats.files import read_json, write_json, write_text
 from minilora.formats.load import SHIPPED_MODEL
@@ -64,7 +64,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(dashed(argv))
 
 
-def check(args: argparse.Namespace, rest: list[str]) -> None:
+def check_comparison(args: argparse.Namespace, rest: list[str]) -> None:
     """Raise ValueError naming the flag that makes no sense, to us or to train."""
     choose_settings(train_flags.parse(rest))
     if args.steps < 1 or args.batch_size < 1 or args.eval_rows < 0:
@@ -129,26 +129,26 @@ class Comparison:
         shared += ["--eval-every", often, "--save-every", often, *self.flags]
         return Field(out, shared, both, args.steps, bar)
 
-    def result(self, field: Field, rival: Rival, seeds: Sequence[int]) -> figures.Result:
+    def result(self, field: Field, rival: Rival, seeds: Sequence[int]) -> figures.MethodResult:
         return figures.result(rival, seeds, field.compete(rival, seeds), field.folder)
 
 
 def compare_command(argv: list[str] | None = None) -> None:
     """Parse, run, measure, write, print."""
     args, rest = parse(argv)
-    check(args, rest)
+    check_comparison(args, rest)
     comparison = Comparison(args, rest)
-    machine = facts(cores())
+    machine = facts(usable_cores())
     print(machine_line(machine))
     found = comparison.run()
     print("answering, singular values …", flush=True)
     found |= after_training(found)
     write_json(args.out / RESULTS_FILE, {"machine": machine, "budget": read_json(args.out / BUDGET_FILE), **found})
-    told = tables(found)
+    told = comparison_tables(found)
     write_text(args.out / "comparison.md", as_markdown(told, machine, []))
     for table in told:
         print(f"\n{as_text(table)}")
-    pictures = plot(found, args.out)
+    pictures = plot_comparison(found, args.out)
     write_text(args.out / "claims.md", as_page(found))
     if args.docs:
         write_pages(args.docs, found, machine, pictures)
@@ -178,7 +178,9 @@ def write_pages(docs: Path, found: dict[str, Any], machine: dict[str, Any], pict
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(picture.read_bytes())
         shown.append(f"![{picture.stem}](images/{place.name})")
-    write_markdown(docs / PAGES[0], "\n\n".join([as_markdown(tables(found), machine, []).rstrip(), *shown]) + "\n")
+    write_markdown(
+        docs / PAGES[0], "\n\n".join([as_markdown(comparison_tables(found), machine, []).rstrip(), *shown]) + "\n"
+    )
     write_markdown(docs / PAGES[1], as_page(found))
 
 

@@ -1,4 +1,4 @@
-"""What the seeds claim of LoRA, beside what was measured or counted, and a verdict that follows from the numbers."""
+"""What is claimed of LoRA, beside what was measured or counted, and a verdict that follows from the numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any, NamedTuple
 
-from minilora.compare.figures import Result, mean_and_spread
+from minilora.compare.figures import MethodResult, mean_and_spread
 from minilora.compare.scale import at_gpt_3, lora_share
 from minilora.compare.spectrum import gain_kept
 
@@ -15,9 +15,8 @@ UNKNOWN = "not measured: `python -m minilora.compare --ranks 1 2 4 8 16 32 64 --
 
 
 class Claim(NamedTuple):
-    """`row` is that of the list of what was asked for; docs/claims.md has it whole."""
+    """A sentence about LoRA, the numbers that bear on it, and what they say of it."""
 
-    row: int
     claim: str
     measured: str
     verdict: str
@@ -25,8 +24,8 @@ class Claim(NamedTuple):
 
 def as_page(found: dict[str, Any]) -> str:
     """The claims as a table in Markdown."""
-    lines = ["| row | claim | measured | verdict |", "|---|---|---|---|"]
-    lines += [f"| {one.row} | {one.claim} | {one.measured} | {one.verdict} |" for one in claims(found)]
+    lines = ["| claim | measured | verdict |", "|---|---|---|"]
+    lines += [f"| {one.claim} | {one.measured} | {one.verdict} |" for one in claims(found)]
     return "\n".join(lines) + "\n"
 
 
@@ -39,22 +38,21 @@ def claims(found: dict[str, Any]) -> list[Claim]:
         full, lora = both
         told += [*of_cost(full, lora, found["ranks"]), *of_gpt_3(full, lora), *of_quality(full, lora, by_name)]
     else:
-        told.append(Claim(33, "LoRA against full fine-tuning", "…", UNKNOWN))
+        told.append(Claim("LoRA against full fine-tuning", "…", UNKNOWN))
     told.append(of_intrinsic_rank(found["spectrum"]))
     told += of_limits(by_name, found["ranks"], found["cipher"])
-    return sorted(told, key=lambda one: one.row)
+    return told
 
 
-# --- Rows 33 to 35: what it costs ---
+# --- What LoRA costs ---
 
 
-def of_cost(full: Result, lora: Result, ranks: list[Result]) -> Iterator[Claim]:
-    """The table of S0, line by line."""
+def of_cost(full: MethodResult, lora: MethodResult, ranks: list[MethodResult]) -> Iterator[Claim]:
+    """Few parameters, little memory, small files, short steps."""
     of_rank = {one["rank"]: one for one in (lora, *ranks) if one["seeds"] and one["rank"] in (lora["rank"], 8, 16, 32)}
     shares = {r: one["trainable_parameters"] / one["total_parameters"] for r, one in sorted(of_rank.items())}
     there = {r: lora_share("SmolLM2-1.7B", r, ("q_proj", "v_proj")) for r in (8, 16, 32)}
     yield Claim(
-        33,
         "LoRA at r = 8, 16, 32 trains under 1 % of the parameters",
         f"{listed(shares)} on every linear map of this model; {listed(there)} on q and v of SmolLM2-1.7B, and "
         f"{lora_share('SmolLM2-1.7B', 8, ('all-linear',)):.2%} at r = 8 on every linear map",
@@ -62,25 +60,22 @@ def of_cost(full: Result, lora: Result, ranks: list[Result]) -> Iterator[Claim]:
     )
     less, peak = lora["update_bytes"] / full["update_bytes"], lora["peak_memory_bytes"] / full["peak_memory_bytes"]
     yield Claim(
-        33,
         "… in little memory",
         f"gradients and AdamW {less:.1%} of full fine-tuning's; the process's peak {peak:.0%}, interpreter and "
         "evaluation included",
         HERE if peak < 1 else NOT,
     )
     yield Claim(
-        33,
         "… saves a small adapter instead of a copy of the model",
         f"{lora['file_bytes'] / 1e6:.2f} MB against {full['file_bytes'] / 1e6:.2f} MB",
         HERE if lora["file_bytes"] < full["file_bytes"] / 5 else NOT,
     )
     time = lora["seconds_per_step"] / full["seconds_per_step"]
     measured = f"a step takes {time:.0%} of full fine-tuning's time"
-    yield Claim(33, "… and trains fast", measured, HERE if time < 1 else NOT)
+    yield Claim("… and trains fast", measured, HERE if time < 1 else NOT)
     wider = {r: lora_share("SmolLM2-135M", r, ("all-linear",)) for r in (4, 8, 16)}
     share = shares[lora["rank"]]
     yield Claim(
-        34,
         "M = r(n + m) numbers, 1–5 % of N",
         f"{lora['trainable_parameters']:,}, which is Σ r(n + m) over the maps: {share:.1%} here; SmolLM2-135M, every "
         f"linear map: {listed(wider)}",
@@ -88,11 +83,10 @@ def of_cost(full: Result, lora: Result, ranks: list[Result]) -> Iterator[Claim]:
     )
 
 
-def of_gpt_3(full: Result, lora: Result) -> Iterator[Claim]:
+def of_gpt_3(full: MethodResult, lora: MethodResult) -> Iterator[Claim]:
     """The paper's figures, counted again at its scale and measured at ours."""
     big = at_gpt_3()
     yield Claim(
-        35,
         "2dr numbers instead of d²",
         f"d = {big.d:,}, r = 4: {2 * big.d * 4:,} instead of {big.d**2:,}, {2 * 4 / big.d:.3%}. At "
         "tinysmol's d = 256 and r = 8 4,096 instead of 65,536, 6.250%",
@@ -100,14 +94,12 @@ def of_gpt_3(full: Result, lora: Result) -> Iterator[Claim]:
     )
     fewer = full["trainable_parameters"] / lora["trainable_parameters"]
     yield Claim(
-        35,
         "10,000 times fewer parameters (GPT-3)",
         f"{listed(big.fewer, '{:,.0f}')} times fewer on q and v of GPT-3's shape; here {fewer:.0f} times",
         THERE if max(big.fewer.values()) >= 1e4 > fewer else HERE if fewer >= 1e4 else NOT,
     )
     memory = full["peak_memory_bytes"] / lora["peak_memory_bytes"]
     yield Claim(
-        35,
         "3 times less memory (GPT-3)",
         f"weights, gradients and AdamW of GPT-3's shape in float32: {big.full_bytes / 1e12:.2f} TB against "
         f"{big.lora_bytes / 1e12:.2f} TB, {big.full_bytes / big.lora_bytes:.1f} times (the paper: 1.2 TB against "
@@ -117,36 +109,32 @@ def of_gpt_3(full: Result, lora: Result) -> Iterator[Claim]:
     if "latency" in lora:
         base, adapted, merged = (lora["latency"][name] for name in ("base", "adapted", "merged"))
         yield Claim(
-            35,
             "no latency is added once merged",
             f"{base:.2f} ms a token by the base, {adapted:.2f} with the adapter beside it, {merged:.2f} merged",
             HERE if merged < 1.05 * base else NOT,
         )
 
 
-# --- Row 36: what it is worth ---
+# --- What LoRA is worth ---
 
 
-def of_quality(full: Result, lora: Result, by_name: dict[str, Result]) -> Iterator[Claim]:
-    yield Claim(36, "LoRA matches full fine-tuning", both_told(lora, full), HERE if not worse(lora, full) else NOT)
+def of_quality(full: MethodResult, lora: MethodResult, by_name: dict[str, MethodResult]) -> Iterator[Claim]:
+    yield Claim("LoRA matches full fine-tuning", both_told(lora, full), HERE if not worse(lora, full) else NOT)
     others = [by_name[name] for name in ("bottleneck", "prefix", "prompt", "bitfit") if name in by_name]
     if others:
         better = [other["method"] for other in others if worse(lora, other)]
         yield Claim(
-            36,
             "… is better than other adapters",
             "held-out loss " + ", ".join(f"{one['method']} {told(one, 'loss')}" for one in (lora, *others)),
             f"{NOT}: {' and '.join(better)} did better" if better else HERE,
         )
     yield Claim(
-        36,
         "… keeps what the base could do",
         f"drift on text outside the task {told(lora, 'drift_kl')} nats a token, full {told(full, 'drift_kl')}",
         HERE if mean(lora, "drift_kl") < mean(full, "drift_kl") else NOT,
     )
     ratio = lora["best_rate"] / full["best_rate"]
     yield Claim(
-        36,
         "LoRA wants a higher learning rate (about ten times)",
         f"best {lora['best_rate']:g} against {full['best_rate']:g}: {ratio:.2g} times, of rates about 3 times apart",
         HERE if 3 <= ratio <= 34 else NOT,
@@ -159,23 +147,22 @@ def of_quality(full: Result, lora: Result, by_name: dict[str, Result]) -> Iterat
         ("few-shot", "few-shot prompting is insufficient"),
     ):
         if name in by_name:
-            yield Claim(36, claim, both_told(lora, by_name[name]), HERE if worse(by_name[name], lora) else NOT)
+            yield Claim(claim, both_told(lora, by_name[name]), HERE if worse(by_name[name], lora) else NOT)
 
 
-# --- Row 37: the intrinsic rank ---
+# --- The intrinsic rank ---
 
 
 def of_intrinsic_rank(spectrum: dict[str, Any]) -> Claim:
     claim = "the change of full fine-tuning has a low intrinsic rank"
     if not spectrum:
-        return Claim(37, claim, "…", UNKNOWN)
+        return Claim(claim, "…", UNKNOWN)
     maps = [*spectrum["full"].values()]
     most, share = median(len(one["sigma"]) for one in maps), median(one["shares"]["8"] for one in maps)
     effective, noise = median(one["effective_rank"] for one in maps), spectrum["noise"]["shares"]["8"]
     kept = {one["rank"]: gain_kept(spectrum["cut"], one) for one in spectrum["cut"] if one["rank"]}
     enough = next((r for r, gain in kept.items() if gain >= 0.95), most)
     return Claim(
-        37,
         claim,
         f"the 8 largest of {most:.0f} singular values hold {share:.0%} of ‖ΔW‖² (of random numbers {noise:.0%}), the "
         f"effective rank is {effective:.0f}; ΔW cut to rank 8 keeps {kept[8]:.0%} of the gain in held-out loss, and "
@@ -184,10 +171,12 @@ def of_intrinsic_rank(spectrum: dict[str, Any]) -> Claim:
     )
 
 
-# --- Row 38: the limits ---
+# --- The limits ---
 
 
-def of_limits(by_name: dict[str, Result], ranks: list[Result], cipher: list[Result]) -> Iterator[Claim]:
+def of_limits(
+    by_name: dict[str, MethodResult], ranks: list[MethodResult], cipher: list[MethodResult]
+) -> Iterator[Claim]:
     good = [one for one in ranks if one["seeds"]]
     claim = "a small r may underfit; a large r costs memory and stability"
     if len(good) > 1:
@@ -195,42 +184,42 @@ def of_limits(by_name: dict[str, Result], ranks: list[Result], cipher: list[Resu
         best = min(good, key=lambda one: mean(one, "loss"))
         low, high = worse(good[0], best), worse(good[-1], best)
         verdict = f"{HERE}, at {'both ends' if low and high else 'the lower end' if low else 'the upper end'}"
-        yield Claim(38, claim, f"held-out loss {told_all}", verdict if low or high else NOT)
+        yield Claim(claim, f"held-out loss {told_all}", verdict if low or high else NOT)
     else:
-        yield Claim(38, claim, "…", UNKNOWN)
+        yield Claim(claim, "…", UNKNOWN)
     if {"lora", "qlora"} <= by_name.keys():
         lora, qlora = by_name["lora"], by_name["qlora"]
         verdict = HERE if worse(qlora, lora) else f"{NOT}: no loss beyond the spread"
-        yield Claim(38, "4 bits cost quality", both_told(qlora, lora), verdict)
+        yield Claim("4 bits cost quality", both_told(qlora, lora), verdict)
     claim = "for extreme distribution shifts full fine-tuning may be necessary"
     far = {one["method"]: one for one in cipher if one["seeds"]}
     if {"full", "lora"} <= far.keys():
         measured = ", ".join(f"{name} {told(one, 'loss')}" for name, one in far.items())
         verdict = HERE if mean(far["lora"], "loss") > 1.05 * mean(far["full"], "loss") else NOT
-        yield Claim(38, claim, f"the task enciphered, held-out loss: {measured}", verdict)
+        yield Claim(claim, f"the task enciphered, held-out loss: {measured}", verdict)
     else:
-        yield Claim(38, claim, "…", UNKNOWN)
+        yield Claim(claim, "…", UNKNOWN)
 
 
 # --- How numbers are told and compared ---
 
 
-def mean(result: Result, name: str) -> float:
+def mean(result: MethodResult, name: str) -> float:
     return mean_and_spread(result[name])[0]
 
 
-def worse(one: Result, other: Result) -> bool:
+def worse(one: MethodResult, other: MethodResult) -> bool:
     """Its held-out loss is higher, by more than the spreads of both."""
     (a, a_spread), (b, b_spread) = mean_and_spread(one["loss"]), mean_and_spread(other["loss"])
     return a - b > a_spread + b_spread
 
 
-def told(result: Result, name: str) -> str:
+def told(result: MethodResult, name: str) -> str:
     value, spread = mean_and_spread(result[name])
     return f"{value:.3f} ± {spread:.3f}" if len(result[name]) > 1 else f"{value:.3f}"
 
 
-def both_told(one: Result, other: Result) -> str:
+def both_told(one: MethodResult, other: MethodResult) -> str:
     parts = [f"held-out loss {told(one, 'loss')} ({one['method']}) against {told(other, 'loss')} ({other['method']})"]
     if one["exact_match"] and other["exact_match"]:
         parts.append(f"exact match {mean(one, 'exact_match'):.1%} against {mean(other, 'exact_match'):.1%}")

@@ -14,14 +14,14 @@ from minilora.formats.peft import TENSORS
 from minilora.runs.metrics import read_metrics
 from minilora.runs.settings import read_settings
 
-Result = dict[str, Any]
+MethodResult = dict[str, Any]
 
 ARRAYS_OF_UPDATE = 3  # the gradient, and AdamW's m and v
 
 
 def result(
     rival: Rival, seeds: Sequence[int], done: Mapping[Trial, Summary], folder_of: Callable[[Trial], Path]
-) -> Result:
+) -> MethodResult:
     """Of all trials, the rates; of those at the best rate, one for each seed, everything else.
 
     Lists have a value for each seed. `failed` has the rates at which training broke off, with the reason.
@@ -29,7 +29,7 @@ def result(
     best = best_rate(rival, seeds[0], done)
     chosen = {trial: done[trial] for seed in seeds if (trial := Trial(rival, best, seed)) in done}
     good = {trial: summary for trial, summary in chosen.items() if "error" not in summary}
-    found: Result = {
+    found: MethodResult = {
         "method": rival.name,
         "what": rival.what,
         "folder": str(folder_of(Trial(rival, best, seeds[0]))),

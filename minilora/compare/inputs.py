@@ -10,7 +10,7 @@ from minilora.data.examples import Row
 from minilora.formats.files import write_text
 from minilora.tasks.nl2sql.rows import nl2sql_rows
 
-HELD_OUT = {"valid": 100, "test": 100}
+HELD_OUT_ROWS = {"valid": 100, "test": 100}
 
 
 def write_rows(folder: Path, train_rows: int, cipher: bool = False) -> Path:
@@ -18,7 +18,7 @@ def write_rows(folder: Path, train_rows: int, cipher: bool = False) -> Path:
 
     With `cipher`, every letter is the one 13 places further: the same task, in words of which the base knows none.
     """
-    for split, count in {"train": train_rows, **HELD_OUT}.items():
+    for split, count in {"train": train_rows, **HELD_OUT_ROWS}.items():
         if not (folder / f"{split}.jsonl").exists():
             rows = [enciphered(row) if cipher else row for row in nl2sql_rows(split, count)]
             write_text(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -11,7 +11,7 @@ from typing import Any
 
 from minilora.adapters.merging import merged_parameters
 from minilora.backend import to_host
-from minilora.compare.figures import Result
+from minilora.compare.figures import MethodResult
 from minilora.compare.rivals import SHOTS
 from minilora.data.examples import encode_row
 from minilora.data.few_shot import few_shot_rows
@@ -31,7 +31,7 @@ from minilora.runs.task import load_data
 NEW_TOKENS, REPEATS = 64, 7
 
 
-def latency(result: Result, settings: Settings) -> dict[str, Any]:
+def latency(result: MethodResult, settings: Settings) -> dict[str, Any]:
     """Milliseconds for each of 64 new tokens after a held-out prompt, batch 1: "base", "adapted", "merged".
 
     The three take turns, so that what drifts on the machine meets them alike; each is its median. Without "merged"

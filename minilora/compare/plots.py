@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
-from minilora.compare.figures import Result, mean_and_spread
+from minilora.compare.figures import MethodResult, mean_and_spread
 from minilora.compare.rank_plots import plot_ranks, plot_spectrum
 from minilora.figures.drawing import BLUE, GREY, ORANGE, save
 
 FAMILY = ("lora", "rslora", "loraplus", "pissa", "orthogonal", "dora", "qlora")  # drawn in blue
 
 
-def plot(found: dict[str, Any], folder: Path) -> list[Path]:
+def plot_comparison(found: dict[str, Any], folder: Path) -> list[Path]:
     """All pictures that the figures suffice for, in `folder`."""
     good = [result for result in found["methods"] if "drift_kl" in result]
     matched = [result for result in good if result["exact_match"]]
@@ -33,7 +33,7 @@ def plot(found: dict[str, Any], folder: Path) -> list[Path]:
     return paths
 
 
-def plot_quality(results: Sequence[Result], good: Sequence[Result], path: Path) -> Path:
+def plot_quality(results: Sequence[MethodResult], good: Sequence[MethodResult], path: Path) -> Path:
     """Held-out loss and exact match against the numbers that train."""
     panels = [("loss", 1.0, "held-out loss, nats per token")]
     if all(result["exact_match"] for result in good):
@@ -52,7 +52,7 @@ def plot_quality(results: Sequence[Result], good: Sequence[Result], path: Path) 
     return save(figure, path)
 
 
-def plot_drift(results: Sequence[Result], path: Path) -> Path:
+def plot_drift(results: Sequence[MethodResult], path: Path) -> Path:
     """What has been learnt against what has been disturbed."""
     figure, picture = plt.subplots(figsize=(7.5, 5.6), layout="constrained")
     told = "drift KL(base ‖ adapted), nats per token of other text"
@@ -75,7 +75,7 @@ class Point(NamedTuple):
         return ORANGE if self.name == "full" else BLUE if self.name in FAMILY else GREY
 
 
-def point(result: Result, x: Sequence[float], y: Sequence[float], unit: float) -> Point:
+def point(result: MethodResult, x: Sequence[float], y: Sequence[float], unit: float) -> Point:
     """From a value for each seed; `unit` multiplies those of y."""
     return Point(result["method"], *mean_and_spread(x), *mean_and_spread([unit * value for value in y]))
 
@@ -140,7 +140,7 @@ def apart(heights: Sequence[float], gap: float) -> list[float]:
     return moved
 
 
-def plot_rates(results: Sequence[Result], path: Path) -> Path:
+def plot_rates(results: Sequence[MethodResult], path: Path) -> Path:
     """A small picture for each method: the validation loss that each learning rate has reached."""
     columns = min(5, len(results))
     rows = math.ceil(len(results) / columns)

@@ -9,11 +9,11 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
-from minilora.compare.figures import Result, mean_and_spread
+from minilora.compare.figures import MethodResult, mean_and_spread
 from minilora.figures.drawing import BLUE, GREY, ORANGE, save
 
 
-def plot_ranks(results: Sequence[Result], path: Path) -> Path:
+def plot_ranks(results: Sequence[MethodResult], path: Path) -> Path:
     """Quality against LoRA's rank."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     ranks = [result["rank"] for result in results]

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from minilora.compare.figures import Result, mean_and_spread
+from minilora.compare.figures import MethodResult, mean_and_spread
 from minilora.figures.tables import Table
 
 SPREAD = "± is half of the way from the least to the most of the seeds"
 
 
-def tables(comparison: dict[str, Any]) -> list[Table]:
+def comparison_tables(comparison: dict[str, Any]) -> list[Table]:
     """All that there is to tell: of the methods, of LoRA's rank, of the enciphered task, of the spectrum."""
     found = []
     if methods := comparison["methods"]:
@@ -26,7 +26,7 @@ def tables(comparison: dict[str, Any]) -> list[Table]:
     return found
 
 
-def worth_table(title: str, results: Sequence[Result]) -> Table:
+def worth_table(title: str, results: Sequence[MethodResult]) -> Table:
     """What trains, the rate found, and how the outcome does on held-out rows and on text outside the task."""
     head = ["", "trains", "of all", "rate", "held-out loss", "exact match", "drift KL"]
     rows = [[result["method"], *worth_cells(result)] for result in results]
@@ -41,7 +41,7 @@ def worth_table(title: str, results: Sequence[Result]) -> Table:
     return Table(title, head, rows, notes)
 
 
-def worth_cells(result: Result) -> list[str]:
+def worth_cells(result: MethodResult) -> list[str]:
     if not result["seeds"]:
         return ["failed", *[""] * 5]
     trained = result["trainable_parameters"]
@@ -54,7 +54,7 @@ def worth_cells(result: Result) -> list[str]:
     ]
 
 
-def cost_table(title: str, results: Sequence[Result]) -> Table:
+def cost_table(title: str, results: Sequence[MethodResult]) -> Table:
     """Memory, the saved file, and time."""
     head = ["", "gradients + AdamW, MB", "peak, MB", "file, MB", "step, ms", "token, ms", "merged, ms"]
     rows = [[result["method"], *cost_cells(result)] for result in results]
@@ -68,7 +68,7 @@ def cost_table(title: str, results: Sequence[Result]) -> Table:
     return Table(title, head, rows, notes)
 
 
-def cost_cells(result: Result) -> list[str]:
+def cost_cells(result: MethodResult) -> list[str]:
     times = result.get("latency", {})
     return [
         *(megabytes(result, name) for name in ("update_bytes", "peak_memory_bytes", "file_bytes")),
@@ -103,12 +103,12 @@ def cut_table(spectrum: dict[str, Any]) -> Table:
     return Table("Full fine-tuning's ΔW cut to rank r afterwards", ["r", "held-out loss", "exact match"], rows, notes)
 
 
-def counted(results: Sequence[Result]) -> str:
+def counted(results: Sequence[MethodResult]) -> str:
     most = max((len(result["seeds"]) for result in results), default=0)
     return f"{most} of them" if most > 1 else "here there is one seed, and so no spread"
 
 
-def failures(results: Sequence[Result]) -> list[str]:
+def failures(results: Sequence[MethodResult]) -> list[str]:
     return [f"{name} broke off: {error}" for result in results for name, error in result["failed"].items()]
 
 
@@ -119,7 +119,7 @@ def with_spread(values: Sequence[float], form: str) -> str:
     return form.format(mean) + (f" ± {form.format(spread)}" if len(values) > 1 else "")
 
 
-def megabytes(result: Result, name: str) -> str:
+def megabytes(result: MethodResult, name: str) -> str:
     if name not in result:
         return ""
     count = result[name] / 1e6

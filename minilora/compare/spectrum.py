@@ -37,9 +37,9 @@ def spectra(full: Path, lora: Path) -> dict[str, Any]:
     source = find_model(settings.model, settings.revision).folder
     of_full = changes_of_full(source, full)
     return {
-        "full": {module: describe(change) for module, change in of_full.items()},
-        "lora": {module: describe(change) for module, change in changes_of_lora(source, lora).items()},
-        "noise": describe(noise_like(of_full)),
+        "full": {module: spectrum_of(change) for module, change in of_full.items()},
+        "lora": {module: spectrum_of(change) for module, change in changes_of_lora(source, lora).items()},
+        "noise": spectrum_of(noise_like(of_full)),
         "cut": list(cut(source, settings, of_full)),
     }
 
@@ -68,7 +68,7 @@ def noise_like(changes: Mapping[str, HostArray]) -> HostArray:
     return np.random.default_rng(0).standard_normal((rows, columns))
 
 
-def describe(change: HostArray) -> dict[str, Any]:
+def spectrum_of(change: HostArray) -> dict[str, Any]:
     """Singular values over the largest, the share of ‖ΔW‖² in the largest r of them, and the effective rank."""
     sigma = np.linalg.svd(change.astype(np.float64), compute_uv=False)
     return {

@@ -43,7 +43,7 @@ def compile_template(template: str, now: datetime) -> jinja2.Template:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}…{% endgeneration %}` marks the assistant's words in some templates: render them."""
 
-    tags = {"generation"}  # noqa: RUF012 (Jinja declares it so)
+    tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno

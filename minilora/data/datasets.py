@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora.data.conversations import TEMPLATE_KEYS
-from minilora.data.examples import ACCEPTED, SHAPES, Row, row_shape
+from minilora.data.examples import ACCEPTED_ROWS, SHAPES, Row, row_shape
 
 SUFFIXES = (".jsonl", ".json", ".txt")
 MOST_HELD_OUT = 500  # rows: more would make every evaluation slow and hardly more exact
@@ -84,7 +84,7 @@ def read_rows(path: Path, features: Features = AS_NAMED) -> list[Row]:
     shape = ""
     for place, row in _json_values(path, text):
         if type(row) is not dict:
-            raise ValueError(f"{place}: a {type(row).__name__}, not a JSON object: {ACCEPTED}")
+            raise ValueError(f"{place}: a {type(row).__name__}, not a JSON object: {ACCEPTED_ROWS}")
         try:
             row = _renamed(row, features)
             this = row_shape(row)
@@ -95,7 +95,7 @@ def read_rows(path: Path, features: Features = AS_NAMED) -> list[Row]:
             raise ValueError(f"{place}: this row is {this}, those before {shape}; keep one shape in a file")
         rows.append(row)
     if not rows:
-        raise ValueError(f"{path} holds no rows: {ACCEPTED}")
+        raise ValueError(f"{path} holds no rows: {ACCEPTED_ROWS}")
     return rows
 
 

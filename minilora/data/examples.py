@@ -13,7 +13,7 @@ from minilora.data.tokenizer import Tokenizer
 Row = dict[str, Any]
 
 SHAPES = (("text",), ("prompt", "completion"), ("messages",), ("document",))
-ACCEPTED = (
+ACCEPTED_ROWS = (
     'a row is {"text": "…"}, {"prompt": "…", "completion": "…"} or '
     '{"messages": [{"role": "…", "content": "…"}, …]}; '
     "prompt and completion may also both be lists of messages"
@@ -46,7 +46,7 @@ def row_shape(row: Row) -> str:
     if len(fitting) != 1:
         count = "several shapes" if fitting else "no shape"
         raise ValueError(
-            f"the keys {sorted(row)} fit {count}: {ACCEPTED}. Keys of other names are told by --prompt-feature and "
+            f"the keys {sorted(row)} fit {count}: {ACCEPTED_ROWS}. Keys of other names are told by --prompt-feature and "
             "--completion-feature, --chat-feature or --text-feature"
         )
     (keys,) = fitting
@@ -54,7 +54,7 @@ def row_shape(row: Row) -> str:
         return " + ".join(keys)
     if keys in (("messages",), ("prompt", "completion")) and all(is_conversation(row[key]) for key in keys):
         return " + ".join(keys) + (" as messages" if len(keys) == 2 else "")
-    raise ValueError(f"the values of {', '.join(keys)} have the wrong type (keys {sorted(row)}): {ACCEPTED}")
+    raise ValueError(f"the values of {', '.join(keys)} have the wrong type (keys {sorted(row)}): {ACCEPTED_ROWS}")
 
 
 def encode_row(row: Row, tokenizer: Tokenizer, train_on: str = TRAIN_ON[0]) -> Example:

@@ -8,11 +8,11 @@ from typing import Any
 from minilora.data.conversations import is_conversation, template_arguments
 from minilora.data.tokenizer import Tokenizer
 
-Prompt = dict[str, Any]
-ACCEPTED = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}, …]}, and perhaps "adapter": "NAME"'
+PromptRow = dict[str, Any]
+ACCEPTED_PROMPTS = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}, …]}, and perhaps "adapter": "NAME"'
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: Path) -> list[PromptRow]:
     """The prompts of a .jsonl file. Keys that mean nothing here stay as they are. ValueError naming file and line."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
@@ -26,26 +26,26 @@ def read_prompts(path: Path) -> list[Prompt]:
             except ValueError as error:  # of the JSON, or of the shape
                 raise ValueError(f"{path}, line {number}: {error}") from error
     if not prompts:
-        raise ValueError(f"{path} holds no prompts: each line is {ACCEPTED}")
+        raise ValueError(f"{path} holds no prompts: each line is {ACCEPTED_PROMPTS}")
     return prompts
 
 
-def _check(row: Any) -> Prompt:
+def _check(row: Any) -> PromptRow:
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
-        raise ValueError(f"not a prompt: a line is {ACCEPTED}")
+        raise ValueError(f"not a prompt: a line is {ACCEPTED_PROMPTS}")
     if not isinstance(row.get("adapter", ""), str):
         raise ValueError(f"adapter is {row['adapter']!r}, expected a name")
     if "prompt" in row and isinstance(row["prompt"], str):
         return row
     messages = conversation(row)
     if not messages or not is_conversation(messages):
-        raise ValueError(f"the prompt is neither a text nor a list of messages: a line is {ACCEPTED}")
+        raise ValueError(f"the prompt is neither a text nor a list of messages: a line is {ACCEPTED_PROMPTS}")
     if messages[-1]["role"] == "assistant":
         raise ValueError("the last message is the assistant's already: end with the one to be answered")
     return row
 
 
-def conversation(row: Prompt) -> Any:
+def conversation(row: PromptRow) -> Any:
     """What a chat template is to render; a text, where the prompt is one."""
     return row["prompt"] if "prompt" in row else row["messages"]
 
@@ -56,7 +56,7 @@ def as_messages(text: str, system: str = "") -> list[Mapping[str, str]]:
     return [*first, {"role": "user", "content": text}]
 
 
-def encode_prompt(row: Prompt, tokenizer: Tokenizer) -> list[int]:
+def encode_prompt(row: PromptRow, tokenizer: Tokenizer) -> list[int]:
     """The tokens to continue. A chat template writes a conversation whole; to a text BOS is added where it belongs."""
     prompt = conversation(row)
     if isinstance(prompt, str):

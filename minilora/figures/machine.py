@@ -21,7 +21,7 @@ def facts(threads: int) -> dict[str, Any]:
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]  # type: ignore[index,call-overload,unused-ignore]
     return {
         "processor": _processor(),
-        "cores": cores(),
+        "cores": usable_cores(),
         "threads": threads,
         "memory_bytes": _memory_bytes(),
         "gpu": _gpu(),
@@ -33,7 +33,7 @@ def facts(threads: int) -> dict[str, Any]:
     }
 
 
-def cores() -> int:
+def usable_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

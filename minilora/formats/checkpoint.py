@@ -154,7 +154,7 @@ def write_checkpoint(
 
     write_json(folder / "config.json", {**raw_config, "dtype": dtype, "torch_dtype": dtype})
     for name, shard in zip(names, shards, strict=True):
-        converted = {key: convert(key, weights[key], target) for key in shard}
+        converted = {key: as_dtype(key, weights[key], target) for key in shard}
         write_safetensors(folder / name, converted, {"format": "pt"})
     if len(shards) > 1:
         total = sum(tensor.size for tensor in weights.values()) * target.itemsize
@@ -187,7 +187,7 @@ def _split(weights: Mapping[str, HostArray], itemsize: int, limit: int) -> list[
     return shards
 
 
-def convert(name: str, tensor: HostArray, dtype: np.dtype[Any]) -> HostArray:
+def as_dtype(name: str, tensor: HostArray, dtype: np.dtype[Any]) -> HostArray:
     """The tensor in another dtype, rounded to nearest even. ValueError, naming it, where a number is too large."""
     try:
         with np.errstate(over="raise"):

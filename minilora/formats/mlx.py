@@ -16,14 +16,14 @@ import numpy as np
 
 from minilora.formats.files import HostArray, check_shapes, open_safetensors, read_json, write_json, write_safetensors
 from minilora.formats.peft import CONFIG, Adapter, stored_shapes
-from minilora.methods.fields import names, number, rank, whole
+from minilora.methods.fields import name_list, number, rank, whole
 from minilora.methods.lora import LoRA
 from minilora.methods.method import Method, known_methods
 from minilora.methods.targets import projections
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, LAYER, LINEAR, layer_module
 
-TENSORS = "adapters.safetensors"
+MLX_TENSORS = "adapters.safetensors"
 ENDS = {  # of names: ours → theirs
     **{"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "m"},
     **{"lora_embedding_A": "lora_a", "lora_embedding_B": "lora_b"},
@@ -73,13 +73,13 @@ def write_mlx_adapter(
             "dropout": settings.dropout,
         },
     }
-    write_safetensors(folder / TENSORS, {_their_name(name): tensor.T for name, tensor in tensors.items()})
+    write_safetensors(folder / MLX_TENSORS, {_their_name(name): tensor.T for name, tensor in tensors.items()})
     write_json(folder / CONFIG, raw)
 
 
 def read_mlx_adapter(folder: Path, config: Config) -> Adapter:
     """Read an adapter for a model of this configuration. ValueError or OSError, naming file and field or tensor."""
-    path, tensors_path = folder / CONFIG, folder / TENSORS
+    path, tensors_path = folder / CONFIG, folder / MLX_TENSORS
     raw = read_json(path)
     with open_safetensors(tensors_path) as file:
         found = stored_shapes(tensors_path, file)
@@ -106,7 +106,7 @@ def _settings(path: Path, raw: Mapping[str, Any], config: Config, adapted: Itera
     for field in parameters.keys() - PARAMETERS:
         raise ValueError(f"{path}: {field} {parameters[field]!r} in lora_parameters is not supported")
     # Without keys, old versions of mlx-lm adapt q and v, new ones every linear map of a layer: the tensors say which.
-    keys = names(path, parameters, "keys") or tuple(dict.fromkeys(_within_layer(module) for module in adapted))
+    keys = name_list(path, parameters, "keys") or tuple(dict.fromkeys(_within_layer(module) for module in adapted))
     if config.tie_word_embeddings and {EMBED, HEAD} & set(keys):
         raise ValueError(f"{path}: {TIED}")
     within = tuple(LAYER[role] for role in LINEAR if LAYER[role] in keys)

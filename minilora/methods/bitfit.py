@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from minilora.backend import Array, xp
 from minilora.methods.full import trained_copy, trained_site
-from minilora.methods.method import Method, Rival, Shape
+from minilora.methods.method import Method, Shape, Variant
 from minilora.methods.setting import setting
 from minilora.methods.targets import projections
 from minilora.model.config import Config
@@ -50,8 +50,10 @@ class BitFit(Method):
 
     names = {"bitfit": {}}
     peft_type = "MINILORA_BITFIT"
-    rivals: ClassVar[tuple[Rival, ...]] = (
-        Rival("bitfit", "biases, and the norms' gains", {"method": "bitfit", "train_norms": True}, (3e-2, 1e-1, 3e-1)),
+    rivals = (
+        Variant(
+            "bitfit", "biases, and the norms' gains", {"method": "bitfit", "train_norms": True}, (3e-2, 1e-1, 3e-1)
+        ),
     )
 
     train_norms: bool = setting(False, "of bitfit: the gains of the norms too", saved_as="norms")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minilora.backend import Array, to_device, xp
 from minilora.methods.lora import frozen_site
-from minilora.methods.method import Method, Rival, Shape
+from minilora.methods.method import Method, Shape, Variant
 from minilora.methods.setting import setting
 from minilora.model.config import Config
 from minilora.model.model import Model
@@ -84,8 +84,8 @@ class Bottleneck(Method):
 
     names = {"bottleneck": {}}
     peft_type = "MINILORA_BOTTLENECK"
-    rivals: ClassVar[tuple[Rival, ...]] = (
-        Rival(
+    rivals = (
+        Variant(
             "bottleneck",
             "a small network behind attention and MLP",
             {"method": "bottleneck", "bottleneck_size": 32},

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from minilora.backend import Array, random_generator, xp
 from minilora.frozen.weight import FrozenWeight
 from minilora.lora import LoRACache, Merged, delta, dropout_mask, lora, lora_backward
 from minilora.methods.lora import LoRA, Place
-from minilora.methods.method import Rival, Shape
+from minilora.methods.method import Shape, Variant
 from minilora.model.config import Config
 from minilora.model.sites import FrozenLinear, Gradients, Site
 
@@ -154,9 +154,7 @@ class DoRA(LoRA):
     switch = "use_dora"
     mlx_type = "dora"
     thin_change = False  # it rescales whole rows of W
-    rivals: ClassVar[tuple[Rival, ...]] = (
-        Rival("dora", "LoRA, and a length for each row of W", {"method": "dora"}, (3e-3, 1e-2, 3e-2)),
-    )
+    rivals = (Variant("dora", "LoRA, and a length for each row of W", {"method": "dora"}, (3e-3, 1e-2, 3e-2)),)
 
     @property
     def for_linear_maps_only(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Mapping
 from typing import Any, TypeVar
 
 from minilora.methods.setting import Setting
-from minilora.methods.targets import Names
+from minilora.methods.targets import ModuleNames
 
 Number = TypeVar("Number", int, float)
 
@@ -48,7 +48,7 @@ def rank(place: object, raw: Mapping[str, Any], field: str, default: int | None 
     return int(value)
 
 
-def names(place: object, raw: Mapping[str, Any], field: str) -> tuple[str, ...]:
+def name_list(place: object, raw: Mapping[str, Any], field: str) -> tuple[str, ...]:
     """A list of names; nothing is an empty list."""
     value = raw.get(field) or []
     if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
@@ -56,11 +56,11 @@ def names(place: object, raw: Mapping[str, Any], field: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def names_or_pattern(place: object, raw: Mapping[str, Any], field: str) -> Names:
+def names_or_pattern(place: object, raw: Mapping[str, Any], field: str) -> ModuleNames:
     """A list of names, or a regular expression."""
     value = raw.get(field)
     if not isinstance(value, str):
-        return names(place, raw, field)
+        return name_list(place, raw, field)
     check_pattern(place, field, value)
     return value
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from minilora.backend import Array
-from minilora.methods.method import Method, Rival, Shape
+from minilora.methods.method import Method, Shape, Variant
 from minilora.model.config import Config
 from minilora.model.model import Model
 from minilora.model.names import EMBED, HEAD, LINEAR, NORM, layer_module, parameter_shapes
@@ -108,7 +108,7 @@ class Full(Method):
     names = {"full": {}}
     freezes_base = False
     multiplies_frozen = False
-    rivals: ClassVar[tuple[Rival, ...]] = (Rival("full", "every parameter", {"method": "full"}, (3e-4, 1e-3, 3e-3)),)
+    rivals = (Variant("full", "every parameter", {"method": "full"}, (3e-4, 1e-3, 3e-3)),)
 
     def shapes(self, config: Config) -> dict[str, Shape]:
         return parameter_shapes(config)

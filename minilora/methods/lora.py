@@ -14,13 +14,13 @@ from minilora.frozen.weight import FrozenWeight
 from minilora.lora import LoRACache, dropout_mask, lora, lora_backward, merge
 from minilora.methods import lora_fields
 from minilora.methods.lora_embedding import LoRAEmbedding, init_lora_embedding, lora_embedding_shapes
-from minilora.methods.method import HostArrays, Method, Rival, Shape
+from minilora.methods.method import HostArrays, Method, Shape, Variant
 from minilora.methods.setting import setting
 from minilora.methods.starts import STARTS
 from minilora.methods.targets import (
     ALL_LINEAR,
-    Names,
-    names_or_pattern,
+    ModuleNames,
+    names_or_expression,
     pattern_value,
     saved_module_names,
     target_module_names,
@@ -101,13 +101,13 @@ class LoRA(Method):
     key_prefix = "base_model.model."
     mlx_type = "lora"
     thin_change = True
-    rivals: ClassVar[tuple[Rival, ...]] = (
-        Rival("lora", "A and B beside every linear map, rank 8, α 16", {}, (3e-3, 1e-2, 3e-2)),
-        Rival("rslora", "LoRA scaled by α/√r", {"rslora": True}, (1e-3, 3e-3, 1e-2)),
-        Rival("loraplus", "LoRA, B 16 times as fast as A", {"loraplus_lr_ratio": 16}, (3e-4, 1e-3, 3e-3)),
-        Rival("pissa", "LoRA from W's principal part", {"init": "pissa"}, (1e-3, 3e-3, 1e-2)),
-        Rival("orthogonal", "LoRA from orthogonal A and B", {"init": "orthogonal"}, (3e-3, 1e-2, 3e-2)),
-        Rival("qlora", "LoRA on W in 4 bits", {"method": "qlora"}, (3e-3, 1e-2, 3e-2)),
+    rivals: ClassVar[tuple[Variant, ...]] = (
+        Variant("lora", "A and B beside every linear map, rank 8, α 16", {}, (3e-3, 1e-2, 3e-2)),
+        Variant("rslora", "LoRA scaled by α/√r", {"rslora": True}, (1e-3, 3e-3, 1e-2)),
+        Variant("loraplus", "LoRA, B 16 times as fast as A", {"loraplus_lr_ratio": 16}, (3e-4, 1e-3, 3e-3)),
+        Variant("pissa", "LoRA from W's principal part", {"init": "pissa"}, (1e-3, 3e-3, 1e-2)),
+        Variant("orthogonal", "LoRA from orthogonal A and B", {"init": "orthogonal"}, (3e-3, 1e-2, 3e-2)),
+        Variant("qlora", "LoRA on W in 4 bits", {"method": "qlora"}, (3e-3, 1e-2, 3e-2)),
     )
 
     rank: int = setting(8, "r, the rows of A and columns of B", at_least=1, aliases=("lora_r",), capacity=True)
@@ -121,7 +121,7 @@ class LoRA(Method):
         below=1,
         aliases=("lora_dropout",),
     )
-    target_modules: Names = setting(
+    target_modules: ModuleNames = setting(
         (ALL_LINEAR,),
         "names such as q_proj v_proj, or all-linear",
         aliases=("lora_target_modules", "keys"),
@@ -136,7 +136,7 @@ class LoRA(Method):
     )
     rslora: bool = setting(False, "scale by alpha / root of rank instead", aliases=("use_rslora",))
     loraplus_lr_ratio: float = setting(1.0, "LoRA+: B learns so many times as fast as A", at_least=1, of_training=True)
-    exclude_modules: Names = setting((), "names not to adapt, though a target matches them", metavar="NAME")
+    exclude_modules: ModuleNames = setting((), "names not to adapt, though a target matches them", metavar="NAME")
     num_layers: int = setting(0, "adapt the last so many layers only; 0: all", at_least=0)
     rank_pattern: Mapping[str, int] = setting(
         {}, "other ranks for some modules: q_proj=16", at_least=1, metavar="NAME=N"
@@ -161,8 +161,8 @@ class LoRA(Method):
             raise ValueError(f"--num-layers {self.num_layers}: the model has {L}")
         return replace(
             self,
-            target_modules=names_or_pattern(self.target_modules),
-            exclude_modules=names_or_pattern(self.exclude_modules),
+            target_modules=names_or_expression(self.target_modules),
+            exclude_modules=names_or_expression(self.exclude_modules),
             layers_to_transform=tuple(range(L - self.num_layers, L)) if self.num_layers else self.layers_to_transform,
             num_layers=0,
         )

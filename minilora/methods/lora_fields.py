@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from minilora.methods.fields import COMMON, by_pattern, names, names_or_pattern, number, rank, whole
-from minilora.methods.targets import ALL_LINEAR, Names, is_named, pattern_value
+from minilora.methods.fields import COMMON, by_pattern, name_list, names_or_pattern, number, rank, whole
+from minilora.methods.targets import ALL_LINEAR, ModuleNames, is_named, pattern_value
 from minilora.model.config import Config
 from minilora.model.names import HEAD, LAYER, LINEAR, parameter_shapes
 
@@ -67,7 +67,7 @@ def _used(patterns: Mapping[str, Number], modules: Collection[str]) -> dict[str,
     return {key: n for key, n in patterns.items() if any(pattern_value({key: True}, name, False) for name in modules)}
 
 
-def _written_targets(targets: Names) -> str | list[str]:
+def _written_targets(targets: ModuleNames) -> str | list[str]:
     if isinstance(targets, str) and targets != ALL_LINEAR:
         return targets
     written: list[str] = []
@@ -96,7 +96,7 @@ def read(place: object, raw: Mapping[str, Any], config: Config) -> dict[str, Any
         "layers_to_transform": tuple(layers) if layers else None,
         "rank_pattern": by_pattern(place, raw, "rank_pattern", rank),
         "alpha_pattern": by_pattern(place, raw, "alpha_pattern", number),
-        "modules_to_save": names(place, raw, "modules_to_save"),
+        "modules_to_save": name_list(place, raw, "modules_to_save"),
     }
 
 
@@ -116,7 +116,7 @@ def _refuse_unsupported(place: object, raw: Mapping[str, Any]) -> None:
             raise ValueError(f"{place}: {field} {value!r} is not supported")
 
 
-def _targets(place: object, raw: Mapping[str, Any], config: Config) -> Names:
+def _targets(place: object, raw: Mapping[str, Any], config: Config) -> ModuleNames:
     if raw.get("target_modules") is None:
         return ("q_proj", "v_proj")  # PEFT's choice for Llama
     targets = names_or_pattern(place, raw, "target_modules")

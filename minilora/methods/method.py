@@ -29,7 +29,7 @@ Shape: TypeAlias = "tuple[int, ...]"
 HostArrays: TypeAlias = "Mapping[str, np.ndarray[Any, Any]]"
 
 
-class Rival(NamedTuple):
+class Variant(NamedTuple):
     """A variant of a method in comparisons: its name in tables, the settings it has, and the rates it is tried with."""
 
     name: str
@@ -46,7 +46,7 @@ class Method:
     peft_type: ClassVar[str] = ""  # in adapter_config.json
     key_prefix: ClassVar[str] = ""  # what stands before each tensor's name in the adapter's file
     mlx_type: ClassVar[str] = ""  # mlx-lm's fine_tune_type, for what that format can hold
-    rivals: ClassVar[tuple[Rival, ...]] = ()
+    rivals: ClassVar[tuple[Variant, ...]] = ()
 
     freezes_base: ClassVar[bool] = True  # what is left is an adapter of a frozen base; else it is a whole model
     multiplies_frozen: ClassVar[bool] = True  # products with frozen weights exist, and may be in 16 bits

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from minilora.backend import Array, xp
-from minilora.methods.method import Rival, Shape
+from minilora.methods.method import Shape, Variant
 from minilora.methods.virtual_tokens import EMBEDDINGS, VirtualTokens, starting_words
 from minilora.model.block import KeysValues
 from minilora.model.config import Config
@@ -64,9 +64,7 @@ class PrefixTuning(VirtualTokens):
 
     names = {"prefix": {}}
     peft_type = "PREFIX_TUNING"
-    rivals: ClassVar[tuple[Rival, ...]] = (
-        Rival("prefix", "20 keys and values before the text", {"method": "prefix"}, (1e-1, 3e-1, 1e0)),
-    )
+    rivals = (Variant("prefix", "20 keys and values before the text", {"method": "prefix"}, (1e-1, 3e-1, 1e0)),)
 
     def fields(self, config: Config, modules: Iterable[str]) -> dict[str, Any]:
         return {**super().fields(config, modules), "prefix_projection": False, "encoder_hidden_size": None}

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from minilora.backend import Array, xp
-from minilora.methods.method import Rival, Shape
+from minilora.methods.method import Shape, Variant
 from minilora.methods.virtual_tokens import EMBEDDINGS, VirtualTokens, starting_words
 from minilora.model.config import Config
 from minilora.model.model import Model
@@ -46,9 +46,7 @@ class PromptTuning(VirtualTokens):
 
     names = {"prompt": {}}
     peft_type = "PROMPT_TUNING"
-    rivals: ClassVar[tuple[Rival, ...]] = (
-        Rival("prompt", "20 embeddings before the text", {"method": "prompt"}, (3e-2, 1e-1, 3e-1)),
-    )
+    rivals = (Variant("prompt", "20 embeddings before the text", {"method": "prompt"}, (3e-2, 1e-1, 3e-1)),)
 
     def fields(self, config: Config, modules: Iterable[str]) -> dict[str, Any]:
         """Where a text was given, PEFT would ask for its tokenizer before it overwrites the start by the tensor."""

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora.backend import Array, from_host, xp
+from minilora.backend import Array, from_host, matmul_transposed, xp
 from minilora.frozen.weight import FrozenWeight
 from minilora.methods.lora import frozen_site
-from minilora.methods.method import Method, Rival, Shape
+from minilora.methods.method import Method, Shape, Variant
 from minilora.methods.setting import setting
 from minilora.methods.targets import projections
 from minilora.model.config import Config
 from minilora.model.model import Model
 from minilora.model.names import weight_shapes
 from minilora.model.sites import FrozenLinear, Gradients
-from minilora.ops.linear import x_times_transpose
 
 
 class Chosen(NamedTuple):
@@ -57,7 +56,7 @@ class RandomSubsetLinear:
         self.values = values
 
     def forward(self, x: Array, seed: int | None = None) -> tuple[Array, Array]:
-        y = x_times_transpose(x, with_values(self.base.weight, self.chosen, self.values))
+        y = matmul_transposed(x, with_values(self.base.weight, self.chosen, self.values))
         if self.base.bias is not None:
             y += self.base.bias
         return y, x
@@ -77,8 +76,8 @@ class RandomSubset(Method):
     names = {"random": {}}
     peft_type = "MINILORA_RANDOM_SUBSET"
     multiplies_frozen = False  # it multiplies by W + S
-    rivals: ClassVar[tuple[Rival, ...]] = (
-        Rival(
+    rivals = (
+        Variant(
             "random",
             "weights drawn at random, as many as LoRA's",
             {"method": "random", "random_share": 0.053},

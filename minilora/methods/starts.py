@@ -43,7 +43,7 @@ class Start(Protocol):
         """The settings of `saved_form`."""
 
 
-class Random:
+class RandomStart:
     """A start that looks at the shape of W only; W itself stays frozen, and the adapter is written as it is."""
 
     def __init__(self, init: RandomInit, even_rank: bool = False) -> None:
@@ -73,8 +73,8 @@ class Random:
 
 
 STARTS: dict[str, Start] = {
-    "kaiming": Random(init_kaiming),
-    "gaussian": Random(init_gaussian),
-    "orthogonal": Random(init_orthogonal, even_rank=True),
+    "kaiming": RandomStart(init_kaiming),
+    "gaussian": RandomStart(init_gaussian),
+    "orthogonal": RandomStart(init_orthogonal, even_rank=True),
     "pissa": PiSSA(),
 }

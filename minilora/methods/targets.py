@@ -11,7 +11,7 @@ from minilora.model.names import EMBED, HEAD, LAYER, LINEAR, NORM, layer_module
 
 ALL_LINEAR = "all-linear"
 T = TypeVar("T")
-Names = str | tuple[str, ...]  # one regular expression for the whole name, or names and ends of names
+ModuleNames = str | tuple[str, ...]  # one regular expression for the whole name, or names and ends of names
 
 
 def projections(config: Config) -> list[str]:
@@ -25,7 +25,7 @@ def every_module(config: Config) -> list[str]:
     return [EMBED, *layers, NORM, HEAD]
 
 
-def is_named(module: str, names: Names) -> bool:
+def is_named(module: str, names: ModuleNames) -> bool:
     """Whether the regular expression is the whole name, or one of the names is it or ends it after a dot."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
@@ -33,7 +33,7 @@ def is_named(module: str, names: Names) -> bool:
 
 
 def target_module_names(
-    config: Config, targets: Names | Iterable[str], exclude: Names = (), layers: Sequence[int] | None = None
+    config: Config, targets: ModuleNames | Iterable[str], exclude: ModuleNames = (), layers: Sequence[int] | None = None
 ) -> list[str]:
     """Full names of the modules to adapt, in the model's order. ValueError for a target that matches none.
 
@@ -46,7 +46,7 @@ def target_module_names(
         targets = (ALL_LINEAR,)
     if layers is not None and isinstance(targets, str):
         raise ValueError(f"layers_to_transform goes with a list of target_modules, not with the pattern {targets!r}")
-    entries: list[Names] = [targets] if isinstance(targets, str) else [(name,) for name in targets]
+    entries: list[ModuleNames] = [targets] if isinstance(targets, str) else [(name,) for name in targets]
     kept = set(known) if layers is None else {layer_module(layer, role) for layer in layers for role in LINEAR}
     chosen: set[str] = set()
     for entry in entries:
@@ -66,7 +66,7 @@ def target_module_names(
     return names
 
 
-def names_or_pattern(names: Names) -> Names:
+def names_or_expression(names: ModuleNames) -> ModuleNames:
     """The names; a single entry that is no name is a regular expression, as PEFT takes one."""
     if not isinstance(names, str) and len(names) == 1 and not re.fullmatch(r"[\w.-]+", names[0]):
         return names[0]

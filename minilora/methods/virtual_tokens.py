@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # from Python 3.11 on
     from typing import Self
 
 EMBEDDINGS = "prompt_embeddings"  # the one array that trains, under PEFT's name for it
-WITHOUT_EFFECT = {  # PEFT's fields that do not change what finished virtual tokens compute
+FIELDS_OF_THE_START = {  # PEFT's fields that do not change what finished virtual tokens compute
     *("init_weights", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
     *("prefix_projection", "encoder_hidden_size"),  # PEFT saves what the projection gave, and not the projection
 }
@@ -77,7 +77,7 @@ class VirtualTokens(Method):
             raise ValueError(f"{place}: {error}") from error
         method = cls(num_virtual_tokens=count)
         geometry = method._geometry(config)
-        fields.refuse_unknown(place, raw, geometry.keys() | WITHOUT_EFFECT)
+        fields.refuse_unknown(place, raw, geometry.keys() | FIELDS_OF_THE_START)
         for field, value in geometry.items():
             if raw.get(field) not in (None, value):  # PEFT fills in what is null
                 raise ValueError(f"{place}: {field} is {raw[field]!r}, but with this base model it is {value}")

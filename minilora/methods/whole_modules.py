@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from minilora.backend import Array
 from minilora.methods.full import trained_copy, trained_site
-from minilora.methods.method import Method, Rival, Shape
+from minilora.methods.method import Method, Shape, Variant
 from minilora.methods.setting import setting
 from minilora.methods.targets import saved_module_names
 from minilora.model.config import Config
@@ -52,9 +52,9 @@ class WholeModules(Method):
 
     names = {"head": {"modules_to_save": (HEAD,)}, "embedding": {"modules_to_save": (EMBED,)}}
     peft_type = "MINILORA_MODULES"
-    rivals: ClassVar[tuple[Rival, ...]] = (
-        Rival("head", "the head alone", {"method": "head", "untie": True}, (3e-4, 1e-3, 3e-3)),
-        Rival("embedding", "the embedding alone", {"method": "embedding", "untie": True}, (1e-3, 3e-3, 1e-2)),
+    rivals = (
+        Variant("head", "the head alone", {"method": "head", "untie": True}, (3e-4, 1e-3, 3e-3)),
+        Variant("embedding", "the embedding alone", {"method": "embedding", "untie": True}, (1e-3, 3e-3, 1e-2)),
     )
 
     modules_to_save: tuple[str, ...] = setting((HEAD,), "modules to train whole", metavar="NAME")

@@ -9,7 +9,7 @@ from typing import Protocol
 from minilora.backend import Array, xp
 
 Arrays = Mapping[str, Array]
-Factors = Mapping[str, float]  # by name, what a parameter's learning rate is multiplied by
+RateFactors = Mapping[str, float]  # by name, what a parameter's learning rate is multiplied by
 
 
 class Optimizer(Protocol):
@@ -35,7 +35,7 @@ class AdamW:
         self,
         parameters: Arrays,
         weight_decay: float = 0.0,
-        factors: Factors | None = None,
+        factors: RateFactors | None = None,
         beta1: float = 0.9,
         beta2: float = 0.999,
         eps: float = 1e-8,
@@ -79,7 +79,7 @@ class SGD:
     Where `factors` names a parameter, its η is so many times the others'.
     """
 
-    def __init__(self, parameters: Arrays, weight_decay: float = 0.0, factors: Factors | None = None) -> None:
+    def __init__(self, parameters: Arrays, weight_decay: float = 0.0, factors: RateFactors | None = None) -> None:
         self.weight_decay = weight_decay
         self.factors = dict.fromkeys(parameters, 1.0) | dict(factors or {})
 

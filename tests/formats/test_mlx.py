@@ -27,7 +27,7 @@ from minilora.formats.checkpoint import random_weights, write_checkpoint
 from minilora.formats.files import read_json, write_json
 from minilora.formats.load import load_model
 from minilora.formats.mlx import CONFIG as CONFIG_FILE
-from minilora.formats.mlx import TENSORS, read_mlx_adapter, write_mlx_adapter
+from minilora.formats.mlx import MLX_TENSORS, read_mlx_adapter, write_mlx_adapter
 from minilora.methods.bitfit import BitFit
 from minilora.methods.dora import DoRA
 from minilora.methods.lora import LoRA
@@ -66,7 +66,7 @@ def by_hand(
             W = (m / np.linalg.norm(W, axis=1))[:, None] * W
         weights[f"{module}.weight"] = W.astype(np.float32)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / TENSORS)
+    save_file(tensors, folder / MLX_TENSORS)
     (folder / CONFIG_FILE).write_text(json.dumps({"model": "some/base", **raw}))
     return weights
 
@@ -116,7 +116,7 @@ def test_an_adapter_of_mlx_means_these_weights(tmp_path: Path, layout: str) -> N
     assert list(read.method.places(FOUR)) == places and read.base_model == "some/base"
     # Written by us again, it still means the same.
     write_mlx_adapter(tmp_path / "again", read.method, read.tensors, FOUR, read.base_model)
-    assert same(load_file(tmp_path / "again" / TENSORS), load_file(tmp_path / TENSORS))
+    assert same(load_file(tmp_path / "again" / MLX_TENSORS), load_file(tmp_path / MLX_TENSORS))
     again = read_mlx_adapter(tmp_path / "again", FOUR)
     assert again.method == read.method or (again.method.places(FOUR), type(again.method)) == (
         read.method.places(FOUR),
@@ -259,9 +259,9 @@ def test_what_does_not_fit_is_named(
 
 def test_a_tensor_too_many_is_refused(tmp_path: Path) -> None:
     change(tmp_path, {}, {})
-    tensors = load_file(tmp_path / TENSORS)
+    tensors = load_file(tmp_path / MLX_TENSORS)
     for name in ("model.norm.weight", f"{Q0}.lora_a", "model.layers.3.self_attn.q_proj.m"):
-        save_file({**tensors, name: np.zeros((12, 3), np.float32)}, tmp_path / TENSORS)
+        save_file({**tensors, name: np.zeros((12, 3), np.float32)}, tmp_path / MLX_TENSORS)
         with pytest.raises(ValueError, match=f"unexpected: {name}"):
             read_mlx_adapter(tmp_path, FOUR)
 
@@ -327,7 +327,7 @@ def test_a_run_writes_for_mlx_and_the_other_commands_and_peft_take_it(tmp_path: 
     good(
         "convert", "--adapter", tmp_path / "converted", "--format", "mlx", "--out", tmp_path / "back", "--model", model
     )
-    assert contents(tmp_path / "back")[TENSORS] == contents(tmp_path / "mlx")[TENSORS]
+    assert contents(tmp_path / "back")[MLX_TENSORS] == contents(tmp_path / "mlx")[MLX_TENSORS]
     more = ["--adapter", tmp_path / "mlx", "--format", "mlx", "--out", tmp_path / "more"]
     good("train", *flags, *more)  # goes on from it
     assert not same(read_method(tmp_path / "more", base)[1], ours)
@@ -411,7 +411,7 @@ def test_we_load_what_mlx_itself_writes_and_have_the_same_logits(
     arrays = {name: mx.array(array.astype(np.float32)) for name, array in trained.items()}
     theirs.load_weights(list(arrays.items()), strict=False)
     (tmp_path / "adapter").mkdir()
-    mx.save_safetensors(str(tmp_path / "adapter" / TENSORS), arrays)
+    mx.save_safetensors(str(tmp_path / "adapter" / MLX_TENSORS), arrays)
     write_json(tmp_path / "adapter" / CONFIG_FILE, raw)
     base, _ = load_model(tmp_path / "base")
     ours, expected = logits(load_adapter(base, tmp_path / "adapter")), logits_of_mlx(theirs)

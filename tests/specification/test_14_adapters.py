@@ -20,7 +20,7 @@ from test_commands import CONFIG, assert_refused, contents, good, run
 
 from minilora import backend
 from minilora.adapters.combination import (
-    Adapter,
+    Summand,
     Factors,
     combine,
     concatenate,
@@ -211,7 +211,7 @@ def test_the_written_settings_mean_these_ranks_and_the_scale_one(
         assert all("." not in name for name in (*found.target_modules, *found.rank_pattern))
 
 
-def summed(config: Config, weights: dict[str, np.ndarray], parts: Sequence[tuple[Adapter, float]]) -> Model:
+def summed(config: Config, weights: dict[str, np.ndarray], parts: Sequence[tuple[Summand, float]]) -> Model:
     """The oracle: a model whose every matrix is W + Σ w ΔW, formed."""
     changed = dict(weights)
     for adapter, w in parts:
@@ -230,7 +230,7 @@ def test_the_combined_adapter_computes_what_weights_with_all_changes_compute(
     config = replace(config, tie_word_embeddings=False)
     weights = random_weights(config, seed)
     base = base_model(config, weights, np.float64)
-    adapters = [Adapter(str(i), method, tensors(method, base, seed + i)) for i, method in enumerate(chosen)]
+    adapters = [Summand(str(i), method, tensors(method, base, seed + i)) for i, method in enumerate(chosen)]
     w = [0.7, -0.4, 1.5][: len(adapters)]
     combination = combine(config, adapters, w, cut)
     found = outcome(combination.method.attach(base, combination.tensors), tokens_of(seed, 2))
@@ -266,7 +266,7 @@ def peft_logits(folder: Path, adapter: Path, tokens: np.ndarray) -> np.ndarray:
 def oracle_logits(folder: Path, weights: dict[str, float], tokens: np.ndarray) -> np.ndarray:
     config, _ = checkpoint.read_config(folder / "base")
     plain = {name: w.astype(np.float64) for name, w in checkpoint.read_weights(folder / "base", config).items()}
-    parts = [(Adapter(name, *read_adapter(folder / name, config)[:2]), w) for name, w in weights.items()]
+    parts = [(Summand(name, *read_adapter(folder / name, config)[:2]), w) for name, w in weights.items()]
     return outcome(summed(config, plain, parts), tokens)
 
 
