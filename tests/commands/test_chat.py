@@ -22,8 +22,8 @@ from minilora.data.train_tokenizer import train_tokenizer
 from minilora.formats.adapters import load_adapter, write_method
 from minilora.formats.checkpoint import random_weights, write_checkpoint
 from minilora.formats.load import load_model
-from minilora.methods.method import Method
 from minilora.methods.lora import LoRA
+from minilora.methods.method import Method
 from minilora.methods.prefix import PrefixTuning
 from minilora.model import generation
 from minilora.model.config import Config
