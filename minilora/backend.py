@@ -1,4 +1,4 @@
-"""Where the numbers live: NumPy on the CPU or CuPy on the GPU. The only file that names CuPy.
+"""Where the numbers live: NumPy on the CPU or CuPy on the GPU. The only file that names CuPy or knows a BLAS.
 
 Everywhere else `xp` stands for the array module, so that a formula is written once. `use("cuda")` switches it
 before any array is made. Arrays enter the device through `to_device` and leave it through `to_host`, nowhere else.
@@ -7,23 +7,30 @@ before any array is made. Arrays enter the device through `to_device` and leave 
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import ml_dtypes
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 __all__ = [
     "Array",
+    "cores",
     "from_host",
-    "knows",
+    "matmul_transposed",
     "narrow",
     "on_cpu",
+    "one_core_for_products",
     "peak_memory_bytes",
     "random_generator",
     "read_only",
+    "slices_of_rows",
+    "supports",
     "to_device",
     "to_host",
     "use",
@@ -35,6 +42,8 @@ __all__ = [
 Array: TypeAlias = "np.ndarray[Any, Any]"  # on the GPU: cupy.ndarray, which has the same interface
 
 _module: Any = np
+
+# --- The array module ---
 
 
 class _ArrayModule:
@@ -89,6 +98,9 @@ def on_cpu() -> bool:
     return bool(getattr(_module, "on_cpu", _module is np))
 
 
+# --- Arrays that go to the device and come from it ---
+
+
 def from_host(make: Callable[[], np.ndarray[Any, Any]], shape: tuple[int, ...], dtype: Any) -> Array:
     """The host array that `make` returns, on the device. A module whose arrays have no numbers (`counting`) has
     `outline`, and only needs to know shape and dtype."""
@@ -119,18 +131,21 @@ def random_generator(*seeds: int) -> Any:
     return xp.random.default_rng(np.random.SeedSequence(seeds).generate_state(1, np.uint64).item())
 
 
-def knows(dtype: Any) -> bool:
-    """Whether the array module can convert to such numbers and multiply them: CuPy to bfloat16 from version 14."""
+# --- Numbers of 16 bits ---
+
+
+def supports(dtype: Any) -> bool:
+    """Whether the array module can convert to this dtype and multiply in it: CuPy to bfloat16 from version 14."""
     try:
-        some = xp.ones((2, 2), np.float32).astype(dtype)
-        return bool((some @ some).shape == some.shape)
+        ones = xp.ones((2, 2), np.float32).astype(dtype)
+        return bool((ones @ ones).shape == ones.shape)
     except Exception:  # each version refuses in its own way
         return False
 
 
 def narrow(array: Array) -> Array:
-    """A bfloat16 array as its bits in uint16: the form that both NumPy and CuPy can hold and shift."""
-    return array.view(np.uint16)
+    """A bfloat16 array as its bits in uint16, the form that both NumPy and CuPy can hold and shift; others as is."""
+    return array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
 
 
 def widen(array: Array, dtype: Any) -> Array:
@@ -145,6 +160,69 @@ def widen(array: Array, dtype: Any) -> Array:
         bits <<= 16
         array = bits.view(np.float32)
     return array.astype(dtype, copy=False)
+
+
+# --- Matrix products ---
+
+FEW_ROWS, VERY_FEW_ROWS = 32, 8  # rows of x
+CACHED = 2**18  # numbers of a W that the cache of one core holds
+PIECE = 64  # rows of such a W that are multiplied at a time
+SLICE, SLICE_ON_GPU = CACHED, 2**26  # numbers of a W that are widened at a time; a GPU wants large products
+
+
+def matmul_transposed(x: Array, W: Array) -> Array:
+    """x Wᵀ: x (N, in), W (out, in) → (N, out). (docs: O1)
+
+    When x has few rows, as in generation, OpenBLAS is faster with W as the left factor. The result is still put in
+    the usual order in memory, because the next product rounds according to that order. A W that fits in the cache of
+    one core is multiplied in pieces: OpenBLAS keeps such small products on one core, and the other cores need not
+    fetch W first.
+    """
+    if not (on_cpu() and 1 < len(x) <= FEW_ROWS):
+        return x @ W.T
+    out_features, in_features = W.shape
+    if len(x) <= VERY_FEW_ROWS and W.size <= CACHED and out_features % PIECE == 0:
+        W = W.reshape(-1, PIECE, in_features)
+    return xp.ascontiguousarray((W @ x.T).reshape(out_features, len(x)).T)
+
+
+def slices_of_rows(shape: tuple[int, int]) -> list[slice]:
+    """The rows of a matrix in slices that are small enough to be widened and multiplied one after the other.
+
+    A slice is a whole number of the pieces that `matmul_transposed` makes, if it holds at least one.
+    """
+    rows, columns = shape
+    size = max(1, (SLICE if on_cpu() else SLICE_ON_GPU) // columns)
+    size = size // PIECE * PIECE or size
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    """NumPy's library of matrix products, and those of other packages that were imported before the first call."""
+    return ThreadpoolController().select(user_api="blas")
+
+
+def cores() -> int:
+    """The number of cores that a matrix product may use: what OPENBLAS_NUM_THREADS and its like say, else all of them.
+
+    It is 1 on a GPU, and where the library cannot be limited to fewer cores (Apple's Accelerate).
+    """
+    if not on_cpu():
+        return 1
+    return max((int(library["num_threads"]) for library in _blas().info()), default=1)
+
+
+def one_core_for_products() -> AbstractContextManager[object]:
+    """From now on each matrix product uses one core; as a context manager, until the context is left.
+
+    Libraries built on OpenMP count their cores for each thread separately, so each new thread has to call this too.
+    """
+    limited: AbstractContextManager[object] = _blas().limit(limits=1)
+    return limited
+
+
+# --- Memory ---
 
 
 def peak_memory_bytes() -> int:

@@ -23,7 +23,6 @@ from minilora.backend import Array, on_cpu
 from minilora.frozen.weight import FrozenWeight
 
 HALVES: dict[str, Any] = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16}
-MIXED_PRECISION = ("no", *HALVES)
 
 
 class HalfWeight:

@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.backend import Array, read_only, to_device, xp
-from minilora.ops.linear import x_times_transpose
+from minilora.backend import Array, matmul_transposed, read_only, to_device, xp
 
 BLOCK = 64  # weights that share an a
 ABSMAX_BLOCK = 256  # a's that share a scale
@@ -81,7 +80,8 @@ def quantize(x: Array, table: Array, block: int) -> tuple[Array, Array]:
     """
     rows = _blocks(x, block)
     absmax = abs(rows).max(axis=1)
-    rows = rows * (1 / xp.maximum(absmax, 1e-38))[:, None]  # as bitsandbytes: x · (1/a) may round otherwise than x/a
+    # bitsandbytes has x · (1/a), which may round otherwise than x/a. CuPy takes 1e-38 for 0, hence the test of a > 0.
+    rows = rows * xp.where(absmax > 0, 1 / xp.maximum(absmax, 1e-38), 0)[:, None]
     codes = xp.zeros(rows.shape, np.uint8)
     for midpoint in (table[:-1] + table[1:]) / 2:
         codes += rows > midpoint
@@ -126,7 +126,7 @@ class NF4Weight:
         self.shape: tuple[int, int] = W.shape
 
     def forward(self, x: Array) -> Array:
-        return x_times_transpose(x, self.dense())
+        return matmul_transposed(x, self.dense())
 
     def backward(self, dy: Array) -> Array:
         return dy @ self.dense()

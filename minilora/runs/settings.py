@@ -16,11 +16,10 @@ from minilora.data.conversations import TRAIN_ON
 from minilora.formats.adapters import FORMATS
 from minilora.formats.files import read_json, write_json
 from minilora.formats.load import SHIPPED_MODEL
-from minilora.frozen.half import MIXED_PRECISION
+from minilora.frozen.hold import FROZEN, MIXED_PRECISION
 from minilora.methods.lora import LoRA
 from minilora.methods.method import Method, known_methods
 from minilora.methods.setting import KEY, Setting, check, setting, settings_of, typed, values_of
-from minilora.model.base import FROZEN
 from minilora.runs.metrics import TENSORBOARD, check_report_to
 from minilora.training.optimizers import OPTIMIZERS
 from minilora.training.schedules import SCHEDULES

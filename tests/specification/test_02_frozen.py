@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from support.strategies import TINY, configs, normal, random_weights, seeds, sizes
 
 from minilora.backend import narrow, widen
-from minilora.frozen.weight import DenseWeight, FrozenWeight, StoredWeight
-from minilora.model.base import FROZEN, base_model
+from minilora.frozen.hold import FROZEN
+from minilora.frozen.stored import StoredWeight
+from minilora.frozen.weight import DenseWeight, FrozenWeight
+from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.names import EMBED
 
@@ -24,7 +26,7 @@ in_halves = pytest.mark.parametrize("half", HALVES)
 
 def stored(half: str, W: np.ndarray, dtype: Any) -> StoredWeight:
     array = W.astype(HALVES[half])
-    return StoredWeight(narrow(array) if half == "bfloat16" else array, dtype)
+    return StoredWeight(narrow(array), dtype)
 
 
 @in_halves
@@ -56,7 +58,7 @@ def test_a_weight_widened_in_slices_gives_the_same_products(
     W = normal(seed, outer, inner)
     x, dy = normal(seed, n, inner, stream=1) * (1 + part), normal(seed, n, outer, stream=2) * (1 + part)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minilora.frozen.weight.WIDENED_AT_ONCE", at_once)
+        patch.setattr("minilora.backend.SLICE", at_once)
         weight = stored(half, W, np.float64)
     assert len(weight.slices) == -(-outer // max(1, at_once // inner))
     wide = DenseWeight(W.astype(HALVES[half]).astype(np.float64))
@@ -71,11 +73,11 @@ def test_however_many_rows_go_in_however_large_pieces_the_product_is_the_same(
     n: int, cached: int, out: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """W with slices of 128 rows, and pieces of 64 within them."""
-    monkeypatch.setattr("minilora.ops.linear.CACHED", cached)
-    monkeypatch.setattr("minilora.frozen.weight.WIDENED_AT_ONCE", 150 * 8)
+    monkeypatch.setattr("minilora.backend.CACHED", cached)
+    monkeypatch.setattr("minilora.backend.SLICE", 150 * 8)
     W, x = normal(0, out, 8), normal(1, n, 8)
     weight = stored("bfloat16", W, np.float64)
-    assert [some.stop - some.start for some in weight.slices] == [128] * math.ceil(out / 128)
+    assert [rows.stop - rows.start for rows in weight.slices] == [128] * math.ceil(out / 128)
     y = weight.forward(x)
     np.testing.assert_allclose(y, x @ W.astype(ml_dtypes.bfloat16).astype(np.float64).T, atol=1e-12)
     assert y.flags.c_contiguous

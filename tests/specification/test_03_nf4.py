@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from support.complex_step import check_backward
 from support.strategies import QV, TINY, batches, configs, normal, random_adapter, random_weights, seeds, sizes
 
+from minilora.backend import use_module
 from minilora.data.batches import Batch
 from minilora.frozen.nf4 import DYNAMIC, NF4, NF4Weight, dequantize, quantize
-from minilora.frozen.weight import DenseWeight, FrozenWeight, StoredWeight
+from minilora.frozen.stored import StoredWeight
+from minilora.frozen.weight import DenseWeight, FrozenWeight
 from minilora.lora import lora, lora_backward
 from minilora.methods.lora import LoRA
 from minilora.model.base import base_model
@@ -225,6 +227,33 @@ def test_zeros_stay_exactly_zero(W: np.ndarray) -> None:
 def test_a_weight_of_zeros_alone_is_no_division_by_zero() -> None:
     with np.errstate(all="raise"):
         assert not NF4Weight(np.zeros((3, 50), np.float32)).dense().any()
+
+
+class Flushing:
+    """NumPy as CuPy compiles it: numbers too small for a normal float32 are 0."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    def maximum(self, x: np.ndarray, y: float) -> np.ndarray:
+        largest = np.maximum(x, y)
+        return np.where(largest < np.finfo(np.float32).tiny, np.float32(0), largest)
+
+
+def test_zeros_stay_zero_where_the_smallest_numbers_are_flushed_to_zero() -> None:
+    W = np.zeros((2, 128), np.float32)
+    W[1] = 0.5
+    expected = NF4Weight(W).dense()
+    previous = use_module(Flushing())
+    try:
+        with np.errstate(divide="ignore"):  # a GPU warns of nothing
+            codes, absmax = quantize(W, NF4, 64)
+            found = NF4Weight(W).dense()
+    finally:
+        use_module(previous)
+    assert codes.tolist() == [7] * 128 + [15] * 128 and absmax.tolist() == [0, 0, 0.5, 0.5]
+    assert found.tobytes() == expected.tobytes() and not found[0].any()
+
 
 
 @given(weights(), st.integers(-20, 20))

@@ -19,9 +19,10 @@ from minilora import backend
 from minilora.data.batches import Batch, collate
 from minilora.data.examples import Example
 from minilora.frozen.half import HALVES, HalfWeight, half_product
+from minilora.frozen.hold import FROZEN
 from minilora.frozen.weight import DenseWeight
 from minilora.methods.lora import LoRA
-from minilora.model.base import FROZEN, base_model
+from minilora.model.base import base_model
 from minilora.model.model import Model
 from minilora.model.names import HEAD, layer_module
 from minilora.runs.metrics import read_metrics
@@ -148,7 +149,7 @@ def test_loss_and_gradients_in_16_bits_are_nearly_those_in_32(
 
 
 def test_an_array_module_without_bfloat16_is_told_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minilora.model.base.knows", lambda dtype: False)
+    monkeypatch.setattr("minilora.frozen.hold.supports", lambda dtype: False)
     with pytest.raises(RuntimeError, match=r"this CuPy has no bf16: install CuPy 14 with CUDA 12\.2, or later"):
         base_model(CONFIG, random_weights(CONFIG, 0), np.float32, "stored", "bf16")
 
@@ -164,10 +165,10 @@ def test_a_module_knows_the_numbers_that_it_can_make_arrays_of() -> None:
             def __matmul__(self, other: Any) -> Any:
                 raise RuntimeError("no kernel for these")
 
-    assert all(backend.knows(half) for half in HALVES.values())
+    assert all(backend.supports(half) for half in HALVES.values())
     previous = backend.use_module(Old())
     try:
-        assert not backend.knows(ml_dtypes.bfloat16)
+        assert not backend.supports(ml_dtypes.bfloat16)
     finally:
         backend.use_module(previous)
 

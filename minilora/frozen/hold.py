@@ -1,0 +1,71 @@
+"""How a frozen matrix is held: the one place where a way of holding is chosen. A new way is one more function here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from minilora.backend import Array, narrow, supports, to_device, widen
+from minilora.frozen.half import HALVES, HalfWeight
+from minilora.frozen.nf4 import NF4Weight
+from minilora.frozen.stored import StoredWeight
+from minilora.frozen.weight import DenseWeight, FrozenWeight
+
+HostArray = np.ndarray[Any, Any]
+
+
+def widened(array: HostArray, dtype: Any) -> FrozenWeight:
+    """W in `dtype`. An array that has this dtype already is taken over as it is."""
+    return DenseWeight(widen(to_device(_portable(array, dtype)), dtype))
+
+
+def stored(array: HostArray, dtype: Any) -> FrozenWeight:
+    """W in bfloat16 or float16 as the checkpoint has it, widened at each use: half the memory, the same results."""
+    if array.dtype.itemsize >= np.dtype(dtype).itemsize:
+        return widened(array, dtype)
+    return StoredWeight(to_device(_portable(array, dtype)), dtype)
+
+
+def offloaded(array: HostArray, dtype: Any) -> FrozenWeight:
+    """W as the checkpoint has it, in the memory of the host; it is on the GPU only while it is used."""
+    return StoredWeight(_portable(array, dtype), dtype)
+
+
+def nf4(array: HostArray, dtype: Any) -> FrozenWeight:
+    """W in 4 bits, as in QLoRA: an eighth of the memory, and nearly the same weights."""
+    return NF4Weight(widen(to_device(_portable(array, np.float32)), np.float32), dtype)
+
+
+WAYS = {"widened": widened, "stored": stored, "nf4": nf4, "offloaded": offloaded}
+FROZEN = tuple(WAYS)
+MIXED_PRECISION = ("no", *HALVES)
+
+
+def hold(array: HostArray, dtype: Any, frozen: str = "widened", mixed_precision: str = "no") -> FrozenWeight:
+    """The matrix W (out, in) of a checkpoint, held in one of the WAYS, for a computation in `dtype`.
+
+    With `mixed_precision` bf16 or fp16 the products with W are in 16 bits. Then W is rounded to these 16 bits first,
+    except in nf4, which is dequantised to them. An array that is held as it is becomes read-only.
+
+    Raises ValueError for an unknown way, and RuntimeError if the array module has no such 16 bits.
+    """
+    if frozen not in WAYS:
+        raise ValueError(f"frozen {frozen!r} is unknown: choose {', '.join(WAYS)}")
+    if mixed_precision == "no":
+        return WAYS[frozen](array, dtype)
+    half = HALVES[mixed_precision]
+    if not supports(half):
+        raise RuntimeError(
+            f"this CuPy has no {mixed_precision}: install CuPy 14 with CUDA 12.2, or later ones, or take fp16"
+        )
+    if frozen != "nf4":
+        array = array.astype(half, copy=False)
+    return HalfWeight(WAYS[frozen](array, half), half, dtype)
+
+
+def _portable(array: HostArray, dtype: Any) -> Array:
+    """bfloat16 as uint16, which every array module has, unless the computation itself is in bfloat16."""
+    computes_in_bfloat16 = np.dtype(dtype) == ml_dtypes.bfloat16
+    return narrow(array) if array.dtype == ml_dtypes.bfloat16 and not computes_in_bfloat16 else array
