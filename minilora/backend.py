@@ -20,6 +20,7 @@ from threadpoolctl import ThreadpoolController
 
 __all__ = [
     "Array",
+    "HostArray",
     "cores",
     "from_host",
     "matmul_transposed",
@@ -39,6 +40,7 @@ __all__ = [
     "xp",
 ]
 
+HostArray: TypeAlias = "np.ndarray[Any, Any]"  # always NumPy's
 Array: TypeAlias = "np.ndarray[Any, Any]"  # on the GPU: cupy.ndarray, which has the same interface
 
 _module: Any = np

@@ -8,16 +8,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from minilora.backend import HostArray
 from minilora.methods.lora import LoRA
 from minilora.methods.lora_embedding import adapter_names
 from minilora.methods.targets import every_module, target_module_names
 from minilora.model.config import Config
-
-HostArray = np.ndarray[Any, Any]
 
 
 class Factors(NamedTuple):

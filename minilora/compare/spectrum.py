@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from minilora.backend import to_host
+from minilora.backend import HostArray, to_host
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.adapters import load_adapter
 from minilora.formats.checkpoint import read_config, read_weights
-from minilora.formats.files import HostArray
 from minilora.formats.hub import find_model
 from minilora.formats.load import load_model
 from minilora.lora import delta

@@ -46,8 +46,8 @@ def row_shape(row: Row) -> str:
     if len(fitting) != 1:
         count = "several shapes" if fitting else "no shape"
         raise ValueError(
-            f"the keys {sorted(row)} fit {count}: {ACCEPTED_ROWS}. Keys of other names are told by --prompt-feature and "
-            "--completion-feature, --chat-feature or --text-feature"
+            f"the keys {sorted(row)} fit {count}: {ACCEPTED_ROWS}. Keys of other names are told by --prompt-feature "
+            "and --completion-feature, --chat-feature or --text-feature"
         )
     (keys,) = fitting
     if keys != ("messages",) and all(isinstance(row[key], str) for key in keys):

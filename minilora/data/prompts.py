@@ -9,7 +9,9 @@ from minilora.data.conversations import is_conversation, template_arguments
 from minilora.data.tokenizer import Tokenizer
 
 PromptRow = dict[str, Any]
-ACCEPTED_PROMPTS = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}, …]}, and perhaps "adapter": "NAME"'
+ACCEPTED_PROMPTS = (
+    '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}, …]}, and perhaps "adapter": "NAME"'
+)
 
 
 def read_prompts(path: Path) -> list[PromptRow]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from minilora.backend import Array, to_device, to_host
-from minilora.formats.files import HostArray
+from minilora.backend import Array, HostArray, to_device, to_host
 from minilora.formats.mlx import MLX_TENSORS, check_sayable, read_mlx_adapter, write_mlx_adapter
 from minilora.formats.peft import TENSORS, Adapter, check_copies, read_adapter, write_adapter
 from minilora.methods.lora import frozen_site

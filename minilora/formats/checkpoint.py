@@ -9,17 +9,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from minilora.formats.files import (
-    HostArray,
-    Shape,
-    check_shapes,
-    open_safetensors,
-    read_json,
-    write_json,
-    write_safetensors,
-)
+from minilora.backend import HostArray
+from minilora.formats.files import check_shapes, open_safetensors, read_json, write_json, write_safetensors
 from minilora.model.config import Config
-from minilora.model.names import EMBED, HEAD, parameter_shapes
+from minilora.model.names import EMBED, HEAD, Shape, parameter_shapes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -7,14 +7,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-HostArray: TypeAlias = "np.ndarray[Any, Any]"
-Shape: TypeAlias = "tuple[int, ...]"
+from minilora.backend import HostArray
+from minilora.model.names import Shape
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from minilora.formats.files import HostArray, check_shapes, open_safetensors, read_json, write_json, write_safetensors
+from minilora.backend import HostArray
+from minilora.formats.files import check_shapes, open_safetensors, read_json, write_json, write_safetensors
 from minilora.formats.peft import CONFIG, Adapter, stored_shapes
 from minilora.methods.fields import name_list, number, rank, whole
 from minilora.methods.lora import LoRA

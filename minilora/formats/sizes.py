@@ -7,10 +7,9 @@ import math
 from collections.abc import Mapping
 
 from minilora.formats.checkpoint import named_dtype
-from minilora.formats.files import Shape
 from minilora.methods.method import Method
 from minilora.model.config import Config
-from minilora.model.names import parameter_shapes
+from minilora.model.names import Shape, parameter_shapes
 
 SPELT = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # by safetensors
 

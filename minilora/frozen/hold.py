@@ -7,13 +7,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from minilora.backend import Array, narrow, supports, to_device, widen
+from minilora.backend import Array, HostArray, narrow, supports, to_device, widen
 from minilora.frozen.half import HALVES, HalfWeight
 from minilora.frozen.nf4 import NF4Weight
 from minilora.frozen.stored import StoredWeight
 from minilora.frozen.weight import DenseWeight, FrozenWeight
-
-HostArray = np.ndarray[Any, Any]
 
 
 def widened(array: HostArray, dtype: Any) -> FrozenWeight:

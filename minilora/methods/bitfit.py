@@ -14,12 +14,12 @@ import numpy as np
 
 from minilora.backend import Array, xp
 from minilora.methods.full import trained_copy, trained_site
-from minilora.methods.method import Method, Shape, Variant
+from minilora.methods.method import Method, Variant
 from minilora.methods.setting import setting
 from minilora.methods.targets import projections
 from minilora.model.config import Config
 from minilora.model.model import Model
-from minilora.model.names import NORM, layer_module, weight_shapes
+from minilora.model.names import NORM, Shape, layer_module, weight_shapes
 from minilora.model.sites import FrozenLinear, Gradients
 
 

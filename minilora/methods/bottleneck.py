@@ -10,11 +10,11 @@ import numpy as np
 
 from minilora.backend import Array, to_device, xp
 from minilora.methods.lora import frozen_site
-from minilora.methods.method import Method, Shape, Variant
+from minilora.methods.method import Method, Variant
 from minilora.methods.setting import setting
 from minilora.model.config import Config
 from minilora.model.model import Model
-from minilora.model.names import layer_module
+from minilora.model.names import Shape, layer_module
 from minilora.model.sites import Gradients, Site
 from minilora.ops.linear import linear, linear_backward
 from minilora.ops.swiglu import sigmoid

@@ -27,8 +27,9 @@ from minilora.backend import Array, random_generator, xp
 from minilora.frozen.weight import FrozenWeight
 from minilora.lora import LoRACache, Merged, delta, dropout_mask, lora, lora_backward
 from minilora.methods.lora import LoRA, Place
-from minilora.methods.method import Shape, Variant
+from minilora.methods.method import Variant
 from minilora.model.config import Config
+from minilora.model.names import Shape
 from minilora.model.sites import FrozenLinear, Gradients, Site
 
 

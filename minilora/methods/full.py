@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array
-from minilora.methods.method import Method, Shape, Variant
+from minilora.methods.method import Method, Variant
 from minilora.model.config import Config
 from minilora.model.model import Model
-from minilora.model.names import EMBED, HEAD, LINEAR, NORM, layer_module, parameter_shapes
+from minilora.model.names import EMBED, HEAD, LINEAR, NORM, Shape, layer_module, parameter_shapes
 from minilora.model.sites import FrozenEmbedding, FrozenLinear, FrozenNorm, Gradients, Site
 from minilora.ops.embedding import EmbeddingCache, embedding, embedding_backward
 from minilora.ops.linear import LinearCache, linear, linear_backward

@@ -14,7 +14,7 @@ from minilora.frozen.weight import FrozenWeight
 from minilora.lora import LoRACache, dropout_mask, lora, lora_backward, merge
 from minilora.methods import lora_fields
 from minilora.methods.lora_embedding import LoRAEmbedding, init_lora_embedding, lora_embedding_shapes
-from minilora.methods.method import HostArrays, Method, Shape, Variant
+from minilora.methods.method import HostArrays, Method, Variant
 from minilora.methods.setting import setting
 from minilora.methods.starts import STARTS
 from minilora.methods.targets import (
@@ -28,7 +28,7 @@ from minilora.methods.targets import (
 from minilora.methods.whole_modules import attach_whole, whole_shapes, whole_start, with_sites
 from minilora.model.config import Config
 from minilora.model.model import Model
-from minilora.model.names import EMBED, weight_shapes
+from minilora.model.names import EMBED, Shape, weight_shapes
 from minilora.model.sites import FrozenEmbedding, FrozenLinear, Gradients, Site
 
 if TYPE_CHECKING:  # from Python 3.11 on

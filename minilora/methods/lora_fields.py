@@ -6,17 +6,15 @@ Reading is strict where PEFT is silent: every field that changes the result is u
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from minilora.methods.fields import COMMON, by_pattern, name_list, names_or_pattern, number, rank, whole
+from minilora.methods.fields import COMMON, Number, by_pattern, name_list, names_or_pattern, number, rank, whole
 from minilora.methods.targets import ALL_LINEAR, ModuleNames, is_named, pattern_value
 from minilora.model.config import Config
 from minilora.model.names import HEAD, LAYER, LINEAR, parameter_shapes
 
 if TYPE_CHECKING:
     from minilora.methods.lora import LoRA
-
-Number = TypeVar("Number", int, float)
 
 READ = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "bias"),

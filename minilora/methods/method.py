@@ -21,11 +21,11 @@ from minilora.methods import fields
 from minilora.methods.setting import check, settings_of
 from minilora.model.config import Config
 from minilora.model.model import Model
+from minilora.model.names import Shape
 
 if TYPE_CHECKING:  # from Python 3.11 on
     from typing import Self
 
-Shape: TypeAlias = "tuple[int, ...]"
 HostArrays: TypeAlias = "Mapping[str, np.ndarray[Any, Any]]"
 
 

@@ -19,14 +19,13 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from minilora.backend import Array, read_only, to_host, xp
+from minilora.backend import Array, HostArray, read_only, to_host, xp
 from minilora.frozen.weight import FrozenWeight
 from minilora.model.model import Model
 
 if TYPE_CHECKING:
     from minilora.methods.lora import LoRA
 
-HostArray = np.ndarray[Any, Any]
 
 
 def init_pissa(W: FrozenWeight, rank: int, s: float) -> tuple[Array, Array]:

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array, xp
-from minilora.methods.method import Shape, Variant
+from minilora.methods.method import Variant
 from minilora.methods.virtual_tokens import EMBEDDINGS, VirtualTokens, starting_words
 from minilora.model.config import Config
 from minilora.model.model import Model
-from minilora.model.names import EMBED
+from minilora.model.names import EMBED, Shape
 from minilora.model.sites import Gradients
 
 

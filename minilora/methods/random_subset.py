@@ -12,12 +12,12 @@ import numpy as np
 from minilora.backend import Array, from_host, matmul_transposed, xp
 from minilora.frozen.weight import FrozenWeight
 from minilora.methods.lora import frozen_site
-from minilora.methods.method import Method, Shape, Variant
+from minilora.methods.method import Method, Variant
 from minilora.methods.setting import setting
 from minilora.methods.targets import projections
 from minilora.model.config import Config
 from minilora.model.model import Model
-from minilora.model.names import weight_shapes
+from minilora.model.names import Shape, weight_shapes
 from minilora.model.sites import FrozenLinear, Gradients
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from minilora.backend import Array
+from minilora.backend import Array, HostArray
 from minilora.frozen.weight import FrozenWeight
 from minilora.lora import init_gaussian, init_kaiming, init_orthogonal
 from minilora.methods.pissa import PiSSA
@@ -16,7 +16,6 @@ from minilora.model.model import Model
 if TYPE_CHECKING:
     from minilora.methods.lora import LoRA
 
-HostArray = np.ndarray[Any, Any]
 RandomInit = Callable[[int, tuple[int, int], np.random.Generator, Any], tuple[Array, Array]]
 
 

@@ -13,12 +13,12 @@ import numpy as np
 
 from minilora.backend import Array
 from minilora.methods.full import trained_copy, trained_site
-from minilora.methods.method import Method, Shape, Variant
+from minilora.methods.method import Method, Variant
 from minilora.methods.setting import setting
 from minilora.methods.targets import saved_module_names
 from minilora.model.config import Config
 from minilora.model.model import Model
-from minilora.model.names import EMBED, HEAD, weight_shapes
+from minilora.model.names import EMBED, HEAD, Shape, weight_shapes
 
 
 def whole_shapes(config: Config, names: Sequence[str]) -> dict[str, Shape]:

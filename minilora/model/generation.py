@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from minilora.backend import Array, to_device, to_host
+from minilora.backend import Array, HostArray, to_device, to_host
 from minilora.model.model import Model, Past, forward
 from minilora.model.names import HEAD
 
-HostArray = np.ndarray[Any, Any]
 Choose = Callable[[HostArray], HostArray]  # logits (B, V) → tokens (B,)
 
 

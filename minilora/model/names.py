@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from minilora.model.config import Config
+
+Shape: TypeAlias = "tuple[int, ...]"
 
 EMBED = "model.embed_tokens"
 NORM = "model.norm"
@@ -27,12 +31,12 @@ def layer_module(layer: int, role: str) -> str:
     return f"model.layers.{layer}.{LAYER[role]}"
 
 
-def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: Config) -> dict[str, Shape]:
     """Name and shape of every tensor of a checkpoint, in the order of the forward pass. A tied head has none."""
     D, F = config.hidden_size, config.intermediate_size
     Q, K = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     linear = {"q": (Q, D), "k": (K, D), "v": (K, D), "o": (D, Q), "gate": (F, D), "up": (F, D), "down": (D, F)}
-    shapes: dict[str, tuple[int, ...]] = {f"{EMBED}.weight": (config.vocab_size, D)}
+    shapes: dict[str, Shape] = {f"{EMBED}.weight": (config.vocab_size, D)}
     for layer in range(config.num_hidden_layers):
         for role in LAYER:
             module = layer_module(layer, role)
@@ -45,7 +49,7 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+def weight_shapes(config: Config) -> dict[str, Shape]:
     """`parameter_shapes`, and the head's also where it is the embedding: what an untied model has."""
     shapes = parameter_shapes(config)
     return shapes | {f"{HEAD}.weight": shapes[f"{EMBED}.weight"]}

@@ -20,8 +20,8 @@ from test_commands import CONFIG, assert_refused, contents, good, run
 
 from minilora import backend
 from minilora.adapters.combination import (
-    Summand,
     Factors,
+    Summand,
     combine,
     concatenate,
     relative_error,
