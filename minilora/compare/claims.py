@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from minilora.compare.figures import MethodResult, mean_and_spread
+from minilora.compare.rivals import FAMILY
 from minilora.compare.scale import at_gpt_3, lora_share
 from minilora.compare.spectrum import gain_kept
 
@@ -120,11 +121,12 @@ def of_gpt_3(full: MethodResult, lora: MethodResult) -> Iterator[Claim]:
 
 def of_quality(full: MethodResult, lora: MethodResult, by_name: dict[str, MethodResult]) -> Iterator[Claim]:
     yield Claim("LoRA matches full fine-tuning", both_told(lora, full), HERE if not worse(lora, full) else NOT)
-    others = [by_name[name] for name in ("bottleneck", "prefix", "prompt", "bitfit") if name in by_name]
+    apart = {full["method"], *FAMILY}
+    others = [one for name, one in by_name.items() if name not in apart and one.get("trainable_parameters")]
     if others:
         better = [other["method"] for other in others if worse(lora, other)]
         yield Claim(
-            "… is better than other adapters",
+            "… is better than the other methods",
             "held-out loss " + ", ".join(f"{one['method']} {told(one, 'loss')}" for one in (lora, *others)),
             f"{NOT}: {' and '.join(better)} did better" if better else HERE,
         )

@@ -12,9 +12,8 @@ from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 from minilora.compare.figures import MethodResult, mean_and_spread
 from minilora.compare.rank_plots import plot_ranks, plot_spectrum
+from minilora.compare.rivals import FAMILY, FULL
 from minilora.figures.drawing import BLUE, GREY, ORANGE, save
-
-FAMILY = ("lora", "rslora", "loraplus", "pissa", "orthogonal", "dora", "qlora")  # drawn in blue
 
 
 def plot_comparison(found: dict[str, Any], folder: Path) -> list[Path]:
@@ -72,7 +71,7 @@ class Point(NamedTuple):
 
     @property
     def colour(self) -> str:
-        return ORANGE if self.name == "full" else BLUE if self.name in FAMILY else GREY
+        return ORANGE if self.name == FULL.name else BLUE if self.name in FAMILY else GREY
 
 
 def point(result: MethodResult, x: Sequence[float], y: Sequence[float], unit: float) -> Point:

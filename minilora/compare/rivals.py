@@ -47,6 +47,7 @@ def rivals() -> tuple[Rival, ...]:
 
 RIVALS = rivals()
 FULL, LORA, *_ = RIVALS
+FAMILY = {rival.name for kind in known_methods().values() if issubclass(kind, LoRA) for rival in kind.rivals}  # LoRA's
 
 
 def lora_of_rank(rank: int, rates: Sequence[float]) -> Rival:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import minilora
+from minilora.methods.method import known_methods
 
 ROOT = Path(minilora.__file__).parent
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
@@ -103,3 +104,26 @@ def test_every_forward_of_an_operation_has_its_backward_in_the_same_file() -> No
                 node.name for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.FunctionDef)
             }
             assert {path.stem, f"{path.stem}_backward"} <= functions
+
+
+def test_every_method_is_found_and_says_all_that_is_to_be_known_of_it() -> None:
+    for name, method in known_methods().items():
+        assert name in method.names
+        assert method.freezes_base == bool(method.peft_type), "what freezes the base leaves an adapter"
+        assert {"shapes", "start", "attach"} <= {part for cls in method.__mro__[:-2] for part in vars(cls)}
+
+
+OUTSIDE = [path for path in FILES if room(path.as_posix()) != "methods"]
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=str)
+def test_no_file_outside_methods_asks_which_method_it_has_or_lists_methods(path: Path) -> None:
+    classes, names = {method.__name__ for method in known_methods().values()}, {*known_methods()} - {"prompt", "random"}
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            asked = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
+            assert asked.isdisjoint(classes), f"line {node.lineno} asks for {asked & classes}"
+        if isinstance(node, ast.Tuple | ast.List | ast.Set | ast.Dict):
+            entries = node.keys if isinstance(node, ast.Dict) else node.elts
+            listed = {entry.value for entry in entries if isinstance(entry, ast.Constant)} & names
+            assert len(listed) < 3, f"line {node.lineno} lists {listed}"
