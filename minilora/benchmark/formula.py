@@ -1,6 +1,7 @@
-"""How much work and memory a job has to take, by counting: no measurement, no array.
+"""How much work and memory a job has to take, by counting: no measurement, no array with numbers.
 
-The prediction that W5 is plotted against, and the floors in every table.
+The prediction that W5 is plotted against, and the floors in every table. Where the answer depends on what the step
+does, the step itself is run on arrays without numbers (`counting`).
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minilora.benchmark.job import Job, read_job_rows, steps_of
-from minilora.counting.activations import Work
-from minilora.counting.footprint import Storage, footprint
+from minilora.benchmark.ours import batch_of
+from minilora.counting.step_count import Storage, count_step
+from minilora.data.batches import divide
 from minilora.formats.peft import read_adapter
+from minilora.methods.bitfit import BitFit
 from minilora.model.config import Config
 from minilora.model.names import EMBED, parameter_count, parameter_shapes
-from minilora.training.side_by_side import shares
+from minilora.training.parts import number_of_parts
 
 
 class Pass(NamedTuple):
@@ -53,52 +56,46 @@ def product_operations(job: Job, config: Config) -> int:
 
 
 def operations(job: Job, config: Config) -> int:
-    """Those of a training step: the products; 6 N r (in + out) for each adapter; 6 T² H d in causal attention.
-
-    An adapter's A and B take part in three products each: forwards, for its own gradient, for its input's. Attention
-    has two products forwards and four backwards, of T² H d multiply-adds each, half of which causality leaves out.
-    """
-    adapter = _adapter_numbers(job, config)
-    width = config.num_attention_heads * config.head_dim
-    lengths = [len(row.tokens) for row in read_job_rows(job)]
-    attention = 6 * config.num_hidden_layers * width * sum(T * T for T in lengths)
-    return product_operations(job, config) + 6 * sum(lengths) * adapter + attention
+    """All additions and multiplications of the matrix products of training steps: those of the weights, those of the
+    adapters, and attention's."""
+    method = read_adapter(Path(job.adapter), config).method
+    total = 0
+    for rows in steps_of(job, read_job_rows(job)):
+        (batch,) = divide(batch_of(rows), 1)  # without padding
+        count = count_step(config, method, batch)
+        total += count.forward.total + count.backward.total
+    return total
 
 
 def needed_bytes(job: Job, config: Config) -> dict[str, int]:
     """The bytes that must live at once, by what they are for.
 
-    Training: the frozen weights; A and B, their gradients and AdamW's two moments, in float32; and of the rows of a
-    step what the backward reads and cannot cheaply compute again: the inputs of both norms, q, k, v, attention's output
-    and its row sums, gate and up. Generation: the weights, and all keys and values.
+    Training: the frozen weights; A and B, their gradients and AdamW's two moments, in float32; and of the fullest step
+    what the backward reads and cannot cheaply compute again. That is what the forward keeps when only biases train,
+    which need no array of their own: the inputs of both norms, q, k, v, attention's output and its row sums, gate and
+    up. Generation: the weights, and all keys and values.
     """
     narrow = job.dtype in ("bfloat16", "float16")
     number = 2 if narrow else 4
     weights = parameter_count(config) * (2 if job.frozen == "stored" or job.mixed_precision != "no" else number)
-    D, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    Q, K = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     rows = read_job_rows(job)
     if job.kind == "generate":
         cached = sum(len(row.tokens) + job.new_tokens for row in rows)
-        return {"weights": weights, "keys_values": cached * L * 2 * K * number}
-    token = L * (2 * D + 2 * Q + 2 * K + config.num_attention_heads + 2 * F) + D
-    most = max(sum(len(row.tokens) for row in step) for step in steps_of(job, rows))
+        width = config.num_key_value_heads * config.head_dim
+        return {"weights": weights, "keys_values": cached * config.num_hidden_layers * 2 * width * number}
+    fullest = max(steps_of(job, rows), key=lambda step: sum(len(row.tokens) for row in step))
+    (batch,) = divide(batch_of(fullest), 1)
+    adapter = read_adapter(Path(job.adapter), config)
     return {
         "weights": weights,
-        "adapter": 4 * 4 * _adapter_numbers(job, config),
-        "activations": most * token * number,
+        "adapter": 4 * 4 * sum(tensor.size for tensor in adapter.tensors.values()),
+        "activations": count_step(config, BitFit(), batch).activations // 4 * number,
     }
 
 
 def step_bytes(job: Job, config: Config) -> int:
-    """The most that a training step on full rows takes here, as `plan` counts it."""
-    rows = read_job_rows(job)
-    (step,) = passes_of(job)
-    work = Work(len(rows), max(len(row.tokens) for row in rows), step.labelled)
+    """The most that a training step on all rows takes here, as `plan` counts it."""
+    rows, on_cpu = read_job_rows(job), job.device == "cpu"
     method = read_adapter(Path(job.adapter), config).method
-    parts = shares(len(rows)) if job.device == "cpu" else 1
-    return footprint(config, method, work, Storage(frozen=job.frozen), shares=parts).total
-
-
-def _adapter_numbers(job: Job, config: Config) -> int:
-    return sum(tensor.size for tensor in read_adapter(Path(job.adapter), config).tensors.values())
+    parts = number_of_parts(len(rows)) if on_cpu else 1
+    return count_step(config, method, batch_of(rows), Storage(frozen=job.frozen), parts=parts, on_cpu=on_cpu).total

@@ -15,7 +15,13 @@ from minilora.formats.load import load_model
 from minilora.model.generation import complete
 from minilora.model.model import Model
 from minilora.training.optimizers import AdamW, clip_gradients, global_norm
+from minilora.training.parts import on_all_cores
 from minilora.training.step import loss_and_gradients, mean_loss
+
+
+def batch_of(rows: Sequence[JobRow]) -> Batch:
+    """All rows of a step in one batch."""
+    return collate([[Example(row.tokens, [i >= row.prompt for i in range(len(row.tokens))])] for row in rows], PAD)
 
 
 class Training:
@@ -45,7 +51,7 @@ class Training:
 
     def step(self, rows: Sequence[JobRow]) -> float:
         """One optimiser step, as the training loop makes it."""
-        loss, gradients = loss_and_gradients(self.model, self.batches(rows), on_all_cores=True)
+        loss, gradients = loss_and_gradients(self.model, [batch_of(rows)], run=on_all_cores)
         clip_gradients(gradients, global_norm(gradients), 1.0)
         self.optimizer.update(self.trainable, gradients, self.job.learning_rate)
         return loss
@@ -54,12 +60,7 @@ class Training:
         """After an epoch, the loss of its first step's rows."""
         if self.job.kind == "step":
             return {}
-        return {"final_loss": mean_loss(self.model, self.batches(steps_of(self.job, self.rows)[0]))}
-
-    def batches(self, rows: Sequence[JobRow]) -> list[Batch]:
-        """All rows of the step in one batch."""
-        examples = [[Example(row.tokens, [i >= row.prompt for i in range(len(row.tokens))])] for row in rows]
-        return [collate(examples, PAD)]
+        return {"final_loss": mean_loss(self.model, [batch_of(steps_of(self.job, self.rows)[0])])}
 
 
 class Generation:

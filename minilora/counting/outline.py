@@ -154,7 +154,10 @@ class Outline:
         assert arrays == list(range(arrays[0], arrays[-1] + 1)), "index arrays that stand apart"
         before = self.layout[parts[: arrays[0]]].shape[: arrays[0]]
         chosen = np.broadcast_shapes(*(parts[i].shape for i in arrays))
+        indices = [parts[i].astype(np.int64, copy=False) for i in arrays]  # NumPy looks up by these alone
         result = computed(self, before + chosen + self.shape[len(parts) :], self.dtype)
+        self.tally.calls -= sum(parts[i].dtype != np.int64 for i in arrays)  # that is a part of the same call
+        del indices
         if len(parts) == 1:
             return follow(result, lambda x, i: x[i], self, parts[0])
         return result

@@ -12,7 +12,7 @@ from minilora.methods.full import Full
 from minilora.methods.method import Method
 from minilora.model.names import parameter_count
 from minilora.plan.planned_run import PlannedRun
-from minilora.training.side_by_side import shares
+from minilora.training.parts import number_of_parts
 
 MEMORY = (
     *("weights", "trainable", "optimizer", "gradients", "activations", "loss_chunk"),
@@ -36,10 +36,9 @@ def run_figures(run: PlannedRun) -> dict[str, Any]:
 def method_figures(run: PlannedRun, method: Method) -> dict[str, Any]:
     """Bytes, FLOPs and calls of a step of such a method, and the bytes of the file that it leaves."""
     settings, storage = run.settings, run.storage
-    if isinstance(method, Full) and storage.frozen == "nf4":
-        storage = storage._replace(frozen="stored")  # train refuses what cannot be trained
-    if isinstance(method, Full):
-        storage = storage._replace(mixed_precision="no")  # nothing is frozen
+    if not method.freezes_base:  # nothing is held in 4 bits, or multiplied in 16
+        held = "stored" if storage.frozen == "nf4" else storage.frozen
+        storage = storage._replace(frozen=held, mixed_precision="no")
     on_cpu = settings.device != "cuda"
     count = count_step(
         run.config,
@@ -49,12 +48,12 @@ def method_figures(run: PlannedRun, method: Method) -> dict[str, Any]:
         settings.optimizer,
         settings.activation_checkpointing,
         settings.grad_accumulation,
-        shares(run.micro_batch.rows) if on_cpu else 1,
+        number_of_parts(run.micro_batch.rows) if on_cpu else 1,
         on_cpu,
     )
     flops = {"forward": count.forward._asdict(), "backward": count.backward._asdict()}
     total = count.forward.total + count.backward.total
-    written = "float32" if isinstance(method, Full) else settings.dtype  # a whole checkpoint is always float32
+    written = settings.dtype if method.freezes_base else "float32"  # a whole checkpoint is always float32
     return {
         "trainable_parameters": numbers(trainable_shapes(method, run.config)),
         "memory": {key: getattr(count, key) for key in MEMORY},

@@ -22,7 +22,8 @@ from minilora.model.model import Model
 from minilora.plan.flags import read_run
 from minilora.plan.planned_run import PlannedRun
 from minilora.training.optimizers import OPTIMIZERS, Optimizer, clip_gradients, global_norm
-from minilora.training.step import loss_and_gradients
+from minilora.training.parts import on_all_cores
+from minilora.training.step import Run, loss_and_gradients
 
 
 def take_step(
@@ -31,10 +32,10 @@ def take_step(
     optimizer: Optimizer,
     batches: list[Batch],
     checkpointing: bool,
-    on_all_cores: bool,
+    run: Run = map,
 ) -> None:
     """One optimiser step, as the training loop takes it."""
-    _, gradients = loss_and_gradients(model, batches, range(len(batches)), checkpointing, on_all_cores)
+    _, gradients = loss_and_gradients(model, batches, range(len(batches)), checkpointing, run)
     clip_gradients(gradients, global_norm(gradients), 1.0)
     optimizer.update(trainable, gradients, 1e-4)
 
@@ -54,7 +55,7 @@ def measure(run: PlannedRun, folder: Path) -> dict[str, int]:
     optimizer = OPTIMIZERS[settings.optimizer](trainable)
     batches = [run.micro_batch.draw(run.config, rng) for _ in range(settings.grad_accumulation)]
     between_steps, _ = tracemalloc.get_traced_memory()
-    take_step(model, trainable, optimizer, batches, settings.activation_checkpointing, on_all_cores=True)
+    take_step(model, trainable, optimizer, batches, settings.activation_checkpointing, on_all_cores)
     _, peak = tracemalloc.get_traced_memory()
     return {"imported": imported, "between_steps": between_steps, "peak": peak, "resident": peak_memory_bytes()}
 

@@ -1,4 +1,4 @@
-"""What is counted beforehand is what happens: bytes while a step runs, bytes of files, FLOPs; nothing is allocated.
+"""What is counted beforehand is what happens: bytes while a step runs, files, FLOPs, calls; no array is made.
 
 NumPy reports each array to tracemalloc, so a step's memory can be measured to the byte, in the midst of a test.
 """
@@ -22,37 +22,40 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.strategies import adapters, configs, seeds
+from support.wrapped_numpy import WrappedModule, wrap, wrapped_numpy
 
-from minilora.backend import use_module
-from minilora.counting.activations import Work, lowest_trained_layer
-from minilora.counting.flops import step_flops
-from minilora.counting.footprint import STATE, Footprint, Storage, footprint
+from minilora.backend import xp
+from minilora.counting.step_count import StepCount, Storage, count_step
 from minilora.formats.adapters import write_method
 from minilora.formats.checkpoint import random_weights, write_checkpoint
 from minilora.formats.known_configs import GPT_3, KNOWN_CONFIGS
 from minilora.formats.sizes import checkpoint_bytes, numbers, saved_bytes, trainable_shapes
+from minilora.frozen.hold import FROZEN
 from minilora.frozen.nf4 import NF4Weight
-from minilora.frozen.weight import DenseWeight
-from minilora.methods import Method
 from minilora.methods.bitfit import BitFit
 from minilora.methods.bottleneck import Bottleneck
+from minilora.methods.dora import DoRA
 from minilora.methods.full import Full
 from minilora.methods.lora import LoRA
+from minilora.methods.method import Method
 from minilora.methods.prefix import PrefixTuning
 from minilora.methods.prompt import PromptTuning
 from minilora.methods.random_subset import RandomSubset
-from minilora.methods.whole_modules import Modules
-from minilora.model.base import FROZEN, base_model
+from minilora.methods.whole_modules import WholeModules
+from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.model import Model, forward, head_loss
 from minilora.model.names import parameter_count
 from minilora.ops.cross_entropy import IGNORE
 from minilora.plan import __main__ as plan
-from minilora.plan.measured_step import random_batch, take_step
-from minilora.training.optimizers import OPTIMIZERS
+from minilora.plan.measured_step import take_step
+from minilora.plan.planned_run import MicroBatch as Rows
+from minilora.training.optimizers import OPTIMIZERS, clip_gradients, global_norm
 from minilora.training.step import loss_and_gradients
 
 ALL = ("all-linear",)
+QV = ("q_proj", "v_proj")
+Q_AND_V, LAST = LoRA(4, target_modules=QV), LoRA(8, target_modules=QV, layers_to_transform=(2,))
 SMOLLM = Config.from_dict(KNOWN_CONFIGS["SmolLM2-135M"])
 SMALL = replace(
     SMOLLM,
@@ -69,16 +72,19 @@ UNTIED = replace(SMALL, tie_word_embeddings=False, num_key_value_heads=6)
 
 methods = st.one_of(
     adapters,
-    st.builds(LoRA, rank=st.integers(1, 2), dora=st.booleans(), init=st.sampled_from(["kaiming", "pissa"])),
+    st.builds(
+        lambda kind, rank, init: kind(rank, target_modules=QV, init=init),
+        *(st.sampled_from([LoRA, DoRA]), st.integers(1, 2), st.sampled_from(["kaiming", "pissa"])),
+    ),
     st.sampled_from(
         [
             Full(),
             LoRA(2, target_modules=("embed_tokens", "lm_head"), modules_to_save=("norm",)),
-            LoRA(2, modules_to_save=("embed_tokens", "up_proj")),
-            Modules(),
-            Modules(("embed_tokens",)),
+            LoRA(2, target_modules=QV, modules_to_save=("embed_tokens", "up_proj")),
+            WholeModules(),
+            WholeModules(("embed_tokens",)),
             BitFit(),
-            BitFit(norms=True),
+            BitFit(train_norms=True),
             Bottleneck(3),
             RandomSubset(0.1),
             PrefixTuning(3),
@@ -88,8 +94,14 @@ methods = st.one_of(
 )
 
 
-def a_batch(config: Config, work: Work) -> Any:
-    return random_batch(config, work, np.random.default_rng(0))
+def a_batch(config: Config, work: Rows) -> Any:
+    return work.draw(config, np.random.default_rng(0))
+
+
+def counted_step(
+    config: Config, method: Method, work: Rows, storage: Storage | None = None, **options: Any
+) -> StepCount:
+    return count_step(config, method, a_batch(config, work), storage or Storage(), **options)
 
 
 def prepared(config: Config, method: Method, storage: Storage) -> tuple[Model, dict[str, np.ndarray]]:
@@ -108,7 +120,6 @@ def test_what_a_method_trains_is_known_before_it_starts(config: Config, method: 
     trainable = method.start(base, np.random.default_rng(seed))
     shapes = trainable_shapes(method, base.config if not isinstance(method, BitFit) else config)
     assert shapes == {name: p.shape for name, p in trainable.items()}
-    assert lowest_trained_layer(config, shapes) == method.attach(base, trainable).lowest_trained_layer
 
 
 @settings(max_examples=25)
@@ -147,7 +158,7 @@ class Seen(NamedTuple):
 
 
 def seen_in_a_step(
-    config: Config, method: Method, work: Work, storage: Storage, optimizer: str, checkpointing: bool, k: int
+    config: Config, method: Method, work: Rows, storage: Storage, optimizer: str, checkpointing: bool, k: int
 ) -> Seen:
     """Bytes, by tracemalloc."""
     model, trainable = prepared(config, method, storage)
@@ -159,7 +170,7 @@ def seen_in_a_step(
         before, _ = tracemalloc.get_traced_memory()
         loss_and_gradients(model, batches, range(k), checkpointing)
         _, backward = tracemalloc.get_traced_memory()
-        take_step(model, trainable, state, batches, checkpointing, on_all_cores=False)
+        take_step(model, trainable, state, batches, checkpointing)
         _, step = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -169,15 +180,17 @@ def seen_in_a_step(
 def check_memory(
     config: Config,
     method: Method,
-    work: Work,
+    work: Rows,
     storage: Storage = Storage(),  # noqa: B008
     optimizer: str = "adamw",
     checkpointing: bool = False,
     k: int = 1,
     within: float = 0.1,
-) -> Footprint:
+) -> StepCount:
     """Weights and optimiser are left out: they are known exactly, and would flatter the rest."""
-    counted = footprint(config, method, work, storage, optimizer, checkpointing, k)
+    counted = counted_step(
+        config, method, work, storage, optimizer=optimizer, checkpointing=checkpointing, micro_batches=k
+    )
     seen = seen_in_a_step(config, method, work, storage, optimizer, checkpointing, k)
     forwards_and_backwards = max(count for moment, count in counted.moments.items() if moment != "the update")
     assert forwards_and_backwards == pytest.approx(seen.backward, rel=within)
@@ -186,87 +199,87 @@ def check_memory(
 
 
 CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {  # → the moment that decides, and the job
-    "q and v": ("a layer's backward", (SMALL, LoRA(4), Work(4, 64, 252)), {}),
-    "q and v, a large vocabulary": ("the loss", (replace(SMALL, vocab_size=4000), LoRA(4), Work(4, 64, 252)), {}),
-    "q and v, half of it labelled": ("a layer's backward", (SMALL, LoRA(4), Work(4, 64, 100)), {}),
-    "all-linear": ("a layer's backward", (SMALL, LoRA(8, target_modules=ALL), Work(4, 64, 252)), {}),
-    "all-linear, long rows": ("a layer's backward", (SMALL, LoRA(8, target_modules=ALL), Work(2, 256, 200)), {}),
-    "all-linear, one short row": ("a layer's backward", (UNTIED, LoRA(8, target_modules=ALL), Work(1, 40, 20)), {}),
-    "all-linear, rank 64": ("a layer's backward", (SMALL, LoRA(64, target_modules=ALL), Work(4, 64, 60)), {}),
-    "all-linear, dropout": ("a layer's backward", (SMALL, LoRA(8, 16, 0.1, ALL), Work(4, 64, 60)), {}),
+    "q and v": ("a layer's backward", (SMALL, LoRA(4, target_modules=QV), Rows(4, 64, 252)), {}),
+    "q and v, a large vocabulary": ("the loss", (replace(SMALL, vocab_size=4000), Q_AND_V, Rows(4, 64, 252)), {}),
+    "q and v, half of it labelled": ("a layer's backward", (SMALL, LoRA(4, target_modules=QV), Rows(4, 64, 100)), {}),
+    "all-linear": ("a layer's backward", (SMALL, LoRA(8, target_modules=ALL), Rows(4, 64, 252)), {}),
+    "all-linear, long rows": ("a layer's backward", (SMALL, LoRA(8, target_modules=ALL), Rows(2, 256, 200)), {}),
+    "all-linear, one short row": ("a layer's backward", (UNTIED, LoRA(8, target_modules=ALL), Rows(1, 40, 20)), {}),
+    "all-linear, rank 64": ("a layer's backward", (SMALL, LoRA(64, target_modules=ALL), Rows(4, 64, 60)), {}),
+    "all-linear, dropout": ("a layer's backward", (SMALL, LoRA(8, 16, 0.1, ALL), Rows(4, 64, 60)), {}),
     "all-linear, float64": (
-        "a layer's backward", (SMALL, LoRA(target_modules=ALL), Work(4, 64, 252), Storage("float64")), {},
+        "a layer's backward", (SMALL, LoRA(target_modules=ALL), Rows(4, 64, 252), Storage("float64")), {},
     ),
-    "no shared keys": ("a layer's backward", (UNTIED, LoRA(8, target_modules=ALL), Work(4, 64, 60)), {}),
+    "no shared keys": ("a layer's backward", (UNTIED, LoRA(8, target_modules=ALL), Rows(4, 64, 60)), {}),
     "the last layer only": (
-        "the loss", (replace(SMALL, vocab_size=4000), LoRA(8, layers_to_transform=(2,)), Work(4, 64, 252)), {},
+        "the loss", (replace(SMALL, vocab_size=4000), LAST, Rows(4, 64, 252)), {},
     ),
-    "DoRA": ("a layer's backward", (SMALL, LoRA(8, target_modules=ALL, dora=True), Work(4, 64, 60)), {}),
-    "PiSSA": ("a layer's backward", (SMALL, LoRA(8, target_modules=ALL, init="pissa"), Work(4, 64, 60)), {}),
+    "DoRA": ("a layer's backward", (SMALL, DoRA(8, target_modules=ALL), Rows(4, 64, 60)), {}),
+    "PiSSA": ("a layer's backward", (SMALL, LoRA(8, target_modules=ALL, init="pissa"), Rows(4, 64, 60)), {}),
     "checkpointing": (
-        "a layer's backward", (SMALL, LoRA(target_modules=ALL), Work(4, 64, 252)), {"checkpointing": True},
+        "a layer's backward", (SMALL, LoRA(target_modules=ALL), Rows(4, 64, 252)), {"checkpointing": True},
     ),
     "checkpointing, q and v, long rows": (
-        "a layer's backward", (SMALL, LoRA(), Work(2, 200, 398)), {"checkpointing": True},
+        "a layer's backward", (SMALL, LoRA(target_modules=QV), Rows(2, 200, 398)), {"checkpointing": True},
     ),
-    "two micro-batches": ("a layer's backward", (SMALL, LoRA(), Work(2, 64, 60)), {"k": 2}),
+    "two micro-batches": ("a layer's backward", (SMALL, LoRA(target_modules=QV), Rows(2, 64, 60)), {"k": 2}),
     "stored": (
         "the loss",
-        (replace(SMALL, vocab_size=8000), LoRA(target_modules=ALL), Work(2, 32, 62), Storage("float32", "stored")),
+        (replace(SMALL, vocab_size=8000), LoRA(target_modules=ALL), Rows(2, 32, 62), Storage("float32", "stored")),
         {},
     ),
     "bf16, a large vocabulary": (
         "the loss",
-        (replace(SMALL, vocab_size=8000), LoRA(target_modules=ALL), Work(2, 32, 62), Storage(mixed_precision="bf16")),
+        (replace(SMALL, vocab_size=8000), LoRA(target_modules=ALL), Rows(2, 32, 62), Storage(mixed_precision="bf16")),
         {},
     ),
     "fp16": (
         "a layer's backward",
-        (SMALL, LoRA(8, target_modules=ALL), Work(4, 64, 100), Storage(mixed_precision="fp16")),
+        (SMALL, LoRA(8, target_modules=ALL), Rows(4, 64, 100), Storage(mixed_precision="fp16")),
         {},
     ),
     "nf4 and bf16": (
         "a layer's backward",
         (
-            replace(SMALL, hidden_size=480, vocab_size=50), LoRA(), Work(1, 32, 31),
+            replace(SMALL, hidden_size=480, vocab_size=50), LoRA(target_modules=QV), Rows(1, 32, 31),
             Storage(frozen="nf4", mixed_precision="bf16"),
         ),
         {},
     ),
     "a random subset in nf4": (
         "a layer's backward",
-        (replace(SMALL, hidden_size=480, vocab_size=50), RandomSubset(0.05), Work(1, 32, 31), Storage(frozen="nf4")),
+        (replace(SMALL, hidden_size=480, vocab_size=50), RandomSubset(0.05), Rows(1, 32, 31), Storage(frozen="nf4")),
         {},
     ),
     "nf4, one short row": (
         "a layer's backward",
-        (replace(SMALL, hidden_size=480, vocab_size=50), LoRA(), Work(1, 32, 31), Storage("float32", "nf4")),
+        (replace(SMALL, hidden_size=480, vocab_size=50), Q_AND_V, Rows(1, 32, 31), Storage("float32", "nf4")),
         {},
     ),
-    "full": ("a layer's backward", (SMALL, Full(), Work(4, 64, 252)), {}),
-    "full, untied": ("a layer's backward", (UNTIED, Full(), Work(4, 64, 252)), {}),
+    "full": ("a layer's backward", (SMALL, Full(), Rows(4, 64, 252)), {}),
+    "full, untied": ("a layer's backward", (UNTIED, Full(), Rows(4, 64, 252)), {}),
     "full, a large vocabulary": (
-        "the update", (replace(SMALL, vocab_size=6000), Full(), Work(1, 16, 15)), {},
+        "the update", (replace(SMALL, vocab_size=6000), Full(), Rows(1, 16, 15)), {},
     ),
     "full, chunks of the loss": (
         "a layer's backward",
-        (replace(SMALL, vocab_size=3000, num_hidden_layers=1, rope_layers=(True,)), Full(), Work(80, 32, 2080)),
+        (replace(SMALL, vocab_size=3000, num_hidden_layers=1, rope_layers=(True,)), Full(), Rows(80, 32, 2080)),
         {},
     ),
     "full, SGD": (
-        "the embedding's gradient", (replace(SMALL, vocab_size=6000), Full(), Work(1, 16, 15)), {"optimizer": "sgd"},
+        "the embedding's gradient", (replace(SMALL, vocab_size=6000), Full(), Rows(1, 16, 15)), {"optimizer": "sgd"},
     ),
-    "the head alone": ("the loss", (replace(SMALL, vocab_size=2000), Modules(), Work(4, 64, 252)), {}),
-    "the head alone, a few labels": ("a frozen layer's forward", (SMALL, Modules(), Work(4, 64, 20)), {}),
-    "the embedding alone": ("a layer's backward", (SMALL, Modules(("embed_tokens",)), Work(4, 64, 60)), {}),
-    "BitFit": ("a layer's backward", (SMALL, BitFit(), Work(4, 64, 252)), {}),
-    "bottleneck": ("a layer's backward", (SMALL, Bottleneck(16), Work(4, 64, 100)), {}),
-    "a random subset": ("a layer's backward", (SMALL, RandomSubset(0.05), Work(4, 64, 100)), {}),
-    "prefix": ("a layer's backward", (SMALL, PrefixTuning(20), Work(4, 64, 100)), {}),
-    "prompt": ("a layer's backward", (SMALL, PromptTuning(20), Work(4, 64, 100)), {}),
+    "the head alone": ("the loss", (replace(SMALL, vocab_size=2000), WholeModules(), Rows(4, 64, 252)), {}),
+    "the head alone, a few labels": ("a frozen layer's forward", (SMALL, WholeModules(), Rows(4, 64, 20)), {}),
+    "the embedding alone": ("a layer's backward", (SMALL, WholeModules(("embed_tokens",)), Rows(4, 64, 60)), {}),
+    "BitFit": ("a layer's backward", (SMALL, BitFit(), Rows(4, 64, 252)), {}),
+    "bottleneck": ("a layer's backward", (SMALL, Bottleneck(16), Rows(4, 64, 100)), {}),
+    "a random subset": ("a layer's backward", (SMALL, RandomSubset(0.05), Rows(4, 64, 100)), {}),
+    "prefix": ("a layer's backward", (SMALL, PrefixTuning(20), Rows(4, 64, 100)), {}),
+    "prompt": ("a layer's backward", (SMALL, PromptTuning(20), Rows(4, 64, 100)), {}),
     "the update of a wide embedding": (
         "the update",
-        (replace(SMALL, vocab_size=9000), LoRA(64, target_modules=("embed_tokens",)), Work(1, 4, 3)),
+        (replace(SMALL, vocab_size=9000), LoRA(64, target_modules=("embed_tokens",)), Rows(1, 4, 3)),
         {},
     ),
 }  # fmt: skip
@@ -280,7 +293,7 @@ def test_a_step_takes_the_memory_that_was_counted_and_at_that_moment(name: str) 
 
 @pytest.mark.parametrize("name", [name for name, (_, _, options) in CASES.items() if "k" not in options])
 def test_the_forward_keeps_what_was_counted(name: str) -> None:
-    """And the hidden states, where tokens stand, and who sees whom."""
+    """Beside the hidden states themselves."""
     config, method, work, *storage = CASES[name][1]
     checkpointing = CASES[name][2].get("checkpointing", False)
     model, _ = prepared(config, method, *(storage or [Storage()]))
@@ -296,10 +309,9 @@ def test_the_forward_keeps_what_was_counted(name: str) -> None:
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    counted = footprint(config, method, work, *(storage or [Storage()]), checkpointing=checkpointing).activations
-    cos, sin, blocks = cache.context
-    others = hidden.nbytes + cos.nbytes + sin.nbytes + sum(block.visible.nbytes for block in blocks)
-    assert counted == pytest.approx(after - before - others, rel=0.01, abs=30_000)
+    counted = counted_step(config, method, work, *storage, checkpointing=checkpointing).activations
+    assert cache is not None
+    assert counted == pytest.approx(after - before - hidden.nbytes, rel=0.01, abs=30_000)
 
 
 @pytest.mark.parametrize("labelled", [500, 1500, 2100])
@@ -307,9 +319,9 @@ def test_the_forward_keeps_what_was_counted(name: str) -> None:
     ("method", "frozen"),
     [
         (Full(), "widened"),
-        (Modules(), "widened"),
-        (LoRA(), "widened"),
-        (LoRA(), "stored"),
+        (WholeModules(), "widened"),
+        (LoRA(target_modules=QV), "widened"),
+        (LoRA(target_modules=QV), "stored"),
         (LoRA(4, target_modules=("lm_head",)), "widened"),
     ],
     ids=["full", "head", "frozen", "stored", "lora"],
@@ -328,7 +340,7 @@ def test_the_loss_takes_what_was_counted_however_many_chunks(method: Method, fro
         _, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    counted = footprint(config, method, Work(1, 2100, labelled), storage).loss_chunk
+    counted = counted_step(config, method, Rows(1, 2100, labelled), storage).loss_chunk
     assert counted == pytest.approx(most - before - hidden.nbytes, rel=0.03)  # without dhidden
 
 
@@ -359,7 +371,7 @@ def test_whatever_the_shape_the_count_is_within_a_tenth(
     )  # fmt: skip
     method = LoRA(rank, dropout=dropout, target_modules=targets)
     storage = Storage("float32", frozen)
-    check_memory(config, method, Work(rows, length, labelled * rows), storage, checkpointing=checkpointing)
+    check_memory(config, method, Rows(rows, length, labelled * rows), storage, checkpointing=checkpointing)
 
 
 @pytest.mark.parametrize("frozen", FROZEN)
@@ -367,8 +379,9 @@ def test_whatever_the_shape_the_count_is_within_a_tenth(
 @pytest.mark.parametrize("config", [SMALL, UNTIED], ids=["tied", "untied"])
 def test_weights_are_held_in_so_many_bytes(frozen: str, file: str, config: Config) -> None:
     model = base_model(config, random_weights(config, 0, file), np.float32, frozen)
-    arrays = {id(array): array for site in model.sites.values() for array in held_by(site)}
-    counted = footprint(config, LoRA(), Work(1, 2, 1), Storage("float32", frozen, file)).weights
+    owners = [array if array.base is None else array.base for site in model.sites.values() for array in held_by(site)]
+    arrays = {id(array): array for array in owners}  # NF4's codes are the beginnings of whole blocks
+    counted = counted_step(config, LoRA(target_modules=QV), Rows(1, 2, 1), Storage("float32", frozen, file)).weights
     assert counted == pytest.approx(sum(array.nbytes for array in arrays.values()), rel=1e-3)
 
 
@@ -377,7 +390,7 @@ def test_weights_are_held_in_so_many_bytes(frozen: str, file: str, config: Confi
 )
 def test_what_a_method_freezes_beside_the_weights_is_counted(method: Method) -> None:
     base = base_model(SMALL, random_weights(SMALL, 0))
-    work, storage = Work(1, 2, 1), Storage(file="float32")
+    work, storage = Rows(1, 2, 1), Storage(file="float32")
     gc.collect()
     tracemalloc.start()
     try:
@@ -387,8 +400,8 @@ def test_what_a_method_freezes_beside_the_weights_is_counted(method: Method) -> 
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    counted = footprint(SMALL, method, work, storage)
-    frozen = counted.weights - footprint(SMALL, LoRA(), work, storage).weights
+    counted = counted_step(SMALL, method, work, storage)
+    frozen = counted.weights - counted_step(SMALL, LoRA(target_modules=QV), work, storage).weights
     assert frozen + counted.trainable == pytest.approx(after - before, rel=0.1)
     assert model.sites
 
@@ -405,62 +418,28 @@ def held_by(site: Any) -> Iterator[np.ndarray]:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimisers_state_is_counted(name: str) -> None:
-    parameters = {"a": np.ones((30, 40), np.float32), "b": np.ones(50, np.float32)}
-    state = OPTIMIZERS[name](parameters).state()
-    assert sum(array.size for array in state.values() if array.ndim) == STATE[name] * (30 * 40 + 50)
+    _, trainable = prepared(SMALL, LoRA(4, target_modules=QV), Storage())
+    state = OPTIMIZERS[name](trainable).state()
+    counted = counted_step(SMALL, LoRA(4, target_modules=QV), Rows(1, 2, 1), optimizer=name)
+    assert counted.optimizer == sum(array.nbytes for array in state.values())
 
 
-# --- FLOPs ---
-
-
-class Traced(np.ndarray):
-    """An array that counts the operations of every product it comes into."""
-
-    flops = 0
-
-    def __array_ufunc__(self, ufunc: Any, method: str, *arrays: Any, out: Any = None, **options: Any) -> Any:
-        plain = [a.view(np.ndarray) if isinstance(a, Traced) else a for a in arrays]
-        if out:
-            options["out"] = tuple(o.view(np.ndarray) for o in out)
-        result = getattr(ufunc, method)(*plain, **options)
-        if ufunc is np.matmul:
-            Traced.flops += 2 * result.size * plain[0].shape[-1]
-        return result.view(Traced) if isinstance(result, np.ndarray) else result
-
-
-class TracedModule:
-    """NumPy, where new and joined arrays count as well."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(np, name)
-
-    def concatenate(self, arrays: Any, axis: int = 0) -> Any:
-        return np.concatenate(arrays, axis).view(Traced)
-
-    def zeros(self, shape: Any, dtype: Any = float) -> Any:
-        return np.zeros(shape, dtype).view(Traced)
-
-
-@pytest.fixture
-def traced() -> Iterator[None]:
-    previous = use_module(TracedModule())
-    yield
-    use_module(previous)
+# --- FLOPs and calls ---
 
 
 COUNTED: dict[str, Method] = {
-    "q and v": LoRA(2),
+    "q and v": LoRA(2, target_modules=QV),
     "all-linear": LoRA(3, target_modules=ALL),
-    "dropout": LoRA(2, dropout=0.5),
-    "the last layer": LoRA(2, layers_to_transform=(2,)),
+    "dropout": LoRA(2, dropout=0.5, target_modules=QV),
+    "the last layer": LoRA(2, target_modules=QV, layers_to_transform=(2,)),
     "embedding and head": LoRA(2, target_modules=("q_proj", "embed_tokens", "lm_head")),
-    "whole modules beside": LoRA(2, modules_to_save=("lm_head", "mlp.up_proj")),
-    "DoRA": LoRA(2, dora=True),
-    "DoRA, dropout": LoRA(2, dora=True, dropout=0.5),
-    "PiSSA": LoRA(2, init="pissa"),
+    "whole modules beside": LoRA(2, target_modules=QV, modules_to_save=("lm_head", "mlp.up_proj")),
+    "DoRA": DoRA(2, target_modules=QV),
+    "DoRA, dropout": DoRA(2, dropout=0.5, target_modules=QV),
+    "PiSSA": LoRA(2, target_modules=QV, init="pissa"),
     "full": Full(),
-    "the head alone": Modules(),
-    "the embedding alone": Modules(("embed_tokens",)),
+    "the head alone": WholeModules(),
+    "the embedding alone": WholeModules(("embed_tokens",)),
     "BitFit": BitFit(),
     "bottleneck": Bottleneck(3),
     "a random subset": RandomSubset(0.1),
@@ -469,32 +448,43 @@ COUNTED: dict[str, Method] = {
 }
 
 
+def wrapped_step(module: WrappedModule, config: Config, method: Method, work: Rows, checkpointing: bool) -> None:
+    """A step as `take_step` takes it, with gradients that are clipped, on arrays that the module sees."""
+    base = base_model(config, {name: wrap(module, w) for name, w in random_weights(config, 0).items()})
+    trainable = method.start(base, wrap(module, np.random.default_rng(0)))
+    model = method.attach(base, {name: xp.asarray(p) for name, p in trainable.items()})
+    state = OPTIMIZERS["adamw"](trainable)
+    module.flops = module.calls = 0
+    _, gradients = loss_and_gradients(model, [a_batch(config, work)], [0], checkpointing)
+    norm = global_norm(gradients)
+    clip_gradients(gradients, norm, norm / 2)
+    state.update(trainable, gradients, 1e-4)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("name", COUNTED)
-def test_a_step_makes_the_products_that_were_counted(name: str, checkpointing: bool, traced: None) -> None:
+def test_a_step_makes_the_products_and_the_calls_that_were_counted(name: str, checkpointing: bool) -> None:
     config = replace(SMALL, hidden_size=24, head_dim=4, intermediate_size=40, vocab_size=50)
-    method, work = COUNTED[name], Work(3, 10, 20)
-    base = base_model(config, random_weights(config, 0))
-    trainable = {name: p.view(Traced) for name, p in method.start(base, np.random.default_rng(0)).items()}
-    model = method.attach(base, trainable)
-    for site in base.sites.values():
-        if isinstance(weight := getattr(site, "weight", None), DenseWeight):
-            weight.W = weight.W.view(Traced)
-    Traced.flops = 0
-    loss_and_gradients(model, [a_batch(config, work)], [1], checkpointing)
-    forward, backward = step_flops(config, method, work, checkpointing)
-    assert forward.total + backward.total == Traced.flops
+    method, work = COUNTED[name], Rows(3, 10, 20)
+    with wrapped_numpy() as module:
+        wrapped_step(module, config, method, work, checkpointing)
+    counted = counted_step(config, method, work, checkpointing=checkpointing)
+    assert counted.forward.total + counted.backward.total == module.flops
+    assert counted.calls == module.calls
 
 
 def test_flops_with_a_pencil() -> None:
-    """One token of SmolLM2-135M and its label: two FLOPs a weight forwards and two backwards, six when all trains."""
+    """Two tokens of SmolLM2-135M, one label: two FLOPs a weight forwards and two backwards, six when all trains."""
     matrices = sum(2 * 576 * out + 2 * 576 * 192 + 3 * 576 * 1536 for out in [576] * 30)
-    forward, backward = step_flops(SMOLLM, LoRA(), Work(1, 1, 1))
-    assert (forward.weights, backward.weights) == (2 * matrices, 2 * matrices)
+    lora = counted_step(SMOLLM, LoRA(target_modules=QV), Rows(1, 2, 1))
+    forward, backward = lora.forward, lora.backward
+    assert (forward.weights, backward.weights) == (2 * 2 * matrices, 2 * 2 * matrices)
     assert (forward.head, backward.head) == (2 * 49152 * 576, 2 * 49152 * 576)
-    assert forward.trained == 2 * 8 * (2 * 576 + 576 + 192) * 30 and backward.trained == 2 * forward.trained
-    _, full = step_flops(SMOLLM, Full(), Work(1, 1, 1))
-    assert full.weights + full.trained + full.head == 4 * (matrices + 49152 * 576)
+    assert forward.trained == 2 * 2 * 8 * (2 * 576 + 576 + 192) * 30 and backward.trained == 2 * forward.trained
+    pairs = 2 * 2 * 9 * 64 * 30  # of two queries and two keys in nine heads of 64
+    assert (forward.attention, backward.attention) == (2 * 2 * pairs, 5 * 2 * pairs)
+    full = counted_step(SMOLLM, Full(), Rows(1, 2, 1)).backward
+    assert full.weights + full.trained + full.head == 4 * (2 * matrices + 49152 * 576)
 
 
 # --- The claims at GPT-3's size ---
@@ -505,12 +495,16 @@ def test_at_gpt_3s_size_the_papers_figures_come_out() -> None:
     memory 3 times, from 1.2 TB to 350 GB, for the optimiser's states are gone. Table 4: 4.7M and 37.7M parameters."""
     config = Config.from_dict(GPT_3)
     assert parameter_count(config) == pytest.approx(175e9, rel=0.005)
-    trained = {r: numbers(trainable_shapes(LoRA(r), config)) for r in (1, 4, 8)}
+    trained = {r: numbers(trainable_shapes(LoRA(r, target_modules=QV), config)) for r in (1, 4, 8)}
     assert (round(trained[1] / 1e6, 1), round(trained[8] / 1e6, 1)) == (4.7, 37.7)
     assert trained[4] == 96 * 2 * 2 * 12288 * 4
     assert checkpoint_bytes(config, "float16") == pytest.approx(350e9, rel=0.005)
-    assert saved_bytes(LoRA(4), config, "float16") / 2**20 == pytest.approx(35, rel=0.05)
-    assert 9_000 < checkpoint_bytes(config, "float16") / saved_bytes(LoRA(4), config, "float16") < 10_000
+    assert saved_bytes(LoRA(4, target_modules=QV), config, "float16") / 2**20 == pytest.approx(35, rel=0.05)
+    assert (
+        9_000
+        < checkpoint_bytes(config, "float16") / saved_bytes(LoRA(4, target_modules=QV), config, "float16")
+        < 10_000
+    )
     weights = 2 * parameter_count(config)
     assert (weights + 2 * weights) / (weights + 3 * 2 * trained[4]) == pytest.approx(3, rel=0.01)  # m, v in 16 bits too
 
@@ -578,8 +572,12 @@ def test_flags_of_train_mean_here_what_they_mean_there(tiny: Path) -> None:
     assert memory("--method", "full")["saved_file"] > usual["saved_file"]
 
 
+def counted_calls(method: Method) -> int:
+    return counted_step(SMOLLM, method, Rows(4, 256, 4 * 255)).calls
+
+
 def test_the_table_shows_the_deciding_moment_and_full_fine_tuning_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minilora.training.side_by_side.cores", lambda: 1)
+    monkeypatch.setattr("minilora.training.parts.cores", lambda: 1)
     status, out, _ = run(
         "--model", "SmolLM2-135M", "--batch-size", "4", "--grad-accumulation", "1", "--max-length", "256"
     )
@@ -588,6 +586,7 @@ def test_the_table_shows_the_deciding_moment_and_full_fine_tuning_beside_it(monk
     assert lines["parameters that train"] == ["2,442,240", "134,515,008", "1.816%"]
     assert lines["frozen weights"][:2] == ["538.06", "MB"]
     assert "→" in lines["at a layer's backward"]
+    assert lines["calls"] == [f"{counted_calls(method):,}" for method in (LoRA(), Full())]
 
 
 @pytest.mark.parametrize(
