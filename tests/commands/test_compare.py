@@ -331,7 +331,7 @@ def verdict(claim: str, found: dict[str, Any]) -> str:
         ("once merged", {}, {"latency": {"base": 1.0, "adapted": 1.5, "merged": 1.4}}),
         ("ten times)", {"best_rate": 1e-1}, {"best_rate": 1e-2}),
         ("randomly", {"loss": [0.3]}, {"loss": [0.9]}),
-        ("other adapters", {"loss": [0.3]}, {"loss": [0.9]}),
+        ("other methods", {"loss": [0.3]}, {"loss": [0.9]}),
     ],
 )  # fmt: skip
 def test_a_verdict_turns_with_the_numbers(claim: str, good: dict[str, Any], bad: dict[str, Any]) -> None:
