@@ -6,14 +6,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from tqdm import tqdm
 
 from minilora.backend import to_device, to_host
 from minilora.data.batches import Batch, Rows, batches_of, count_labels
 from minilora.model.model import Model
-from minilora.training.optimizers import clip_gradients
+from minilora.training.optimizers import clip_gradients, global_norm
+from minilora.training.parts import on_all_cores
 from minilora.training.schedules import learning_rate
 from minilora.training.state import State
 from minilora.training.step import loss_and_gradients, mean_loss
@@ -75,9 +75,10 @@ def train(
             batches = next_batches(state, rows, plan, pad_id)
             first_seed = int(state.rng.integers(2**62))  # one draw a step, however many micro-batches it has
             seeds = range(first_seed, first_seed + len(batches))
-            checkpointing = plan.activation_checkpointing
-            compute = partial(loss_and_gradients, model, batches, seeds, checkpointing, True)
-            loss, gradients, norm = state.loss_scale.gradients(compute)
+            scaled = state.loss_scale.value > 1
+            compute = state.loss_scale.loss_and_gradients if scaled else loss_and_gradients
+            loss, gradients = compute(model, batches, seeds, plan.activation_checkpointing, on_all_cores)
+            norm = global_norm(gradients)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise Diverged(_stopped(state, loss, norm))
             clip_gradients(gradients, norm, plan.max_grad_norm)
@@ -93,7 +94,7 @@ def train(
                 loss=loss,
                 learning_rate=rate,
                 grad_norm=norm,
-                **({"loss_scale": state.loss_scale.value} if state.loss_scale.value > 1 else {}),
+                **({"loss_scale": state.loss_scale.value} if scaled else {}),
                 tokens=tokens,
                 labelled_tokens=sum(count_labels(batch) for batch in batches),
                 tokens_per_second=round(speed, 1),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from minilora.backend import Array, to_device
-from minilora.data.batches import Batch, count_examples, count_labels, divide
+from minilora.data.batches import Batch, count_labels
 from minilora.model.model import Model, backward, forward, head_loss
-from minilora.model.sites import Gradients, add_gradients, part_seed
-from minilora.training.side_by_side import shares, side_by_side
+from minilora.model.sites import Gradients, add_gradients
+from minilora.training.parts import on_all_cores
+
+Run = Callable[..., Iterable[Any]]  # `map`, or `on_all_cores`, which gives the same results sooner
 
 
 def loss_and_gradients(
@@ -18,42 +21,53 @@ def loss_and_gradients(
     batches: Sequence[Batch],
     seeds: Sequence[int] | None = None,
     checkpointing: bool = False,
-    on_all_cores: bool = False,
-    loss_scale: float = 1.0,
+    run: Run = map,
 ) -> tuple[float, Gradients]:
     """The mean loss over all labelled tokens of all micro-batches, in nats per token, and its gradients. (docs: M9)
 
-    Each micro-batch contributes Σ loss / M with M the labelled tokens of *all* of them, so that k micro-batches are one
-    large batch. (Averaging their means would weigh the tokens of a batch with few labels more than the others.) The
-    same holds of the shares of a micro-batch that go through the model side by side, `on_all_cores`, and without
-    padding. On their way the gradients are `loss_scale` times as large. (docs: H2)
+        L = Σ_j L_j / M    with L_j the summed loss of micro-batch j, and M the labelled tokens of *all* micro-batches
+        dL = Σ_j d(L_j / M)
+
+    So k micro-batches are one large batch. (Averaging their means would weigh the tokens of a batch with few labels
+    more than the others.) The same holds for the parts of a micro-batch that `on_all_cores` runs at the same time.
     """
-    labelled = _labelled_tokens(batches)
+    M = labelled_tokens(batches)
+    total, gradients = accumulate(model, batches, 1 / M, seeds, checkpointing, run)
+    return total / M, gradients
+
+
+def accumulate(
+    model: Model,
+    batches: Sequence[Batch],
+    dloss: float,
+    seeds: Sequence[int] | None = None,
+    checkpointing: bool = False,
+    run: Run = map,
+) -> tuple[float, Gradients]:
+    """Σ_j L_j over all micro-batches, and the gradients of dloss · Σ_j L_j. (docs: M9)"""
+
+    def micro_batch(batch: Batch, seed: int | None) -> tuple[float, Gradients]:
+        return summed_loss(model, batch, dloss, seed, checkpointing)
+
     total = 0.0
     gradients: Gradients = {}
-    for i, batch in enumerate(batches):
-        parts = divide(batch, shares(count_examples(batch))) if on_all_cores else [batch]
-        seed = seeds[i] if seeds is not None else None
-        arguments = [
-            (part, model, loss_scale / labelled, part_seed(seed, j), checkpointing) for j, part in enumerate(parts)
-        ]
-        for loss, share_gradients in side_by_side(lambda given: _share_of(*given), arguments):
-            add_gradients(gradients, share_gradients)
-            total += loss
-            del share_gradients
-    if loss_scale != 1:
-        for gradient in gradients.values():
-            gradient *= 1 / loss_scale
-    return total / labelled, gradients
+    for loss, new in run(micro_batch, batches, [None] * len(batches) if seeds is None else seeds):
+        total += loss
+        add_gradients(gradients, new)
+        del new  # before the next micro-batch's are made
+    return total, gradients
 
 
-def _share_of(
-    batch: Batch, model: Model, dloss: float, seed: int | None, checkpointing: bool
+def summed_loss(
+    model: Model, batch: Batch, dloss: float, seed: int | None = None, checkpointing: bool = False
 ) -> tuple[float, Gradients]:
-    """Σ loss of some rows, and the gradients of dloss · Σ loss. Their cache is gone before the next micro-batch's is
-    made: that is what accumulation saves."""
+    """L_j, the summed loss of one micro-batch, and the gradients of dloss · L_j. (docs: M9)
+
+    The cache is gone when this returns, before the next micro-batch's is made: that is the memory which accumulation
+    saves.
+    """
     tokens, labels, positions, segments = (to_device(array) for array in batch)
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite shows in the gradient's norm
+    with np.errstate(over="ignore", invalid="ignore"):  # the gradient's norm shows what is not finite
         hidden, past, cache = forward(model, tokens, positions, segments, seed=seed, checkpointing=checkpointing)
         del past  # the keys and values of every layer
         loss, dhidden, gradients = head_loss(model, hidden, labels.reshape(-1), dloss, seed=seed)
@@ -65,16 +79,18 @@ def _share_of(
 def mean_loss(model: Model, batches: Sequence[Batch]) -> float:
     """Σ loss / Σ labelled tokens over all batches, in nats per token, without dropout; it saves nothing. (docs: M10)"""
 
-    def loss(batch: Batch) -> float:
+    def loss(batch: Batch, seed: int | None) -> float:
         hidden, labels = hidden_states(model, batch)
         return float(head_loss(model, hidden, labels, dloss=None)[0])
 
-    total = sum(sum(side_by_side(loss, divide(batch, shares(count_examples(batch))))) for batch in batches)
-    return total / _labelled_tokens(batches)
+    total = 0.0
+    for batch in batches:
+        total += sum(on_all_cores(loss, [batch], [None]))
+    return total / labelled_tokens(batches)
 
 
-def _labelled_tokens(batches: Sequence[Batch]) -> int:
-    """What a mean loss divides by. ValueError where it would be 0."""
+def labelled_tokens(batches: Sequence[Batch]) -> int:
+    """M, the divisor of a mean loss. ValueError if it would be 0. (docs: M9)"""
     labelled = sum(count_labels(batch) for batch in batches)
     if labelled == 0:
         raise ValueError("no token of these batches has a label: there is no loss to speak of")

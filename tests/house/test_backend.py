@@ -25,6 +25,7 @@ from minilora.methods.lora import LoRA
 from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.model import forward
+from minilora.training.loss_scale import scaled_loss_and_gradients
 from minilora.training.optimizers import OPTIMIZERS, clip_gradients, global_norm
 from minilora.training.step import loss_and_gradients, mean_loss
 
@@ -251,7 +252,7 @@ def test_mixed_precision_on_a_device_never_mixes_arrays_and_computes_nearly_what
         fresh = method.start(base, np.random.default_rng(0))
         start = random_adapter({name: to_host(array) for name, array in fresh.items()}, 1)
         adapter = {name: to_device(array.astype(np.float32)) for name, array in start.items()}
-        loss, found = loss_and_gradients(method.attach(base, adapter), BATCHES, loss_scale=1024.0)
+        loss, found = scaled_loss_and_gradients(1024.0, method.attach(base, adapter), BATCHES)
         return {name: to_host(array) for name, array in found.items()} | {"loss": np.array(loss)}
 
     on_host = gradients()

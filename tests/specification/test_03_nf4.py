@@ -255,7 +255,6 @@ def test_zeros_stay_zero_where_the_smallest_numbers_are_flushed_to_zero() -> Non
     assert found.tobytes() == expected.tobytes() and not found[0].any()
 
 
-
 @given(weights(), st.integers(-20, 20))
 def test_twice_the_weight_has_the_same_codes_and_is_twice_what_it_was(W: np.ndarray, power: int) -> None:
     """Or any power of two times the weight: the 4 bits say nothing of its size."""

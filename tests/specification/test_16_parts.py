@@ -1,4 +1,4 @@
-"""Shares of a batch that go through the model side by side are the batch: same loss, same gradients, no row lost."""
+"""Parts of a batch that go through the model side by side are the batch: same loss, same gradients, no row lost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.strategies import batches, configs, seeds
 
-from minilora.backend import use_module
+from minilora import backend
+from minilora.backend import cores, use_module
 from minilora.data.batches import Batch, collate, count_examples, divide
 from minilora.data.examples import Example
 from minilora.formats.checkpoint import random_weights
@@ -19,11 +20,10 @@ from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.model import Model
 from minilora.model.sites import Gradients, part_seed
-from minilora.training import side_by_side as module
-from minilora.training.side_by_side import cores, shares, side_by_side
+from minilora.training.parts import number_of_parts, on_all_cores, side_by_side
 from minilora.training.step import loss_and_gradients, mean_loss
 
-IMPORTED = "minilora.training.step.shares"  # where a step asks for it
+NUMBER_OF_PARTS = "minilora.training.parts.number_of_parts"
 
 
 def adapted(config: Config, seed: int, dropout: float = 0.0) -> Model:
@@ -44,24 +44,24 @@ def assert_same(one: tuple[float, Gradients], other: tuple[float, Gradients]) ->
 @given(
     config=configs(max_layers=2), drawn=st.lists(batches(), min_size=1, max_size=2), most=st.integers(1, 3), seed=seeds
 )
-def test_shares_side_by_side_are_the_whole_batch(config: Config, drawn: list[Batch], most: int, seed: int) -> None:
+def test_parts_side_by_side_are_the_whole_batch(config: Config, drawn: list[Batch], most: int, seed: int) -> None:
     model = adapted(config, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(IMPORTED, lambda examples: min(most, examples))
-        on_cores, mean = loss_and_gradients(model, drawn, on_all_cores=True), mean_loss(model, drawn)
-        patch.setattr(IMPORTED, lambda examples: 1)
+        patch.setattr(NUMBER_OF_PARTS, lambda examples: min(most, examples))
+        on_cores, mean = loss_and_gradients(model, drawn, run=on_all_cores), mean_loss(model, drawn)
+        patch.setattr(NUMBER_OF_PARTS, lambda examples: 1)
         assert_same(on_cores, loss_and_gradients(model, drawn))
         assert mean == pytest.approx(mean_loss(model, drawn), rel=1e-12)
 
 
 @given(config=configs(max_layers=2), batch=batches(), seed=seeds)
-def test_each_share_draws_its_own_dropout_and_the_first_that_of_the_batch(
+def test_each_part_draws_its_own_dropout_and_the_first_that_of_the_batch(
     config: Config, batch: Batch, seed: int
 ) -> None:
     model, parts = adapted(config, seed, dropout=0.5), divide(batch, count_examples(batch))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(IMPORTED, lambda examples: examples)
-        on_cores = loss_and_gradients(model, [batch], [seed], on_all_cores=True)
+        patch.setattr(NUMBER_OF_PARTS, lambda examples: examples)
+        on_cores = loss_and_gradients(model, [batch], [seed], run=on_all_cores)
     own = [part_seed(seed, j) for j in range(len(parts))]
     assert own[0] == seed and len(set(own)) == len(own) and part_seed(None, 3) is None
     assert_same(on_cores, loss_and_gradients(model, parts, own))
@@ -125,10 +125,10 @@ def test_what_goes_wrong_side_by_side_is_raised_and_the_cores_are_given_back() -
 
 
 def test_nothing_goes_side_by_side_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_libraries", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(backend, "_blas", lambda: pytest.fail("asked"))
     previous = use_module(object())
     try:
-        assert shares(8) == 1
+        assert number_of_parts(8) == 1
     finally:
         use_module(previous)
 
@@ -136,5 +136,5 @@ def test_nothing_goes_side_by_side_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_batch_is_divided_among_the_cores_unless_most_of_them_would_get_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "cores", lambda: 4)
-    assert [shares(rows) for rows in (1, 2, 3, 8)] == [1, 2, 3, 4]
+    monkeypatch.setattr("minilora.training.parts.cores", lambda: 4)
+    assert [number_of_parts(rows) for rows in (1, 2, 3, 8)] == [1, 2, 3, 4]
