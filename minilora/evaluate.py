@@ -92,12 +92,13 @@ def evaluate_command(argv: list[str] | None = None) -> None:
 
     loss = mean_loss(model, batches)
     figures: dict[str, Any] = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
-    some = encoded.kept(rows)[: args.eval_rows]
-    if can_be_matched(some):
-        found = answers(model, tokenizer, some)
+    answered = encoded.kept(rows)[: args.eval_rows]
+    if can_be_matched(answered):
+        completions = answers(model, tokenizer, answered)
         if args.few_shot:
-            found = [first_answer(answer, row["completion"]) for answer, row in zip(found, some, strict=True)]
-        figures["exact_match"] = exact_match(found, some)
+            pairs = zip(completions, answered, strict=True)
+            completions = [first_answer(answer, row["completion"]) for answer, row in pairs]
+        figures["exact_match"] = exact_match(completions, answered)
     if args.adapter:
         figures["drift_kl"] = drift(base, model, outside_text(tokenizer))
     if args.few_shot:

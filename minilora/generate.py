@@ -126,13 +126,13 @@ def answer_lines(requests: Sequence[Request], loaded: Loaded, batch_size: int) -
         return BASE if shares else request.adapter
 
     for _, group in itertools.groupby(requests, apart):
-        some = list(group)
-        for start in range(0, len(some), batch_size):
-            batch = some[start : start + batch_size]
+        alike = list(group)
+        for start in range(0, len(alike), batch_size):
+            batch = alike[start : start + batch_size]
             model = mixed([loaded.models[request.adapter] for request in batch])
             limit = max(request.limit for request in batch)
-            found = complete(model, [request.ids for request in batch], limit, loaded.stop_ids, loaded.choose)
-            for request, tokens in zip(batch, found, strict=True):
+            completions = complete(model, [request.ids for request in batch], limit, loaded.stop_ids, loaded.choose)
+            for request, tokens in zip(batch, completions, strict=True):
                 yield as_line(request, tokens[: request.limit], loaded.tokenizer)
 
 

@@ -105,4 +105,4 @@ def _rows_of(sites: Sequence[Site]) -> list[tuple[Site, Array]]:
     rows: dict[int, list[int]] = {}
     for row, site in enumerate(sites):
         rows.setdefault(id(site), []).append(row)
-    return [(sites[some[0]], to_device(np.asarray(some))) for some in rows.values()]
+    return [(sites[indices[0]], to_device(np.asarray(indices))) for indices in rows.values()]

@@ -82,10 +82,10 @@ def benchmark_command(argv: list[str] | None = None) -> None:
         for workload in sorted(set(args.workload)):
             if workload == "W6" and trouble:
                 continue
-            found = run_workload(workload, plan, with_peers=not missing)
-            predict(found)
-            outcomes += found
-            for table in benchmark_tables(found):
+            outcome = run_workload(workload, plan, with_peers=not missing)
+            predict(outcome)
+            outcomes += outcome
+            for table in benchmark_tables(outcome):
                 print(f"\n{as_text(table)}", flush=True)
             write_results(args, machine, outcomes, notes)  # as far as it has come: a run is long
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from minilora.benchmark.formula import needed_bytes, operations, product_operations, step_bytes, useful_tokens
 from minilora.benchmark.worker import Worker, WorkerError, environment
-from minilora.benchmark.workloads import Case, Plan, Side, config_of
+from minilora.benchmark.workloads import Case, Setup, Side, config_of
 
 Result = dict[str, Any]
 
@@ -151,7 +151,7 @@ def predict(outcomes: Sequence[Result]) -> None:
                 side["predicted_bytes"] = side["imported_bytes"] + outcome["step_bytes"]
 
 
-def main_job(plan: Plan) -> Result:
+def main_job(plan: Setup) -> Result:
     """W4: `python -m minilora.train` without data, in a process of its own, as a user runs it."""
     folder = plan.inputs.scratch / "main-job"
     command = [sys.executable, "-m", "minilora.train", "--out", str(folder), "--device", plan.device]

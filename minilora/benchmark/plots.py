@@ -45,16 +45,16 @@ def plot_bars(outcomes: Sequence[Result], path: Path) -> Path:
         left.set_title(f"{outcome['workload']}: {outcome['title']}", loc="left", fontsize=9)
         seconds = [side["median_seconds"] for side in sides]
         ends = [side["max_seconds"] for side in sides]
-        told = [f"{side['median_seconds']:.3g} s{_against(side, 'speed', 'as fast')}" for side in sides]
-        draw_bars(left, sides, names, seconds, ends, told)
+        labels = [f"{side['median_seconds']:.3g} s{_against(side, 'speed', 'as fast')}" for side in sides]
+        draw_bars(left, sides, names, seconds, ends, labels)
         left.hlines(range(len(sides)), [side["min_seconds"] for side in sides], ends, color="black", linewidth=1)
         left.set_xlabel("seconds", fontsize=8)
         peaks = [side["peak_bytes"] / 1e6 for side in sides]
-        told = [f"{_megabytes(side)} MB{_against(side, 'memory', 'as much')}" for side in sides]
+        labels = [f"{_megabytes(side)} MB{_against(side, 'memory', 'as much')}" for side in sides]
         for i, side in enumerate(sides):
             if side["program"] == "products":
                 names[i], peaks[i] = "bytes that must live", sum(side["needed_bytes"].values()) / 1e6
-        draw_bars(right, sides, names, peaks, peaks, told)
+        draw_bars(right, sides, names, peaks, peaks, labels)
         right.set_xlabel("peak memory, MB", fontsize=8)
     if any(outcome["references"] for outcome in outcomes):
         figure.supxlabel("in brackets: against the first orange bar of the same picture", fontsize=8)
@@ -67,11 +67,11 @@ def draw_bars(
     names: Sequence[str],
     values: Sequence[float],
     ends: Sequence[float],
-    told: Sequence[str],
+    labels: Sequence[str],
 ) -> None:
     """A bar for each side, and beyond its end what is told of it."""
     axes.barh(names, values, height=0.7, color=[COLOURS[side["program"]] for side in sides])
-    for i, (end, text) in enumerate(zip(ends, told, strict=True)):
+    for i, (end, text) in enumerate(zip(ends, labels, strict=True)):
         axes.annotate(text, (end, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_xlim(0, 1.6 * max(ends))
     axes.locator_params(axis="x", nbins=5)

@@ -10,9 +10,9 @@ from minilora.figures.tables import Table
 
 def benchmark_tables(outcomes: Sequence[Result]) -> list[Table]:
     """A table for each case; those of W5 in one."""
-    found = [case_table(outcome) for outcome in outcomes if outcome["workload"] != "W5"]
+    tables = [case_table(outcome) for outcome in outcomes if outcome["workload"] != "W5"]
     growing = [outcome for outcome in outcomes if outcome["workload"] == "W5"]
-    return found + ([growth_table(growing)] if growing else [])
+    return tables + ([growth_table(growing)] if growing else [])
 
 
 def case_table(outcome: Result) -> Table:

@@ -90,5 +90,5 @@ def _mlx_schedule(schedule: Mapping[str, Any], values: Mapping[str, Any], where:
         raise ValueError(
             f"{where} decays over {decay} updates; here it is over all of them: leave it out or make it so"
         )
-    rest = {name: value for name, value in schedule.items() if name not in ("name", "warmup", "arguments")}
-    return {"schedule": name, "warmup": warmup, "learning_rate": peak, **rest}
+    others = {name: value for name, value in schedule.items() if name not in ("name", "warmup", "arguments")}
+    return {"schedule": name, "warmup": warmup, "learning_rate": peak, **others}

@@ -90,7 +90,7 @@ class Written(NamedTuple):
 
 def by_setting(values: Mapping[str, Any], where: Callable[[str], str]) -> dict[str, Written]:
     """What was written, under our names. Two names for one setting are an error, and so is `--train false`."""
-    found: dict[str, Written] = {}
+    by_name: dict[str, Written] = {}
     for name, value in values.items():
         if name in NEEDLESS:
             if str(value).lower() == "false" and name in ("train", "use_peft"):
@@ -103,16 +103,16 @@ def by_setting(values: Mapping[str, Any], where: Callable[[str], str]) -> dict[s
         mine = ours().get(name, name)
         if (
             mine == "mixed_precision"
-            and mine in found
-            and "false" in (str(value).lower(), str(found[mine].value).lower())
+            and mine in by_name
+            and "false" in (str(value).lower(), str(by_name[mine].value).lower())
         ):
             if str(value).lower() != "false":  # a configuration often has both bf16 and fp16, one of them false
-                found[mine] = Written(name, value, where(name))
+                by_name[mine] = Written(name, value, where(name))
             continue
-        if mine in found:
-            raise ValueError(f"{where(name)} and {found[mine].where} are two names for one setting: give one of them")
-        found[mine] = Written(name, value, where(name))
-    return found
+        if mine in by_name:
+            raise ValueError(f"{where(name)} and {by_name[mine].where} are two names for one setting: give one of them")
+        by_name[mine] = Written(name, value, where(name))
+    return by_name
 
 
 @cache

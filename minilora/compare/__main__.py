@@ -64,9 +64,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(dashed(argv))
 
 
-def check_comparison(args: argparse.Namespace, rest: list[str]) -> None:
+def check_comparison(args: argparse.Namespace, shared: list[str]) -> None:
     """Raise ValueError naming the flag that makes no sense, to us or to train."""
-    choose_settings(train_flags.parse(rest))
+    choose_settings(train_flags.parse(shared))
     if args.steps < 1 or args.batch_size < 1 or args.eval_rows < 0:
         raise ValueError("--steps and --batch-size must be at least 1, --eval-rows at least 0")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
@@ -83,9 +83,9 @@ def check_comparison(args: argparse.Namespace, rest: list[str]) -> None:
 class Comparison:
     """The trials of one call. What is compared must have had the same budget; methods and seeds may be added later."""
 
-    def __init__(self, args: argparse.Namespace, rest: Sequence[str]) -> None:
+    def __init__(self, args: argparse.Namespace, shared: Sequence[str]) -> None:
         self.args = args
-        self.flags = list(rest)
+        self.flags = list(shared)
         self.rivals = choose(args.methods)
         if args.data and not Path(args.data).is_dir():  # whose held-out rows evaluate cannot tell from the others
             print("few-shot left out: it needs --data to be a folder with train and test files")
@@ -135,32 +135,32 @@ class Comparison:
 
 def compare_command(argv: list[str] | None = None) -> None:
     """Parse, run, measure, write, print."""
-    args, rest = parse(argv)
-    check_comparison(args, rest)
-    comparison = Comparison(args, rest)
+    args, shared = parse(argv)
+    check_comparison(args, shared)
+    comparison = Comparison(args, shared)
     machine = facts(usable_cores())
     print(machine_line(machine))
-    found = comparison.run()
+    results = comparison.run()
     print("answering, singular values …", flush=True)
-    found |= after_training(found)
-    write_json(args.out / RESULTS_FILE, {"machine": machine, "budget": read_json(args.out / BUDGET_FILE), **found})
-    told = comparison_tables(found)
-    write_text(args.out / "comparison.md", as_markdown(told, machine, []))
-    for table in told:
+    results |= after_training(results)
+    write_json(args.out / RESULTS_FILE, {"machine": machine, "budget": read_json(args.out / BUDGET_FILE), **results})
+    tables = comparison_tables(results)
+    write_text(args.out / "comparison.md", as_markdown(tables, machine, []))
+    for table in tables:
         print(f"\n{as_text(table)}")
-    pictures = plot_comparison(found, args.out)
-    write_text(args.out / "claims.md", as_page(found))
+    pictures = plot_comparison(results, args.out)
+    write_text(args.out / "claims.md", as_page(results))
     if args.docs:
-        write_pages(args.docs, found, machine, pictures)
+        write_pages(args.docs, results, machine, pictures)
     print(f"\n{args.out}: {', '.join(sorted(path.name for path in args.out.glob('*.*')))}")
 
 
-def after_training(found: dict[str, Any]) -> dict[str, Any]:
+def after_training(results: dict[str, Any]) -> dict[str, Any]:
     """What is measured on the trained models: latencies, into each result; and the spectrum of full's and LoRA's ΔW.
 
     By this process, and so after all trials: a process inherits the peak memory of the one that starts it.
     """
-    good = {result["method"]: result for result in found["methods"] if result["seeds"]}
+    good = {result["method"]: result for result in results["methods"] if result["seeds"]}
     trained = next((Path(result["folder"]) for result in good.values() if "rates" in result), None)
     if trained:
         for result in good.values():
@@ -170,7 +170,7 @@ def after_training(found: dict[str, Any]) -> dict[str, Any]:
     return {"spectrum": spectrum}
 
 
-def write_pages(docs: Path, found: dict[str, Any], machine: dict[str, Any], pictures: Sequence[Path]) -> None:
+def write_pages(docs: Path, results: dict[str, Any], machine: dict[str, Any], pictures: Sequence[Path]) -> None:
     """The tables and pictures of docs/comparison.md, and the answers of docs/claims.md."""
     shown = []
     for picture in pictures:
@@ -179,9 +179,9 @@ def write_pages(docs: Path, found: dict[str, Any], machine: dict[str, Any], pict
         place.write_bytes(picture.read_bytes())
         shown.append(f"![{picture.stem}](images/{place.name})")
     write_markdown(
-        docs / PAGES[0], "\n\n".join([as_markdown(comparison_tables(found), machine, []).rstrip(), *shown]) + "\n"
+        docs / PAGES[0], "\n\n".join([as_markdown(comparison_tables(results), machine, []).rstrip(), *shown]) + "\n"
     )
-    write_markdown(docs / PAGES[1], as_page(found))
+    write_markdown(docs / PAGES[1], as_page(results))
 
 
 def main(argv: list[str] | None = None) -> int:

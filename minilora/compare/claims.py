@@ -23,25 +23,25 @@ class Claim(NamedTuple):
     verdict: str
 
 
-def as_page(found: dict[str, Any]) -> str:
+def as_page(comparison: dict[str, Any]) -> str:
     """The claims as a table in Markdown."""
     lines = ["| claim | measured | verdict |", "|---|---|---|"]
-    lines += [f"| {one.claim} | {one.measured} | {one.verdict} |" for one in claims(found)]
+    lines += [f"| {one.claim} | {one.measured} | {one.verdict} |" for one in claims(comparison)]
     return "\n".join(lines) + "\n"
 
 
-def claims(found: dict[str, Any]) -> list[Claim]:
+def claims(comparison: dict[str, Any]) -> list[Claim]:
     """All of them. What was not part of the comparison is said to be missing."""
-    by_name = {result["method"]: result for result in found["methods"] if result["seeds"]}
+    by_name = {result["method"]: result for result in comparison["methods"] if result["seeds"]}
     both = [by_name[name] for name in ("full", "lora") if name in by_name]
     told: list[Claim] = []
     if len(both) == 2 and all("drift_kl" in result for result in both):
         full, lora = both
-        told += [*of_cost(full, lora, found["ranks"]), *of_gpt_3(full, lora), *of_quality(full, lora, by_name)]
+        told += [*of_cost(full, lora, comparison["ranks"]), *of_gpt_3(full, lora), *of_quality(full, lora, by_name)]
     else:
         told.append(Claim("LoRA against full fine-tuning", "…", UNKNOWN))
-    told.append(of_intrinsic_rank(found["spectrum"]))
-    told += of_limits(by_name, found["ranks"], found["cipher"])
+    told.append(of_intrinsic_rank(comparison["spectrum"]))
+    told += of_limits(by_name, comparison["ranks"], comparison["cipher"])
     return told
 
 

@@ -29,7 +29,7 @@ def result(
     best = best_rate(rival, seeds[0], done)
     chosen = {trial: done[trial] for seed in seeds if (trial := Trial(rival, best, seed)) in done}
     good = {trial: summary for trial, summary in chosen.items() if "error" not in summary}
-    found: MethodResult = {
+    figures: MethodResult = {
         "method": rival.name,
         "what": rival.what,
         "folder": str(folder_of(Trial(rival, best, seeds[0]))),
@@ -37,7 +37,7 @@ def result(
         "seeds": [trial.seed for trial in good],
     }
     if not rival.rates:
-        return found | {
+        return figures | {
             "trainable_parameters": 0,
             "loss": [summary["loss"] for summary in good.values()],
             "exact_match": _matches(good, "exact_match"),
@@ -45,18 +45,18 @@ def result(
         }
     rates = sorted({trial.rate for trial in done if trial.seed == seeds[0]})
     losses = {rate: valid_loss(done[Trial(rival, rate, seeds[0])]) for rate in rates}
-    found |= {
+    figures |= {
         "best_rate": best,
         "at_edge": len(rates) > 1 and best in (rates[0], rates[-1]),
         "rates": rates,
         "valid_losses": [loss if loss < float("inf") else None for loss in losses.values()],
     }
     if not good:
-        return found
+        return figures
     summaries, folders = list(good.values()), [folder_of(trial) for trial in good]
     settings = read_settings(folders[0])
     trained = summaries[0]["trainable_parameters"]
-    return found | {
+    return figures | {
         "rank": getattr(settings.method, "rank", None),
         "trainable_parameters": trained,
         "total_parameters": summaries[0]["total_parameters"],

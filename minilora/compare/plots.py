@@ -16,19 +16,20 @@ from minilora.compare.rivals import FAMILY, FULL
 from minilora.figures.drawing import BLUE, GREY, ORANGE, save
 
 
-def plot_comparison(found: dict[str, Any], folder: Path) -> list[Path]:
+def plot_comparison(comparison: dict[str, Any], folder: Path) -> list[Path]:
     """All pictures that the figures suffice for, in `folder`."""
-    good = [result for result in found["methods"] if "drift_kl" in result]
+    good = [result for result in comparison["methods"] if "drift_kl" in result]
     matched = [result for result in good if result["exact_match"]]
     paths = []
     if good:
-        paths += [plot_quality(found["methods"], good, folder / "quality.png"), plot_rates(good, folder / "rates.png")]
+        paths.append(plot_quality(comparison["methods"], good, folder / "quality.png"))
+        paths.append(plot_rates(good, folder / "rates.png"))
     if matched:
         paths.append(plot_drift(matched, folder / "drift.png"))
-    if len(found["ranks"]) > 1 and all(result["seeds"] for result in found["ranks"]):
-        paths.append(plot_ranks(found["ranks"], folder / "ranks.png"))
-    if found["spectrum"]:
-        paths.append(plot_spectrum(found["spectrum"], folder / "spectrum.png"))
+    if len(comparison["ranks"]) > 1 and all(result["seeds"] for result in comparison["ranks"]):
+        paths.append(plot_ranks(comparison["ranks"], folder / "ranks.png"))
+    if comparison["spectrum"]:
+        paths.append(plot_spectrum(comparison["spectrum"], folder / "spectrum.png"))
     return paths
 
 
@@ -54,8 +55,8 @@ def plot_quality(results: Sequence[MethodResult], good: Sequence[MethodResult], 
 def plot_drift(results: Sequence[MethodResult], path: Path) -> Path:
     """What has been learnt against what has been disturbed."""
     figure, picture = plt.subplots(figsize=(7.5, 5.6), layout="constrained")
-    told = "drift KL(base ‖ adapted), nats per token of other text"
-    picture.set(xscale="log", xlabel=told, ylabel="exact match, %")
+    label = "drift KL(base ‖ adapted), nats per token of other text"
+    picture.set(xscale="log", xlabel=label, ylabel="exact match, %")
     draw_points(picture, [point(one, one["drift_kl"], one["exact_match"], 100) for one in results])
     return save(figure, path)
 

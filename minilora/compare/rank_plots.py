@@ -72,5 +72,5 @@ def draw_shares(axes: Any, shares: Sequence[dict[str, float]], colour: str, labe
     ranks = [rank for rank in shares[0] if all(rank in one for one in shares)]
     numbers = [int(rank) for rank in ranks]
     of_rank = [[100 * one[rank] for one in shares] for rank in ranks]
-    axes.plot(numbers, [median(some) for some in of_rank], style, color=colour, label=label)
+    axes.plot(numbers, [median(values) for values in of_rank], style, color=colour, label=label)
     axes.fill_between(numbers, [*map(min, of_rank)], [*map(max, of_rank)], color=colour, alpha=0.15)

@@ -14,16 +14,16 @@ SPREAD = "± is half of the way from the least to the most of the seeds"
 
 def comparison_tables(comparison: dict[str, Any]) -> list[Table]:
     """All that there is to tell: of the methods, of LoRA's rank, of the enciphered task, of the spectrum."""
-    found = []
+    tables = []
     if methods := comparison["methods"]:
-        found += [worth_table("What the methods are worth", methods), cost_table("What they cost", methods)]
+        tables += [worth_table("What the methods are worth", methods), cost_table("What they cost", methods)]
     if ranks := comparison["ranks"]:
-        found += [worth_table("LoRA's rank: worth", ranks), cost_table("LoRA's rank: cost", ranks)]
+        tables += [worth_table("LoRA's rank: worth", ranks), cost_table("LoRA's rank: cost", ranks)]
     if cipher := comparison["cipher"]:
-        found.append(worth_table("The same task enciphered, far from all that the base knows", cipher))
+        tables.append(worth_table("The same task enciphered, far from all that the base knows", cipher))
     if comparison["spectrum"]:
-        found += [share_table(comparison["spectrum"]), cut_table(comparison["spectrum"])]
-    return found
+        tables += [share_table(comparison["spectrum"]), cut_table(comparison["spectrum"])]
+    return tables
 
 
 def worth_table(title: str, results: Sequence[MethodResult]) -> Table:

@@ -112,8 +112,8 @@ class Field:
         if code == 0 and not trial.rate:
             write_json(folder / SUMMARY_FILE, json.loads(log.splitlines()[-1]))
         elif code:
-            told = [line.removeprefix("error: ") for line in log.splitlines() if line.startswith("error: ")]
-            error = told[-1] if told else f"ended with {code}, see {folder / LOG_FILE}"
+            errors = [line.removeprefix("error: ") for line in log.splitlines() if line.startswith("error: ")]
+            error = errors[-1] if errors else f"ended with {code}, see {folder / LOG_FILE}"
             if not (code == 2 and steps_done(folder)):  # not this rate is to blame
                 raise RuntimeError(f"{trial.name}: {error}")
             write_json(folder / FAILURE_FILE, {"error": error})

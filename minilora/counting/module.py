@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import use_module
-from minilora.counting.outline import Outline, computed, elementwise, follow, matmul, new
+from minilora.counting.operators import elementwise, matmul
+from minilora.counting.outline import Outline, computed, follow, new
 from minilora.counting.tally import Allocation, Tally
 
 

@@ -49,8 +49,8 @@ def with_shots(row: Row, shots: Sequence[Row]) -> Row:
         return row
     system, prompt, completion = _conversation(row)
     turns = [message for shot in shots for part in _conversation(shot)[1:] for message in part]
-    rest = {key: value for key, value in row.items() if key != "messages"}
-    return {**rest, "prompt": [*system, *turns, *prompt], "completion": completion}
+    other_keys = {key: value for key, value in row.items() if key != "messages"}
+    return {**other_keys, "prompt": [*system, *turns, *prompt], "completion": completion}
 
 
 def _conversation(row: Row) -> tuple[list[Message], list[Message], list[Message]]:

@@ -28,10 +28,10 @@ def figures(encoded: Encoded, padding_share: float | None = None) -> dict[str, A
 
 def report(encoded: Encoded, max_length: int, name: str, padding_share: float | None = None) -> str:
     """The same for people, on one line; rows left out are named."""
-    found = figures(encoded, padding_share)
+    counts = figures(encoded, padding_share)
     text = (
-        f"{name}: {found['examples']:,} examples, {found['tokens']:,} tokens, {found['label_share']:.0%} of them "
-        f"trained; median length {found['median_length']:,}, longest {found['longest']:,}"
+        f"{name}: {counts['examples']:,} examples, {counts['tokens']:,} tokens, {counts['label_share']:.0%} of them "
+        f"trained; median length {counts['median_length']:,}, longest {counts['longest']:,}"
     )
     if padding_share is not None:
         text += f"; {padding_share:.0%} of its batches is padding"

@@ -83,14 +83,15 @@ def read_mlx_adapter(folder: Path, config: Config) -> Adapter:
     path, tensors_path = folder / CONFIG, folder / MLX_TENSORS
     raw = read_json(path)
     with open_safetensors(tensors_path) as file:
-        found = stored_shapes(tensors_path, file)
+        stored_shape_of = stored_shapes(tensors_path, file)
         try:
-            settings = _settings(path, raw, config, {name.rpartition(".")[0] for name in found})
+            settings = _settings(path, raw, config, {name.rpartition(".")[0] for name in stored_shape_of})
             expected = settings.shapes(config)
         except ValueError as error:
             raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
         transposed = {_their_name(name): shape[::-1] for name, shape in expected.items()}
-        check_shapes(tensors_path, transposed, found, f"The adapter does not fit its {CONFIG} and this base model.")
+        hint = f"The adapter does not fit its {CONFIG} and this base model."
+        check_shapes(tensors_path, transposed, stored_shape_of, hint)
         stored = {name: file.get_tensor(_their_name(name)).astype(np.float32) for name in expected}
     tensors = {name: np.ascontiguousarray(tensor.T) for name, tensor in stored.items()}
     return Adapter(settings, tensors, str(raw.get("model") or ""), {})

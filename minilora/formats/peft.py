@@ -99,15 +99,15 @@ def _read_tensors(
         raise FileNotFoundError(f"{path}: no such file; convert adapter_model.bin to safetensors with PEFT")
     vocabulary = parameter_shapes(config)[f"{EMBED}.weight"]
     with open_safetensors(path) as file:
-        found = stored_shapes(path, file)
+        stored = stored_shapes(path, file)
         fitting = {prefix + name: shape for name, shape in expected.items()}
         copies: dict[str, str] = {}
-        for module, rest in product((EMBED, HEAD), ("base_layer.weight", "weight")):
-            key = f"{prefix}{module}.{rest}"
-            if prefix and key in found and key not in fitting:
+        for module, suffix in product((EMBED, HEAD), ("base_layer.weight", "weight")):
+            key = f"{prefix}{module}.{suffix}"
+            if prefix and key in stored and key not in fitting:
                 copies.setdefault(f"{module}.weight", key)
         hint = f"The adapter does not fit its {CONFIG} and this base model."
-        check_shapes(path, fitting | dict.fromkeys(copies.values(), vocabulary), found, hint)
+        check_shapes(path, fitting | dict.fromkeys(copies.values(), vocabulary), stored, hint)
         tensors = {name: file.get_tensor(prefix + name).astype(np.float32, copy=False) for name in expected}
         return tensors, {name: file.get_tensor(key) for name, key in copies.items()}
 

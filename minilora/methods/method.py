@@ -120,12 +120,12 @@ class Method:
 def known_methods() -> dict[str, type[Method]]:
     """Every method, under each of its names."""
     package = import_module("minilora.methods")
-    found: dict[str, type[Method]] = {}
+    methods: dict[str, type[Method]] = {}
     for file in pkgutil.iter_modules(package.__path__, "minilora.methods."):
         for entry in vars(import_module(file.name)).values():
             if isinstance(entry, type) and issubclass(entry, Method) and entry.__module__ == file.name:
-                found |= dict.fromkeys(entry.names, entry)
-    return found
+                methods |= dict.fromkeys(entry.names, entry)
+    return methods
 
 
 def method_held_by(place: object, raw: Mapping[str, Any]) -> type[Method]:

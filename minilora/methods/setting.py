@@ -96,14 +96,14 @@ def flag(name: str) -> str:
 def settings_of(cls: type) -> dict[str, Setting]:
     """The declared settings of a dataclass by name, in their order; its other fields are no settings."""
     hints = get_type_hints(cls)
-    found = {}
+    declared = {}
     for one_field in fields(cls):
         if KEY in one_field.metadata:
             factory = one_field.default_factory
             default = one_field.default if factory is MISSING else factory()
             value_type = get_args(hints[one_field.name])[1] if isinstance(default, dict) else type(default)
-            found[one_field.name] = Setting(one_field.name, default, one_field.metadata[KEY], value_type)
-    return found
+            declared[one_field.name] = Setting(one_field.name, default, one_field.metadata[KEY], value_type)
+    return declared
 
 
 def values_of(obj: Any) -> dict[str, Any]:

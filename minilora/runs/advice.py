@@ -47,8 +47,8 @@ def advise(
     spans = _spans(lines)
     if not spans:
         return []
-    found = (_rose(spans, settings), _flat(spans, settings, base_loss, adapted_loss), _gap(lines, spans, settings))
-    return [sentence for sentence in found if sentence]
+    sentences = (_rose(spans, settings), _flat(spans, settings, base_loss, adapted_loss), _gap(lines, spans, settings))
+    return [sentence for sentence in sentences if sentence]
 
 
 def after_divergence(settings: Settings, warmup: int) -> str:

@@ -28,22 +28,22 @@ def answers(
     """The greedy completion of each row's prompt. `on_batch` hears how many more rows are done."""
     prompts = [tokenizer.with_bos(tokenizer.encode(row["prompt"])) for row in rows]
     longest = max(len(tokenizer.encode(row["completion"])) for row in rows)  # no right answer is longer
-    found = [""] * len(rows)
+    texts = [""] * len(rows)
     asked = [i for i in range(len(rows)) if prompts[i]]  # nothing can be asked by an empty prompt
     order = sorted(asked, key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
-        some = order[start : start + batch_size]
+        batch = order[start : start + batch_size]
         limit = min(longest + 1, MOST_ANSWER_TOKENS)
-        completions = complete(model, [prompts[i] for i in some], limit, tokenizer.stop_ids)
-        for i, tokens in zip(some, completions, strict=True):
-            found[i] = tokenizer.decode(tokens)
-        on_batch(len(some))
-    return found
+        completions = complete(model, [prompts[i] for i in batch], limit, tokenizer.stop_ids)
+        for i, tokens in zip(batch, completions, strict=True):
+            texts[i] = tokenizer.decode(tokens)
+        on_batch(len(batch))
+    return texts
 
 
-def exact_match(found: Sequence[str], rows: Sequence[Row]) -> float:
+def exact_match(texts: Sequence[str], rows: Sequence[Row]) -> float:
     """The share of answers that equal the row's completion, apart from white space at the ends."""
-    right = sum(answer.strip() == str(row["completion"]).strip() for answer, row in zip(found, rows, strict=True))
+    right = sum(answer.strip() == str(row["completion"]).strip() for answer, row in zip(texts, rows, strict=True))
     return right / len(rows)
 
 

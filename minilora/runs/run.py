@@ -167,8 +167,8 @@ def judge(run: Run, model: Model) -> Judgement:
     if not can_be_matched(rows):
         return Judgement(loss, None, [])
     with tqdm(total=len(rows), desc="answering", unit="row", dynamic_ncols=True, leave=False) as bar:
-        found = answers(model, run.tokenizer, rows, on_batch=bar.update)
-    return Judgement(loss, exact_match(found, rows), found)
+        texts = answers(model, run.tokenizer, rows, on_batch=bar.update)
+    return Judgement(loss, exact_match(texts, rows), texts)
 
 
 def summarize(run: Run, before: Judgement, after: Judgement, started: float) -> dict[str, Any]:
