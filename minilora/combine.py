@@ -109,7 +109,7 @@ def largest_rank(adapters: Sequence[Summand], config: Config) -> int:
 def combination_report(
     combination: Combination, folders: dict[str, Path], weights: Sequence[float], combination_type: str
 ) -> dict[str, Any]:
-    """What `combine.json` holds. Errors are ‖ΔW − ΔWᵣ‖ / ‖ΔW‖ in the Frobenius norm."""
+    """The content of `combine.json`. Errors are ‖ΔW − ΔWᵣ‖ / ‖ΔW‖ in the Frobenius norm."""
     truncations = combination.truncations
     return {
         "adapters": [

@@ -54,7 +54,7 @@ class Request(NamedTuple):
     row: PromptRow
     adapter: str
     ids: list[int]
-    limit: int  # of new tokens
+    limit: int  # the most new tokens
 
 
 def generate_command(argv: list[str] | None = None) -> None:

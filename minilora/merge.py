@@ -116,7 +116,7 @@ def merge_command(argv: list[str] | None = None) -> None:
 
 
 def tell(report: dict[str, Any], out: Path) -> None:
-    """What was written, and what rounding has cost."""
+    """Print the file that was written, and the cost of rounding."""
     print(
         f"{out}: {report['adapted_weights']:,} weights adapted, written as {report['dtype']}; rounding left "
         f"{report['unchanged_share']:.1%} of them unchanged and lost {report['lost_share_of_update']:.2%} of the update"

@@ -69,7 +69,7 @@ def train_command(argv: list[str] | None = None) -> None:
 
 
 def describe(run: Run, device: str) -> None:
-    """What is about to happen."""
+    """Print the model, the method, the data and the number of steps."""
     settings, config = run.settings, run.base.config
     task = settings.data or "the built-in task, English questions to SQL"
     print(f"{settings.model} on {device}: {config.num_hidden_layers} layers of width {config.hidden_size}")

@@ -1,1 +1,1 @@
-"""What is done with finished adapters: merging, combining, and batches whose rows use different ones."""
+"""The uses of finished adapters: merging, combining, and batches whose rows use different ones."""

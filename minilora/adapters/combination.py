@@ -28,7 +28,7 @@ class Factors(NamedTuple):
 
 
 class Truncation(NamedTuple):
-    """What a lower rank has cost: the singular values of ΔW, largest first, and how many of them were kept."""
+    """The cost of a lower rank: the singular values of ΔW, largest first, and the number that was kept."""
 
     singular_values: HostArray
     kept: int
@@ -85,12 +85,12 @@ class Summand(NamedTuple):
 
 
 class Combination(NamedTuple):
-    """The combined adapter, its scale 1 everywhere; which modules several adapters change; what truncation cost."""
+    """The combined adapter, whose scale is 1; the modules that several adapters change; the cost of truncation."""
 
     method: LoRA
     tensors: dict[str, HostArray]
     overlapping: list[str]
-    truncations: dict[str, Truncation]  # module → what was lost; empty where nothing was truncated
+    truncations: dict[str, Truncation]  # module → its truncation; empty if nothing was truncated
 
 
 def combine(

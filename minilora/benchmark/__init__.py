@@ -1,4 +1,4 @@
-"""What `python -m minilora.benchmark` is made of.
+"""The parts of `python -m minilora.benchmark`.
 
 `workloads` says what is measured, `measure` measures it, `report` and `plots` show it. The measured sides are programs
 of their own, each in its own process, which wait for commands (`worker`): `ours`, `peft_side` (the only file of

@@ -40,7 +40,7 @@ def passes_of(job: Job) -> list[Pass]:
 
 
 def useful_tokens(job: Job) -> int:
-    """What tokens per second count: tokens that are no padding; when generating, those that are new."""
+    """The tokens that tokens per second count: all but padding; in generation, the new ones."""
     if job.kind == "generate":
         return len(read_job_rows(job)) * job.new_tokens
     return sum(one.tokens for one in passes_of(job))

@@ -1,4 +1,4 @@
-"""What all sides of a case read: checkpoints, adapters and rows, made in a scratch folder."""
+"""The inputs of all sides of a case: checkpoints, adapters and rows, made in a scratch folder."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class JobRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """What to do: the fields above the line are the same for every side, those below are a side's own."""
+    """The work to do: the fields above the line are the same for every side, those below are a side's own."""
 
     kind: str  # "step" (one optimiser step on all rows), "epoch" (all rows once), "generate" (continue all rows)
     model: str  # folder of the checkpoint

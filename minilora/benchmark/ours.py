@@ -46,7 +46,7 @@ class Training:
 
     def run(self) -> Figures:
         losses = [self.step(rows) for rows in steps_of(self.job, self.rows)]
-        to_host(next(iter(self.trainable.values())))  # a GPU is done when it has handed over what it updated last
+        to_host(next(iter(self.trainable.values())))  # a GPU has finished once it has handed over its last update
         return {"losses": losses}
 
     def step(self, rows: Sequence[JobRow]) -> float:

@@ -1,4 +1,4 @@
-"""What is measured: W1 to W6, at full size and at a quick one."""
+"""The workloads W1 to W6, at full size and at a quick one."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ QUICK = Size(
 
 
 class Setup(NamedTuple):
-    """What the command line decides."""
+    """The choices of the command line."""
 
     inputs: Inputs
     size: Size

@@ -1,4 +1,4 @@
-"""What generate and chat share: their flags, the models by name, and words that appear as they are made."""
+"""The common part of generate and chat: flags, models by name, and words that appear as they are made."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from minilora.model.model import Model
 
 
 def add_flags(parser: argparse.ArgumentParser, max_tokens: int) -> None:
-    """Which models, and how to draw from them; `max_tokens` is the default of that flag."""
+    """Add the flags that name models and say how to sample; `max_tokens` is the default of that flag."""
     add_model_flags(parser)
     parser.add_argument(
         *flags("adapter"),
@@ -67,7 +67,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 class Loaded(NamedTuple):
-    """What answers are made with."""
+    """Models, tokenizer and sampler."""
 
     models: dict[str, Model]  # "base" first, then the adapters on it
     tokenizer: Tokenizer
@@ -76,7 +76,7 @@ class Loaded(NamedTuple):
 
     @property
     def adapters(self) -> list[str]:
-        """Those that the user gave; without any, the base."""
+        """The adapters that the user named; the base if there are none."""
         return [name for name in self.models if name != BASE] or [BASE]
 
 

@@ -1,4 +1,4 @@
-"""What all commands share: how a user's mistake is told."""
+"""The common frame of all commands: a user's mistake ends in one line, not in a traceback."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class Written(NamedTuple):
 
 
 def by_setting(values: Mapping[str, Any], where: Callable[[str], str]) -> dict[str, Written]:
-    """What was written, under our names. Two names for one setting are an error, and so is `--train false`."""
+    """The values under our names. Two names for one setting are an error, and so is `--train false`."""
     by_name: dict[str, Written] = {}
     for name, value in values.items():
         if name in NEEDLESS:

@@ -57,7 +57,7 @@ def parse(argv: list[str] | None, description: str | None = None) -> argparse.Na
 
 
 def options_of(declared: Setting) -> dict[str, Any]:
-    """What argparse is to be told of a setting."""
+    """The arguments of `add_argument` for a setting."""
     default, (help, _, _, choices, *_) = declared.default, declared.declaration
     kind = type(default)
     if choices:
@@ -117,7 +117,7 @@ def _in_file(config: Path) -> dict[str, Written]:
 
 
 def settings_from(written: Mapping[str, Written]) -> Settings:
-    """What was written, converted and checked; for the rest the defaults, which the built-in task has of its own."""
+    """The values that were written, converted and checked. The built-in task has defaults of its own."""
     known = all_settings()
     defaults = DEFAULT_JOB if "data" not in written or not written["data"].value else {}
 

@@ -1,4 +1,4 @@
-"""What `python -m minilora.compare` does, a file each: who competes, running them, and what is told of the outcome.
+"""The parts of `python -m minilora.compare`, a file each: the rivals, their trials, and the tables of the outcome.
 
 `rivals` names the methods with the flags and learning rates that each is tried with; `inputs` writes the data that all
 share; `trials` runs `minilora.train` for each and finds the best rate. Of what the trials leave, `figures` makes

@@ -100,7 +100,7 @@ class Comparison:
         write_json(path, budget)
 
     def steps(self) -> int:
-        """Of all trials, but for those that a search may add."""
+        """The steps of all trials, except those that a search may add."""
         seeds = self.args.seeds
         count = expected_trials(self.rivals, seeds) + expected_trials(self.cipher, seeds[:1])
         count += expected_trials(self.ranks, seeds)
@@ -156,7 +156,7 @@ def compare_command(argv: list[str] | None = None) -> None:
 
 
 def after_training(results: dict[str, Any]) -> dict[str, Any]:
-    """What is measured on the trained models: latencies, into each result; and the spectrum of full's and LoRA's ΔW.
+    """Measure the trained models: the latency of each, and the spectra of full fine-tuning's and LoRA's ΔW.
 
     By this process, and so after all trials: a process inherits the peak memory of the one that starts it.
     """

@@ -1,4 +1,4 @@
-"""What is claimed of LoRA, beside what was measured or counted, and a verdict that follows from the numbers."""
+"""Published claims about LoRA, the figures measured or counted here, and the verdict that follows from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the trials of a method come to: the numbers that tables and pictures show."""
+"""The figures of a method's trials, which tables and pictures show."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ARRAYS_OF_UPDATE = 3  # the gradient, and AdamW's m and v
 def result(
     rival: Rival, seeds: Sequence[int], done: Mapping[Trial, Summary], folder_of: Callable[[Trial], Path]
 ) -> MethodResult:
-    """Of all trials, the rates; of those at the best rate, one for each seed, everything else.
+    """The rates of all trials; everything else from the trials at the best rate, one for each seed.
 
     Lists have a value for each seed. `failed` has the rates at which training broke off, with the reason.
     """
@@ -84,7 +84,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def step_seconds(folder: Path) -> list[float]:
-    """Of each step: forward, backward and update, without evaluations."""
+    """The seconds of each step: forward, backward and update, without evaluations."""
     return [line["tokens"] / line["tokens_per_second"] for line in read_metrics(folder) if "loss" in line]
 
 

@@ -57,7 +57,7 @@ def latency(result: MethodResult, settings: Settings) -> dict[str, Any]:
 
 
 def seconds(model: Model, prompt: Sequence[int]) -> float:
-    """Of a greedy answer of NEW_TOKENS tokens, whatever they are."""
+    """The seconds of a greedy answer of NEW_TOKENS tokens, whatever they are."""
     started = time.perf_counter()
     for _ in islice(stream(model, [prompt]), NEW_TOKENS):
         pass
@@ -83,7 +83,7 @@ def models(source: Path, folder: Path, settings: Settings) -> tuple[Model, Model
 
 
 def prompts(settings: Settings, base: Model, tokenizer: Tokenizer, few_shot: bool) -> tuple[list[int], list[int]]:
-    """A held-out row up to its answer, and the same with rows before it, if asked for. Of plain text, its beginning."""
+    """A held-out row up to its answer, and the same with rows before it, if asked for; of plain text, the beginning."""
     data = load_data(settings)
     row = (data.test or data.valid)[0]
     shown = few_shot_rows([row], data.train, SHOTS, tokenizer, default_max_length(base), 0)[0][0] if few_shot else row

@@ -53,7 +53,7 @@ def plot_quality(results: Sequence[MethodResult], good: Sequence[MethodResult], 
 
 
 def plot_drift(results: Sequence[MethodResult], path: Path) -> Path:
-    """What has been learnt against what has been disturbed."""
+    """Exact match against drift: the gain of training, and its side effect."""
     figure, picture = plt.subplots(figsize=(7.5, 5.6), layout="constrained")
     label = "drift KL(base ‖ adapted), nats per token of other text"
     picture.set(xscale="log", xlabel=label, ylabel="exact match, %")

@@ -1,4 +1,4 @@
-"""Of how many ranks a change needs, as pictures: LoRA's rank, and the singular values of ΔW."""
+"""Pictures of the rank that a change needs: LoRA's rank, and the singular values of ΔW."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ SPREAD = "± is half of the way from the least to the most of the seeds"
 
 
 def comparison_tables(comparison: dict[str, Any]) -> list[Table]:
-    """All that there is to tell: of the methods, of LoRA's rank, of the enciphered task, of the spectrum."""
+    """The tables of the methods, of LoRA's rank, of the enciphered task and of the spectrum."""
     tables = []
     if methods := comparison["methods"]:
         tables += [worth_table("What the methods are worth", methods), cost_table("What they cost", methods)]
@@ -27,7 +27,7 @@ def comparison_tables(comparison: dict[str, Any]) -> list[Table]:
 
 
 def worth_table(title: str, results: Sequence[MethodResult]) -> Table:
-    """What trains, the rate found, and how the outcome does on held-out rows and on text outside the task."""
+    """Trainable numbers, the best rate, and the quality on held-out rows and on text outside the task."""
     head = ["", "trains", "of all", "rate", "held-out loss", "exact match", "drift KL"]
     rows = [[result["method"], *worth_cells(result)] for result in results]
     trained = next((result for result in results if "base_loss" in result), None)
@@ -93,7 +93,7 @@ def share_table(spectrum: dict[str, Any]) -> Table:
 
 
 def cut_table(spectrum: dict[str, Any]) -> Table:
-    """What is left of full fine-tuning when its ΔW is cut."""
+    """The quality that is left of full fine-tuning when its ΔW is cut."""
     names = {0: "0, the base", None: "all"}
     rows = [
         [str(names.get(one["rank"], one["rank"])), f"{one['loss']:.3f}", percent(one["exact_match"])]

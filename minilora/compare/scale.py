@@ -34,11 +34,11 @@ def at_gpt_3() -> AtGPT3:
 
 
 def qv_lora(rank: int) -> LoRA:
-    """What the paper adapts."""
+    """The paper's LoRA, on q and v."""
     return LoRA(rank=rank, target_modules=("q_proj", "v_proj"))
 
 
 def lora_share(model: str, rank: int, targets: tuple[str, ...]) -> float:
-    """What LoRA trains, over all parameters, of one of KNOWN_CONFIGS."""
+    """The share of a known model's parameters that LoRA trains."""
     config = Config.from_dict(KNOWN_CONFIGS[model])
     return numbers(trainable_shapes(LoRA(rank=rank, target_modules=targets), config)) / parameter_count(config)

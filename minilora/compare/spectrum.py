@@ -31,7 +31,7 @@ Changes = dict[str, HostArray]  # of the linear maps, by module
 
 
 def spectra(full: Path, lora: Path) -> dict[str, Any]:
-    """All that is told of two trials on the same data: full fine-tuning's ΔW, LoRA's, and ΔW cut to lower ranks."""
+    """The spectra of two trials on the same data: full fine-tuning's ΔW, LoRA's, and ΔW cut to lower ranks."""
     settings = read_settings(full)
     source = find_model(settings.model, settings.revision).folder
     of_full = changes_of_full(source, full)
@@ -96,7 +96,7 @@ def truncated(change: HostArray, r: int) -> HostArray:
 
 
 def cut(source: Path, settings: Settings, changes: Changes) -> Iterator[dict[str, Any]]:
-    """What the base is worth with ΔW cut to each rank: 0 is the base, None all of ΔW. Only the linear maps change."""
+    """The quality of the base plus ΔW cut to each rank: 0 is the base, None all of ΔW. Only the linear maps change."""
     config, _ = read_config(source)
     weights, tokenizer = read_weights(source, config), Tokenizer.load(source)
     most = max(min(change.shape) for change in changes.values())

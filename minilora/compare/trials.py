@@ -41,7 +41,7 @@ class Trial(NamedTuple):
 
 
 def valid_loss(summary: Summary) -> float:
-    """By which rates are compared. Infinite where training failed. ValueError where there is no validation."""
+    """The validation loss, by which rates are compared. Infinite if training failed; ValueError without validation."""
     if "error" in summary:
         return math.inf
     if summary["best_valid_loss"] is None:
@@ -58,7 +58,7 @@ def best_rate(rival: Rival, seed: int, done: Mapping[Trial, Summary]) -> float:
 
 
 def next_trial(rival: Rival, seeds: Sequence[int], done: Mapping[Trial, Summary]) -> Trial | None:
-    """What to run after what is done; None when all is.
+    """The next trial to run, or None when all are done.
 
     First every rate of the rival with the first seed. While the best of them is the lowest or the highest, the one
     beyond it, up to MOST_RATES. Then the best with the other seeds.
@@ -75,7 +75,7 @@ def next_trial(rival: Rival, seeds: Sequence[int], done: Mapping[Trial, Summary]
 
 
 class Field:
-    """Where trials are run: what is the same for all of them, their folders, and one bar over all."""
+    """The setting in which trials run: their common flags, their folders, and one progress bar."""
 
     def __init__(self, out: Path, shared: Sequence[str], evaluated: Sequence[str], steps: int, bar: tqdm[Any]) -> None:
         self.out = out
@@ -136,7 +136,7 @@ class Field:
 
 
 def expected_trials(rivals: Sequence[Rival], seeds: Sequence[int]) -> int:
-    """Of those that train; without the further rates that a search may ask for."""
+    """The number of trials that train, without the further rates that a search may ask for."""
     return sum(len(rival.rates) + len(seeds) - 1 for rival in rivals if rival.rates)
 
 

@@ -14,7 +14,7 @@ Rows = Sequence[Sequence[Example]]  # a row of a batch is one example, or severa
 
 
 class Batch(NamedTuple):
-    """What a model reads and what it should answer; every array is int64 (B, T)."""
+    """The model's inputs and its labels; every array is int64 (B, T)."""
 
     tokens: Ints
     labels: Ints  # the token that should follow tokens[b, t], or IGNORE
@@ -127,7 +127,7 @@ def count_examples(batch: Batch) -> int:
 
 
 def padding_share(groups: Sequence[Rows]) -> float:
-    """Which share of the batches of these groups is filler: 1 − tokens / (rows × the longest row of each batch)."""
+    """The share of padding in the batches of these groups: 1 − tokens / (rows × the longest row of each batch)."""
     lengths = [[row_length(row) for row in group] for group in groups]
     return 1 - sum(map(sum, lengths)) / max(sum(len(group) * max(group) for group in lengths), 1)
 

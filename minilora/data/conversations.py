@@ -23,7 +23,7 @@ def is_conversation(value: Any) -> bool:
 
 
 def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row gives to the chat template beside its messages: `tools`, and the variables in `chat_template_kwargs`.
+    """The arguments of the chat template beside the messages: `tools`, and the variables in `chat_template_kwargs`.
 
     Both are TRL's names. ValueError if they are not a list of objects, and an object.
     """
@@ -61,7 +61,7 @@ def conversation_pieces(
 
 
 def _turn(i: int, whole: str, render: Callable[..., str], special_tokens: tuple[str, ...]) -> tuple[int, int]:
-    """Where in the whole text message `i` begins and ends.
+    """The start and end of message `i` in the whole text.
 
     It begins where the messages before it and the generation prompt end, and ends where the messages up to it end;
     these are places in the whole text only if both renderings are prefixes of it.

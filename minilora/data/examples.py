@@ -35,13 +35,13 @@ class Encoded(NamedTuple):
     unlabelled: list[int]
 
     def kept(self, rows: Sequence[Row]) -> list[Row]:
-        """Those of the rows that became examples."""
+        """The rows that became examples."""
         left_out = {*self.too_long, *self.unlabelled}
         return [row for number, row in enumerate(rows, start=1) if number not in left_out]
 
 
 def row_shape(row: Row) -> str:
-    """Which shape a row has, from its keys and their types; columns that no shape names are ignored."""
+    """The shape of a row, from its keys and their types; columns that no shape names are ignored."""
     fitting = [keys for keys in SHAPES if row.keys() >= set(keys)]
     if len(fitting) != 1:
         count = "several shapes" if fitting else "no shape"
@@ -60,7 +60,7 @@ def row_shape(row: Row) -> str:
 def encode_row(row: Row, tokenizer: Tokenizer, train_on: str = TRAIN_ON[0]) -> Example:
     """The tokens of a row and their mask, however long. ValueError if the row or its template won't do.
 
-    Trained are: of a text, everything and EOS; of prompt and completion, the completion and EOS; of messages,
+    The trained tokens are: in a text, all and EOS; in prompt and completion, the completion and EOS; in messages,
     the assistant's turns and what closes them; of a document everything, without EOS: it may be cut anywhere.
     With `train_on` "last-turn", of messages only the last turn; with "everything", the prompts too.
     A chat template writes the whole text; to every other one BOS is added where the tokenizer adds it.
@@ -125,7 +125,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int, trai
 
 
 def left_out(encoded: Encoded, max_length: int) -> str:
-    """Which rows did not become examples, and why, for people; empty if all did."""
+    """A sentence on the rows that did not become examples, and why; empty if all did."""
     reasons = (
         (encoded.too_long, f"longer than --max-length {max_length}"),
         (encoded.unlabelled, "with nothing to train"),

@@ -63,5 +63,5 @@ def _conversation(row: Row) -> tuple[list[Message], list[Message], list[Message]
 
 
 def first_answer(text: str, right: str) -> str:
-    """What a model wrote before going on to a row of its own: up to the separator, if the right answer has none."""
+    """The answer without the rows that the model adds to it: the text up to the separator, if the right answer has none."""
     return SEPARATOR.join(text.split(SEPARATOR)[: 1 + right.count(SEPARATOR)])

@@ -25,7 +25,7 @@ def read_prompts(path: Path) -> list[PromptRow]:
         if line.strip():
             try:
                 prompts.append(_check(json.loads(line)))
-            except ValueError as error:  # of the JSON, or of the shape
+            except ValueError as error:  # wrong JSON, or a wrong shape
                 raise ValueError(f"{path}, line {number}: {error}") from error
     if not prompts:
         raise ValueError(f"{path} holds no prompts: each line is {ACCEPTED_PROMPTS}")
@@ -48,7 +48,7 @@ def _check(row: Any) -> PromptRow:
 
 
 def conversation(row: PromptRow) -> Any:
-    """What a chat template is to render; a text, where the prompt is one."""
+    """The messages for the chat template; a text if the prompt is a text."""
     return row["prompt"] if "prompt" in row else row["messages"]
 
 

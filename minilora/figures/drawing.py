@@ -1,4 +1,4 @@
-"""What all pictures share."""
+"""Colours and saving, shared by all pictures."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ HUB_ID = re.compile(r"[a-zA-Z0-9][\w.-]*/[a-zA-Z0-9][\w.-]*(@.+)?", re.ASCII)
 
 
 class Source(NamedTuple):
-    """Where something named by the user lies. Of a user's own folder, `hub_id` and `revision` are empty."""
+    """The place of a model or adapter that the user named. `hub_id` and `revision` are empty for a folder."""
 
     folder: Path
     hub_id: str = ""
@@ -28,7 +28,7 @@ class Source(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What finds exactly this again."""
+        """A name that finds exactly this again."""
         return f"{self.hub_id}@{self.revision}" if self.hub_id else str(self.folder)
 
 

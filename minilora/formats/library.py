@@ -36,7 +36,7 @@ class Trained(NamedTuple):
 
 
 def trained_on(folder: Path) -> Trained:
-    """What the folder's adapter_config.json says."""
+    """The base that the folder's adapter_config.json names."""
     raw = read_json(folder / CONFIG)
     return Trained(str(raw.get("base_model_name_or_path") or raw.get("model") or ""), str(raw.get("revision") or ""))
 

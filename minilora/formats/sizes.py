@@ -1,4 +1,4 @@
-"""What a method trains and how large its files are, from shapes alone: no array is made, whatever the model's size."""
+"""The sizes of files and of trainable arrays, from shapes alone: no array is made, whatever the model's size."""
 
 from __future__ import annotations
 

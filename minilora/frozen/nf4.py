@@ -42,17 +42,18 @@ def normal_float() -> Array:
     return values
 
 
-def dynamic_float() -> Array:
+def dynamic_float(signed: bool = True) -> Array:
     """The 256 values for what the a's are quantised to: rising, in float32. (docs: Q4)
 
     Seven decades on each side of zero. The one that ends at 10^(i − 6) is cut into 2^i equal parts, i = 0 … 6, whose
-    middles are taken; 0 and 1 complete them (Dettmers, 2015, arXiv:1511.04561).
+    middles are taken; 0 and 1 complete them (Dettmers, 2015, arXiv:1511.04561). For numbers that are never negative,
+    there is one side only and each decade has twice as many parts.
     """
     values: list[Array] = [np.array([0, 1], np.float32)]
     for i in range(7):
-        edges = _linspace(0.1, 1, 2**i + 1)
+        edges = _linspace(0.1, 1, (1 if signed else 2) * 2**i + 1)
         middles = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += [middles, -middles]
+        values += [middles, -middles] if signed else [middles]
     return np.sort(np.concatenate(values))
 
 
@@ -70,6 +71,7 @@ def _linspace(start: float, end: float, count: int) -> Array:
 NF4 = read_only(normal_float())  # (16,)
 NF4_PAIRS = read_only(NF4[np.stack(np.divmod(np.arange(256), 16), axis=1)])  # (256, 2): the two values of each byte
 DYNAMIC = read_only(dynamic_float())  # (256,)
+DYNAMIC_UNSIGNED = read_only(dynamic_float(signed=False))  # (256,)
 
 
 def quantize(x: Array, table: Array, block: int) -> tuple[Array, Array]:
@@ -82,9 +84,13 @@ def quantize(x: Array, table: Array, block: int) -> tuple[Array, Array]:
     absmax = abs(rows).max(axis=1)
     # bitsandbytes has x · (1/a), which may round otherwise than x/a. CuPy takes 1e-38 for 0, hence the test of a > 0.
     rows = rows * xp.where(absmax > 0, 1 / xp.maximum(absmax, 1e-38), 0)[:, None]
+    # codes = sum(rows > midpoint for midpoint in midpoints), found by halving: 8 comparisons instead of 255
+    midpoints = (table[:-1] + table[1:]) / 2
     codes = xp.zeros(rows.shape, np.uint8)
-    for midpoint in (table[:-1] + table[1:]) / 2:
-        codes += rows > midpoint
+    half = len(table) // 2
+    while half:
+        codes += (rows > midpoints.take(codes + (half - 1), axis=0)).view(np.uint8) * half
+        half //= 2
     return codes.ravel()[: x.size], absmax
 
 

@@ -191,7 +191,7 @@ class LoRA(Method):
 
     @property
     def for_linear_maps_only(self) -> str:
-        """What of the settings keeps the embedding from being adapted; empty where nothing does."""
+        """The setting that excludes the embedding; empty if none does."""
         return f"init {self.init}" if STARTS[self.init].for_linear_maps_only else ""
 
     def frozen_at(self, W: FrozenWeight, place: Place) -> FrozenWeight:

@@ -61,7 +61,7 @@ def write(method: LoRA, modules: Iterable[str]) -> dict[str, Any]:
 
 
 def _used(patterns: Mapping[str, Number], modules: Collection[str]) -> dict[str, Number]:
-    """Those that name an adapted module: PEFT warns of others."""
+    """The patterns that name an adapted module, since PEFT warns of others."""
     return {key: n for key, n in patterns.items() if any(pattern_value({key: True}, name, False) for name in modules)}
 
 

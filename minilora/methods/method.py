@@ -1,4 +1,4 @@
-"""What a method is: the interface that every file of this folder fills in, and how they are found.
+"""The interface of a method, which every file of this folder fills in, and how the files are found.
 
 A method is a small frozen dataclass of its settings. It never edits the model; it makes a new one through one of three
 seams: other sites at named places, keys and values before every example, or embeddings before every example. All that
@@ -100,7 +100,7 @@ class Method:
         return self.shapes(config)
 
     def fields(self, config: Config, modules: Iterable[str]) -> dict[str, Any]:
-        """What adapter_config.json says of it, beside what every adapter says; `modules` are those it changes."""
+        """The fields of adapter_config.json beside those of every adapter; `modules` are the changed modules."""
         return {one.saved_as: getattr(self, name) for name, one in settings_of(type(self)).items()}
 
     @classmethod

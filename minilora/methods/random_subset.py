@@ -22,7 +22,7 @@ from minilora.model.sites import FrozenLinear, Gradients
 
 
 class Chosen(NamedTuple):
-    """Where the trained weights stand in W (out, in): entry k in row o_k and column i_k."""
+    """The places of the trained weights in W (out, in): entry k is in row o_k and column i_k."""
 
     o: Array  # (K,)
     i: Array  # (K,)

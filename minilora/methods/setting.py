@@ -19,7 +19,7 @@ KEY = "setting"  # of the field's metadata
 
 
 class Declaration(NamedTuple):
-    """What is said of a setting beside its name, type and default."""
+    """Everything that is declared of a setting beside its name, type and default."""
 
     help: str
     group: str

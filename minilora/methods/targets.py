@@ -1,4 +1,4 @@
-"""Which modules an adapter changes, chosen by name exactly as PEFT chooses them."""
+"""The modules that an adapter changes, chosen by name exactly as PEFT chooses them."""
 
 from __future__ import annotations
 

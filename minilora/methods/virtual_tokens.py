@@ -1,4 +1,4 @@
-"""What prefix and prompt tuning share: virtual tokens stand before every example, and start as real words do."""
+"""The common part of prefix and prompt tuning: virtual tokens stand before every example and start as real words."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from minilora.backend import Array, xp
 from minilora.model.config import Config
 from minilora.model.names import LAYER
 from minilora.model.sites import Gradients, LayerSites
-from minilora.ops.attention import AttentionCache, Block, attention, attention_backward
+from minilora.ops.attention import AttentionCache, QueryBlock, attention, attention_backward
 from minilora.ops.rope import rope, rope_backward
 from minilora.ops.swiglu import SwiGLUCache, swiglu, swiglu_backward
 
@@ -16,11 +16,11 @@ KeysValues = tuple[Array, Array]  # k (B, S, K, d), already turned by RoPE, and 
 
 
 class Context(NamedTuple):
-    """What every layer's attention needs to know about where the tokens stand."""
+    """The positions of the tokens and their visibility, which every layer's attention needs."""
 
     cos: Array  # (B, T, 1, d/2)
     sin: Array  # (B, T, 1, d/2)
-    blocks: list[Block]  # who sees whom
+    blocks: list[QueryBlock]  # who sees whom
 
 
 class BlockCache(NamedTuple):

@@ -10,7 +10,7 @@ from minilora.model.block import BlockCache, Context, KeysValues, block, block_b
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, LAYER, NORM, layer_module
 from minilora.model.sites import Gradients, Prefix, Prompt, Site, Sites, add_gradients, layer_sites, part_seed
-from minilora.ops.attention import EVERYONE, blocks_of_queries
+from minilora.ops.attention import EVERYONE, query_blocks
 from minilora.ops.cross_entropy import IGNORE, cross_entropy, cross_entropy_backward
 from minilora.ops.rope import rope_angles, rope_frequencies
 
@@ -103,7 +103,7 @@ def forward(
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     context = Context(
         *rope_angles(positions, frequencies, x.real.dtype),
-        blocks_of_queries(positions, segments, past_positions, past_segments),
+        query_blocks(positions, segments, past_positions, past_segments),
     )
     inputs: dict[int, Array] = {}
     blocks: dict[int, BlockCache] = {}

@@ -1,4 +1,8 @@
-"""Causal grouped-query attention (Vaswani et al., 2017, arXiv:1706.03762, eq. 1; Ainslie et al., arXiv:2305.13245)."""
+"""Causal grouped-query attention (Vaswani et al., 2017, arXiv:1706.03762, eq. 1; Ainslie et al., arXiv:2305.13245).
+
+`plain_attention` is the formula, in four passes. `attention` is the same, some queries at a time: numbers 1 to 4 mark
+the same passes in it, and 4 to 1 those of the backward.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +12,25 @@ from typing import NamedTuple
 from minilora.backend import Array, xp
 
 QUERIES_AT_ONCE = 64
-EVERYONE = -1  # a segment that all others see: what a method puts before every example
+EVERYONE = -1  # a segment that is visible from all segments: a method puts it before every example
 
 
-class Block(NamedTuple):
-    """Neighbouring queries, the keys that any of them sees, and which one sees which."""
+class QueryBlock(NamedTuple):
+    """Neighbouring queries, the keys that at least one of them sees, and which query sees which key."""
 
     queries: slice
-    keys: slice | Array  # places in the row; a slice where nothing lies between
+    keys: slice | Array  # places in the row: a slice, unless keys in between are left out
     visible: Array  # (B, t, s)
 
 
-class BlockCache(NamedTuple):
+class QueryBlockCache(NamedTuple):
     q: Array  # (B, K, G·t, d), divided by √d
-    log_z: Array  # (B, K, G·t, 1), the logarithm of what each row of exp(scores) sums to
+    log_z: Array  # (B, K, G·t, 1), log Σ_s exp(S_ts) of each row of the scores
 
 
 class AttentionCache(NamedTuple):
-    blocks: list[Block]
-    caches: list[BlockCache]  # of each block
+    blocks: list[QueryBlock]
+    caches: list[QueryBlockCache]  # one for each block
     k: Array  # (B, S, K, d)
     v: Array  # (B, S, K, d)
     y: Array  # (B, T, H, d)
@@ -44,13 +48,30 @@ def visible_keys(query_positions: Array, query_segments: Array, key_positions: A
     return visible
 
 
-def blocks_of_queries(
+def plain_attention(q: Array, k: Array, v: Array, visible: Array) -> Array:
+    """y = P v with P = softmax(q kᵀ/√d) over the visible keys, all queries at once. (docs: O11)
+
+    q (B, T, H, d), k and v (B, S, K, d), visible (B, T, S), y (B, T, H, d). The model runs `attention`, which is equal.
+    """
+    G = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k.repeat(G, axis=2), v.repeat(G, axis=2)))  # (B, H, T or S, d)
+    S = (
+        q @ k.transpose(0, 1, 3, 2) / math.sqrt(q.shape[-1])
+    )  # 1. scores (B, H, T, S); query head h reads key head h // G
+    S = xp.where(visible[:, None], S, -math.inf)  # 2. mask
+    P = xp.exp(S - S.real.max(axis=-1, keepdims=True))  # 3. softmax, in which a shift of S changes nothing
+    P = P / P.sum(axis=-1, keepdims=True)
+    return (P @ v).transpose(0, 2, 1, 3)  # 4. mean of the values
+
+
+def query_blocks(
     query_positions: Array, query_segments: Array, key_positions: Array, key_segments: Array
-) -> list[Block]:
-    """Who sees whom as in `visible_keys`, for a few queries at a time, with only the keys that they need. (docs: O10)
+) -> list[QueryBlock]:
+    """`visible_keys` for a few queries at a time, with only the keys that they need. (docs: O10)
 
     Keys stand in the order of time, the last T beside their queries; those of the past (S > T) come first. No query
-    sees a key that stands after it, and none of a packed row sees the examples before its own: their keys are left out.
+    sees a key that stands after it, and no query of a packed row sees the examples before its own: their keys are left
+    out.
     """
     T, S = query_positions.shape[1], key_positions.shape[1]
     blocks = []
@@ -63,15 +84,14 @@ def blocks_of_queries(
         needed = xp.flatnonzero(visible.any(axis=(0, 1)))
         first, last = int(needed[0]), int(needed[-1])
         keys = slice(first, last + 1) if last - first < len(needed) else needed
-        blocks.append(Block(queries, keys, visible[:, :, keys].copy()))
+        blocks.append(QueryBlock(queries, keys, visible[:, :, keys].copy()))
     return blocks
 
 
-def attention(q: Array, k: Array, v: Array, blocks: list[Block]) -> tuple[Array, AttentionCache]:
-    """y = P v with P = softmax(q kᵀ/√d) over the visible keys. (docs: O11)
+def attention(q: Array, k: Array, v: Array, blocks: list[QueryBlock]) -> tuple[Array, AttentionCache]:
+    """`plain_attention`, a block of queries at a time: the matrix of all scores (T, S) never exists. (docs: O11)
 
-    q (B, T, H, d), k and v (B, S, K, d), y (B, T, H, d). The matrix of all scores (T, S) never exists: each block of
-    queries goes by itself.
+    q (B, T, H, d), k and v (B, S, K, d), y (B, T, H, d).
     """
     y = xp.empty_like(q)
     caches = []
@@ -94,35 +114,40 @@ def attention_backward(dy: Array, cache: AttentionCache) -> tuple[Array, Array, 
     return dq, dk, dv
 
 
-def _attend(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, BlockCache]:
+def _attend(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, QueryBlockCache]:
     """The attention of one block of t queries to s keys.
 
-    Query head h reads key head h // G. The G queries of a key are stacked into the rows of one matrix, so that each key
-    head is one product, and the sum over its queries in the backward happens within it. The division by z waits for the
-    product with v, which has d columns instead of s.
+    Query head h reads key head h // G. The G query heads of a key head are stacked as the rows of one matrix, so each
+    key head is one product, which also takes the sum over its query heads in the backward.
     """
     t, d = q.shape[1], q.shape[3]
     q = _stack_group(q, k.shape[2]) * (1 / math.sqrt(d))
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    e = _scores(q, k, visible)
-    largest = e.real.max(axis=-1, keepdims=True)
-    e -= largest  # softmax does not change, and exp cannot overflow
-    xp.exp(e, out=e)
+    # 1. S = q kᵀ/√d and 2. S = −∞ where a key is not visible
+    S = _scores(q, k, visible)
+    # 3. P = e / z with e = exp(S − largest) and z = Σ e; e takes the place of S, and the division by z waits for pass 4
+    largest = S.real.max(axis=-1, keepdims=True)
+    S -= largest
+    e = xp.exp(S, out=S)
     z = e.sum(axis=-1, keepdims=True)
+    # 4. y = P v = (e v) / z, which divides d columns instead of s
     y = e @ v
     y /= z
-    return _unstack_group(y, t), BlockCache(q, xp.log(z) + largest)
+    return _unstack_group(y, t), QueryBlockCache(q, xp.log(z) + largest)
 
 
 def _attend_backward(
-    dy: Array, y: Array, k: Array, v: Array, visible: Array, cache: BlockCache
+    dy: Array, y: Array, k: Array, v: Array, visible: Array, cache: QueryBlockCache
 ) -> tuple[Array, Array, Array]:
     """dq, dk, dv of one block.
 
-    Forward was y = P v, so dv = Pᵀ dy and dP = dy vᵀ. The softmax of a row has ∂P_i/∂S_j = P_i (δ_ij − P_j), so
-        dS = P ⊙ (dP − Σ_j dP_j P_j),    in which Σ_j dP_j P_j = dy · Σ_j P_j v_j = dy · y;
-    a key that was not visible has P = 0 and gets no gradient. With S = q kᵀ/√d: dq = dS k/√d and dk = dSᵀ q/√d, where
-    the q saved has the 1/√d already. P = exp(S − log z) is computed again: saved, it would be by far the largest array.
+    4. Forward was y = P v, so dv = Pᵀ dy and dP = dy vᵀ.
+    3. Forward was P = softmax(S), row by row, with ∂P_i/∂S_j = P_i (δ_ij − P_j), so
+           dS = P ⊙ (dP − Σ_j dP_j P_j),    in which Σ_j dP_j P_j = dy · Σ_j P_j v_j = dy · y.
+    2. Forward was S = −∞ where a key is not visible. There P = 0, so dS = 0 already.
+    1. Forward was S = q kᵀ/√d, so dq = dS k/√d and dk = dSᵀ q/√d, where the q saved has the 1/√d already.
+
+    P = exp(S − log z) is computed again: saved, it would be by far the largest array.
     """
     q, log_z = cache
     t, d = dy.shape[1], dy.shape[3]
@@ -131,11 +156,15 @@ def _attend_backward(
     P = _scores(q, k, visible)
     P -= log_z
     xp.exp(P, out=P)
+    # 4. dv = Pᵀ dy and dP = dy vᵀ
     dy = _stack_group(dy, K)
     dv = P.transpose(0, 1, 3, 2) @ dy
-    dS = dy @ v.transpose(0, 1, 3, 2)
-    dS -= (dy * _stack_group(y, K)).sum(axis=-1, keepdims=True)
-    dS *= P
+    dP = dy @ v.transpose(0, 1, 3, 2)
+    # 3. and 2. dS = P ⊙ (dP − dy · y), in the place of dP
+    dP -= (dy * _stack_group(y, K)).sum(axis=-1, keepdims=True)
+    dP *= P
+    dS = dP
+    # 1. dk = dSᵀ q/√d and dq = dS k/√d
     dk = dS.transpose(0, 1, 3, 2) @ q
     dq = dS @ k
     dq *= 1 / math.sqrt(d)
@@ -143,7 +172,7 @@ def _attend_backward(
 
 
 def _scores(q: Array, k: Array, visible: Array) -> Array:
-    """S = q kᵀ (B, K, G·t, s), −∞ where a query does not see the key."""
+    """Passes 1 and 2: S = q kᵀ (B, K, G·t, s) for a q that is divided by √d, and −∞ where a key is not visible."""
     S = q @ k.transpose(0, 1, 3, 2)
     B, K, _, s = S.shape
     by_group = S.reshape(B, K, -1, visible.shape[1], s)  # a view: the same numbers

@@ -1,4 +1,4 @@
-"""What a planned run takes: the figures that `plan` prints."""
+"""The figures that `plan` prints for a run."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def parse(argv: list[str] | None, description: str | None) -> tuple[argparse.Nam
 
 
 def read_run(argv: list[str] | None, description: str | None = None) -> tuple[PlannedRun, argparse.Namespace]:
-    """What the command line asks about."""
+    """The run that the command line describes."""
     args, shared = parse(argv, description)
     settings, _, _ = train_flags.choose_settings(train_flags.parse(shared))
     return plan_run(settings, args.labelled), args

@@ -15,7 +15,7 @@ from minilora.plan.report import size
 
 
 def measure(flags: Sequence[str], planned: PlannedRun, total: int) -> dict[str, int]:
-    """What `measured_step` says of the same flags, with random weights for a shape that has none.
+    """The measurements of `measured_step` for the same flags; a shape without weights gets random ones.
 
     ValueError where the machine is too small for it.
     """

@@ -78,7 +78,7 @@ def plan_run(settings: Settings, labelled: float) -> PlannedRun:
 
 
 def find_shape(settings: Settings) -> tuple[str, Config, dict[str, Any], Path | None]:
-    """What `--model` names: its name, its configuration and config.json, and the folder if its weights are there."""
+    """The model of `--model`: its name, its configuration, its config.json, and the folder if its weights are there."""
     path = Path(settings.model)
     if path.name in SHAPES and not path.exists():
         return path.name, Config.from_dict(SHAPES[path.name]), SHAPES[path.name], None

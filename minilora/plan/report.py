@@ -22,7 +22,7 @@ def heading(run: PlannedRun, found: dict[str, Any]) -> list[str]:
 
 
 def memory_table(run: PlannedRun, found: dict[str, Any]) -> list[str]:
-    """What lives between steps, what a step adds at each of its moments, and the most of all."""
+    """The bytes that live between steps, the bytes that a step adds at each moment, and the peak."""
     this, full, method = found["this"], found["full"], run.method.name
     share = this["trainable_parameters"] / found["parameters"]
     lines = [

@@ -40,7 +40,7 @@ class Span(NamedTuple):
 def advise(
     lines: Sequence[dict[str, Any]], settings: Settings, base_loss: float = math.nan, adapted_loss: float = math.nan
 ) -> list[str]:
-    """What the lines of metrics.jsonl advise after a run, in sentences; none if all went well.
+    """Advice after a run, in sentences drawn from metrics.jsonl; none if all went well.
 
     base_loss and adapted_loss are held out, before and after; NaN where nothing is.
     """
@@ -52,13 +52,13 @@ def advise(
 
 
 def after_divergence(settings: Settings, warmup: int) -> str:
-    """What to change when the loss is no longer a number; `warmup` is in steps."""
+    """Advice for a loss that is no longer a number; `warmup` is in steps."""
     wider = "--mixed-precision bf16, whose range is float32's; " if settings.mixed_precision == "fp16" else ""
     return f"What usually helps, in this order: {wider}{_calmer(settings, warmup)}."
 
 
 def out_of_memory(settings: Settings, longest: int) -> str:
-    """What to change when memory does not suffice; `longest` is the length of the longest row, in tokens."""
+    """Advice for too little memory; `longest` is the length of the longest row, in tokens."""
     ways = []
     if settings.batch_size > 1:
         half, twice = settings.batch_size // 2, settings.grad_accumulation * 2

@@ -1,4 +1,4 @@
-"""What a model is worth: loss, exact match of generated answers, and drift from the base model."""
+"""The quality of a model: loss, exact match of generated answers, and drift from the base model."""
 
 from __future__ import annotations
 

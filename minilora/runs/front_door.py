@@ -1,4 +1,4 @@
-"""What `from minilora import …` offers: a model and its tokenizer by name, an adapter on it, and text for text."""
+"""The functions of `from minilora import …`: a model and its tokenizer by name, an adapter on it, and text for text."""
 
 from __future__ import annotations
 

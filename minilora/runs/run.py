@@ -39,7 +39,7 @@ from minilora.training.step import mean_loss
 
 @dataclass(frozen=True)
 class Run:
-    """What a run works with. `adapted` shares the arrays of `state.trainable`: training changes it, never `base`."""
+    """The parts of a run. `adapted` shares the arrays of `state.trainable`: training changes it, never `base`."""
 
     settings: Settings
     source: Source  # of the base model

@@ -1,4 +1,4 @@
-"""Everything that decides a run, in one place: what `settings.json` holds, and what `--resume` reads.
+"""Everything that decides a run, in one place: the content of `settings.json`, which `--resume` reads.
 
 Each setting is declared once, here or in its method's file; flags, their help, checks and docs/settings.md follow.
 """

@@ -1,4 +1,4 @@
-"""What a run trains on and is judged by: rows of text, encoded, with their held-out part."""
+"""The data of a run: rows of text, encoded, with a held-out part."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Task:
     valid: list[Batch]
     held_out: list[Batch]  # test, or valid where there is no test
     held_out_rows: list[Row]
-    figures: dict[str, dict[str, Any]]  # of each part, as in `text.figures`
+    figures: dict[str, dict[str, Any]]  # the figures of each part, as in data/report.py
     report: list[str]  # the same for people
 
     @property

@@ -21,7 +21,7 @@ from minilora.training.step import loss_and_gradients, mean_loss
 
 @dataclass(frozen=True)
 class Plan:
-    """What the loop does, in numbers. 0 means never for the fields ending in `_every`, and no limit for patience."""
+    """The loop's settings. 0 means never for fields ending in `_every`, and no limit for patience."""
 
     steps: int
     batch_size: int = 8

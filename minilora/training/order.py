@@ -1,4 +1,4 @@
-"""Which rows come next: a new permutation for every epoch, and a place in it that can be saved."""
+"""The order of the rows: a new permutation for every epoch, and a position in it that can be saved."""
 
 from __future__ import annotations
 

@@ -15,13 +15,13 @@ from minilora.training.order import Order
 
 @dataclass
 class State:
-    """What trains, the optimiser's moments, the random generator, the place in the data, and the best so far."""
+    """The trainable arrays, the optimiser's moments, the random generator, the position in the data, the best so far."""
 
     trainable: dict[str, Array]
     optimizer: Optimizer
     order: Order
     rng: np.random.Generator
-    data: str = ""  # a digest of what it trains on
+    data: str = ""  # a digest of the training data
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
