@@ -63,5 +63,5 @@ def _conversation(row: Row) -> tuple[list[Message], list[Message], list[Message]
 
 
 def first_answer(text: str, right: str) -> str:
-    """The answer without the rows that the model adds to it: the text up to the separator, if the right answer has none."""
+    """The text before the separator, if the right answer has none: the rows that the model adds are cut off."""
     return SEPARATOR.join(text.split(SEPARATOR)[: 1 + right.count(SEPARATOR)])
