@@ -20,8 +20,10 @@ def cross_entropy(logits: Array, labels: Array, overwrite: bool = False) -> tupl
     logits (N, V), labels (N,) integers. A sum, not a mean: sums over micro-batches add up to the sum over the
     batch, and the caller divides once by the number of labelled tokens. With `overwrite`, p takes the place of logits.
     """
+    # p = exp(z) / exp(z).sum() row by row, and loss = Σ -log p[label] = Σ (log exp(z).sum() - z[label]), for any shift
+    # of a row of z; with the largest entry at 0, exp cannot overflow
     largest = logits.real.max(axis=-1, keepdims=True)
-    z = xp.subtract(logits, largest, out=logits if overwrite else None)  # same softmax, and exp cannot overflow
+    z = xp.subtract(logits, largest, out=logits if overwrite else None)
     labelled = labels != IGNORE
     picked = xp.take_along_axis(z, xp.where(labelled, labels, 0)[:, None], axis=-1)[:, 0]
     p = xp.exp(z, out=z)
@@ -39,6 +41,7 @@ def cross_entropy_backward(dloss: Array | float, cache: CrossEntropyCache, overw
     """
     p, labels = cache
     labelled = labels != IGNORE
+    # dlogits = dloss * (p - onehot(labels)) in labelled rows, 0 in all others
     weight = labelled.astype(p.dtype)
     weight *= dloss
     dlogits: Array = xp.multiply(p, weight[:, None], out=p if overwrite else None)

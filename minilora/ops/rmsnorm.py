@@ -16,6 +16,7 @@ class RMSNormCache(NamedTuple):
 def rmsnorm(x: Array, gain: Array, eps: float) -> tuple[Array, RMSNormCache]:
     """y = g ⊙ x / rms(x), rms(x) = √(mean(x²) + ε), row by row. x and y (N, D), gain (D,). (docs: O3)"""
     rms_inverse = 1 / xp.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
+    # y = x * rms_inverse * gain
     y = x * rms_inverse
     y *= gain
     return y, RMSNormCache(x, rms_inverse, gain)
@@ -33,7 +34,9 @@ def rmsnorm_backward(dy: Array, cache: RMSNormCache) -> tuple[Array, Array]:
     x_hat = x * rms_inverse
     dx_hat = dy * gain
     dgain = (dy * x_hat).sum(axis=0)
+    # dx = (dx_hat - x_hat * (dx_hat * x_hat).mean(axis=-1, keepdims=True)) * rms_inverse
     x_hat *= (dx_hat * x_hat).mean(axis=-1, keepdims=True)
-    dx_hat -= x_hat
-    dx_hat *= rms_inverse
-    return dx_hat, dgain
+    dx = dx_hat
+    dx -= x_hat
+    dx *= rms_inverse
+    return dx, dgain

@@ -14,6 +14,7 @@ class SwiGLUCache(NamedTuple):
 
 def sigmoid(x: Array) -> Array:
     """σ(x) = 1/(1 + e^−x) = ½(1 + tanh(x/2)): the second form cannot overflow. (docs: O13)"""
+    # s = 0.5 * (1 + tanh(0.5 * x))
     s = xp.tanh(x * 0.5)
     s += 1
     s *= 0.5
@@ -22,6 +23,7 @@ def sigmoid(x: Array) -> Array:
 
 def swiglu(gate: Array, up: Array) -> tuple[Array, SwiGLUCache]:
     """y = silu(gate) ⊙ up with silu(z) = z σ(z). All (N, F). (docs: O14)"""
+    # y = gate * sigmoid(gate) * up
     y = sigmoid(gate)
     y *= gate
     y *= up
@@ -37,10 +39,13 @@ def swiglu_backward(dy: Array, cache: SwiGLUCache) -> tuple[Array, Array]:
     gate, up = cache
     s = sigmoid(gate)
     silu = gate * s
-    dgate = gate - silu  # z(1 − σ)
+    # dgate = dy * up * s * (1 + gate - silu), for z(1 − σ) = z − silu(z)
+    dgate = gate - silu
     dgate += 1
     dgate *= s
     dgate *= up
     dgate *= dy
-    silu *= dy
-    return dgate, silu
+    # dup = dy * silu
+    dup = silu
+    dup *= dy
+    return dgate, dup

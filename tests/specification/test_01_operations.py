@@ -15,7 +15,15 @@ from support.complex_step import check_backward, check_gradients
 from support.strategies import LLAMA3, normal, seeds, sizes
 
 from minilora.ops import attention as attention_module
-from minilora.ops.attention import EVERYONE, Block, attention, attention_backward, blocks_of_queries, visible_keys
+from minilora.ops.attention import (
+    EVERYONE,
+    QueryBlock,
+    attention,
+    attention_backward,
+    plain_attention,
+    query_blocks,
+    visible_keys,
+)
 from minilora.ops.cross_entropy import IGNORE, cross_entropy, cross_entropy_backward
 from minilora.ops.embedding import embedding, embedding_backward
 from minilora.ops.linear import linear, linear_backward
@@ -151,9 +159,9 @@ def places(segments: np.ndarray, past: int = 0) -> tuple[np.ndarray, ...]:
     return positions[:, past:], segments[:, past:], positions, segments
 
 
-def causal(segments: np.ndarray, past: int = 0) -> list[Block]:
+def causal(segments: np.ndarray, past: int = 0) -> list[QueryBlock]:
     """Which keys those queries may see."""
-    return blocks_of_queries(*places(segments, past))
+    return query_blocks(*places(segments, past))
 
 
 @every_operation
@@ -324,6 +332,25 @@ def test_attention_is_the_mean_of_the_visible_values_weighted_by_the_softmax_of_
         weights = [math.exp(score - max(scores)) for score in scores]
         mean = sum(w * v[b, s, h // G] for w, s in zip(weights, seen, strict=True)) / sum(weights)
         np.testing.assert_allclose(y[b, t, h], mean, **rounding())
+
+
+@given(attention_case(), st.integers(1, 3), seeds)
+def test_plain_attention_is_the_fast_one_and_has_its_gradients(case: Case, queries: int, seed: int) -> None:
+    """The gradients of the plain formula, by the complex step, are those of the fast one's backward."""
+    visible = case.visible
+    assert visible is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_module, "QUERIES_AT_ONCE", queries)
+        y, cache = case.forward(**case.inputs)
+    np.testing.assert_allclose(plain_attention(**case.inputs, visible=visible), y, **rounding())
+    check_backward(lambda q, k, v: (plain_attention(q, k, v, visible), cache), attention_backward, case.inputs, seed)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+@given(attention_case())
+def test_plain_attention_keeps_the_dtype(dtype: str, case: Case) -> None:
+    q, k, v = (x.astype(dtype) for x in case.inputs.values())
+    assert plain_attention(q, k, v, case.visible).dtype == np.dtype(dtype)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=6))

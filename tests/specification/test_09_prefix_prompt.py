@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from support.commands import RUN_FILES, contents, good, run
 from support.complex_step import Arrays, check_gradients
+from support.device import BATCHES
+from support.models import assert_same, loss_and_gradients_in_chunks, loss_only
 from support.strategies import TINY, VOCAB, batches, configs, examples, normal, random_weights, rows, seeds
-from test_10_model import assert_same, loss_and_gradients_in_chunks, loss_only
-from test_backend import BATCHES, device  # noqa: F401
-from test_commands import RUN_FILES, contents, data, good, model, run  # noqa: F401
 
 from minilora.adapters.merging import merged_parameters
 from minilora.backend import to_host
@@ -35,7 +35,7 @@ from minilora.model.config import Config
 from minilora.model.generation import Memory, complete
 from minilora.model.model import Model, backward, forward
 from minilora.model.names import HEAD
-from minilora.ops.attention import EVERYONE, Block, attention, visible_keys
+from minilora.ops.attention import EVERYONE, QueryBlock, attention, visible_keys
 from minilora.runs import folder as folder_module
 from minilora.runs.run import default_max_length
 from minilora.training.state import State
@@ -220,7 +220,7 @@ def test_a_prefix_draws_each_output_of_attention_towards_its_own_by_its_share_of
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray) -> np.ndarray:
     """Attention where `visible` says who sees whom."""
     everywhere = [slice(0, length) for length in visible.shape[1:]]
-    return attention(q, k, v, [Block(*everywhere, visible)])[0]
+    return attention(q, k, v, [QueryBlock(*everywhere, visible)])[0]
 
 
 # --- Layouts that change nothing ---
@@ -484,8 +484,8 @@ def test_a_folder_that_peft_wrote_has_the_same_logits_here(
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
 def test_train_generate_evaluate_and_resume_know_virtual_tokens_and_merge_refuses_them(
     method: str,
-    model: Path,  # noqa: F811
-    data: Path,  # noqa: F811
+    model: Path,
+    data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -532,7 +532,7 @@ def learnt(folder: Path) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
-def test_an_initial_text_is_what_the_virtual_tokens_start_as(model: Path, data: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_an_initial_text_is_what_the_virtual_tokens_start_as(model: Path, data: Path, tmp_path: Path) -> None:
     flags = ["--model", model, "--data", data / "pairs.jsonl", "--method", "prompt", "--num-virtual-tokens", 4]
     for text, out in (("up", "one"), ("up", "same"), ("down", "other")):
         flags_of_text = ["--prompt-tuning-init-text", text, "--steps", 1, "--learning-rate", 0, "--eval-rows", 0]
