@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,3 +128,39 @@ def test_no_file_outside_methods_asks_which_method_it_has_or_lists_methods(path:
             entries = node.keys if isinstance(node, ast.Dict) else node.elts
             listed = {entry.value for entry in entries if isinstance(entry, ast.Constant)} & names
             assert len(listed) < 3, f"line {node.lineno} lists {listed}"
+
+
+# --- The file tree of the README ---
+
+LISTED = ("ops", "frozen", "model", "methods", "adapters", "training")  # file by file
+
+
+def tree() -> list[str]:
+    """The paths in the README's list. Each line has a name, with / for a folder, and a clause about it."""
+    text = (ROOT.parent / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"<!-- begin of files -->\n\n```\n(.*?)```\n\n<!-- end of files -->", text, flags=re.S)
+    paths, folder = [], ""
+    for line in block.splitlines():
+        match = re.fullmatch(r"( *)(\w+)(/?) +\S.*", line)
+        assert match, line
+        indent, name, slash = match.groups()
+        folder = folder if indent else f"{name}/"
+        paths.append((folder if indent else "") + name + ("" if slash else ".py"))
+    return paths
+
+
+def entries(folder: Path) -> set[str]:
+    """The Python files and the folders of Python files in a folder."""
+    files = {path for path in folder.glob("*.py") if path.stem != "__init__"}
+    folders = {path.parent for path in folder.glob("*/__init__.py")}
+    return {path.relative_to(ROOT).as_posix() for path in files | folders}
+
+
+def test_the_file_tree_of_the_readme_names_what_is_there_and_nothing_else() -> None:
+    there = entries(ROOT).union(*(entries(ROOT / room) for room in LISTED))
+    assert sorted(tree()) == sorted(there)
+
+
+def test_folders_stand_in_the_order_in_which_they_may_import_each_other() -> None:
+    rooms = [path.removesuffix(".py") for path in tree() if "/" not in path]
+    assert rooms[: len(ROOMS)] == list(ROOMS)
