@@ -11,8 +11,8 @@ from pathlib import Path
 from minilora.backend import Array, HostArray, to_device, to_host
 from minilora.formats.mlx import MLX_TENSORS, check_sayable, read_mlx_adapter, write_mlx_adapter
 from minilora.formats.peft import TENSORS, Adapter, check_copies, read_adapter, write_adapter
-from minilora.methods.lora import frozen_site
 from minilora.methods.method import Method
+from minilora.methods.placement import frozen_site
 from minilora.model.config import Config
 from minilora.model.model import Model
 

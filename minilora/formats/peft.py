@@ -43,7 +43,6 @@ def write_adapter(
     revision: str | None = None,
 ) -> None:
     """Write an adapter of a model with this configuration. `tensors` are named as in the model."""
-    modules = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}
     raw: dict[str, Any] = {
         "peft_type": method.peft_type,
         "task_type": "CAUSAL_LM",
@@ -51,7 +50,7 @@ def write_adapter(
         "revision": revision,
         "auto_mapping": None,
         "inference_mode": True,
-        **method.fields(config, modules),
+        **method.fields(config),
     }
     folder = Path(folder)
     named = {method.key_prefix + name: tensor for name, tensor in tensors.items()}

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora.backend import Array, to_device, xp
-from minilora.methods.lora import frozen_site
 from minilora.methods.method import Method, Variant
+from minilora.methods.placement import frozen_site
 from minilora.methods.setting import setting
 from minilora.model.config import Config
 from minilora.model.model import Model

@@ -17,7 +17,7 @@ whole gradient of A and B; what is left out: D6. Numbers like D3 are those of do
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -176,8 +176,8 @@ class DoRA(LoRA):
         A, B, m = (parameters[name] for name in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"))
         return DoRALinear(base, A, B, m, place.scale, self.dropout, key)
 
-    def fields(self, config: Config, modules: Iterable[str]) -> dict[str, Any]:
-        return {**super().fields(config, modules), "use_dora": True}
+    def fields(self, config: Config) -> dict[str, Any]:
+        return {**super().fields(config), "use_dora": True}
 
     @classmethod
     def is_held_by(cls, raw: Mapping[str, Any]) -> bool:

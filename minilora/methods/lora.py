@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -15,16 +15,10 @@ from minilora.lora import LoRACache, dropout_mask, lora, lora_backward, merge
 from minilora.methods import lora_fields
 from minilora.methods.lora_embedding import LoRAEmbedding, init_lora_embedding, lora_embedding_shapes
 from minilora.methods.method import HostArrays, Method, Variant
+from minilora.methods.placement import Placed, frozen_site
 from minilora.methods.setting import setting
 from minilora.methods.starts import STARTS
-from minilora.methods.targets import (
-    ALL_LINEAR,
-    ModuleNames,
-    names_or_expression,
-    pattern_value,
-    saved_module_names,
-    target_module_names,
-)
+from minilora.methods.targets import pattern_value
 from minilora.methods.whole_modules import attach_whole, whole_shapes, whole_start, with_sites
 from minilora.model.config import Config
 from minilora.model.model import Model
@@ -78,16 +72,8 @@ class Place(NamedTuple):
     scale: float
 
 
-def frozen_site(model: Model, module: str) -> FrozenLinear | FrozenEmbedding:
-    """The site at `module`, which has to be a plain frozen one: adapters are not stacked silently."""
-    site = model.sites[module]
-    if not isinstance(site, FrozenLinear | FrozenEmbedding):
-        raise ValueError(f"{module} is already adapted: start from the base model")
-    return site
-
-
 @dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(Placed):
     """Rank r, α, dropout on the branch's input, and what is adapted; the fields mean what PEFT's mean.
 
     The scale is α/r, or α/√r with `rslora` (Kalajdzievski, 2023, arXiv:2312.03732). `rank_pattern` and `alpha_pattern`
@@ -121,12 +107,6 @@ class LoRA(Method):
         below=1,
         aliases=("lora_dropout",),
     )
-    target_modules: ModuleNames = setting(
-        (ALL_LINEAR,),
-        "names such as q_proj v_proj, or all-linear",
-        aliases=("lora_target_modules", "keys"),
-        metavar="NAME",
-    )
     init: str = setting(
         "kaiming",
         "how A starts (B at zero, but in orthogonal and pissa)",
@@ -136,36 +116,14 @@ class LoRA(Method):
     )
     rslora: bool = setting(False, "scale by alpha / root of rank instead", aliases=("use_rslora",))
     loraplus_lr_ratio: float = setting(1.0, "LoRA+: B learns so many times as fast as A", at_least=1, of_training=True)
-    exclude_modules: ModuleNames = setting((), "names not to adapt, though a target matches them", metavar="NAME")
-    num_layers: int = setting(0, "adapt the last so many layers only; 0: all", at_least=0)
     rank_pattern: Mapping[str, int] = setting(
         {}, "other ranks for some modules: q_proj=16", at_least=1, metavar="NAME=N"
     )
     alpha_pattern: Mapping[str, float] = setting({}, "other alphas for some modules: q_proj=32", metavar="NAME=X")
-    modules_to_save: tuple[str, ...] = setting(
-        (),
-        "modules to train whole, beside the adapter: norm lm_head",
-        aliases=("lora_modules_to_save",),
-        metavar="NAME",
-    )
-    layers_to_transform: tuple[int, ...] | None = None  # PEFT's field, which `num_layers` is worked out to
 
     def __post_init__(self) -> None:
         super().__post_init__()
         STARTS[self.init].check((self.rank, *self.rank_pattern.values()), self.dropout)
-
-    def for_model(self, config: Config, encode: Callable[[str], list[int]]) -> Self:
-        """With layers counted from the model's end, and a lone entry that is no name taken as a regular expression."""
-        L = config.num_hidden_layers
-        if self.num_layers > L:
-            raise ValueError(f"--num-layers {self.num_layers}: the model has {L}")
-        return replace(
-            self,
-            target_modules=names_or_expression(self.target_modules),
-            exclude_modules=names_or_expression(self.exclude_modules),
-            layers_to_transform=tuple(range(L - self.num_layers, L)) if self.num_layers else self.layers_to_transform,
-            num_layers=0,
-        )
 
     @property
     def scale(self) -> float:
@@ -177,12 +135,10 @@ class LoRA(Method):
 
     def places(self, config: Config) -> dict[str, Place]:
         """The adapted modules, in the model's order, each with its rank and scale."""
-        saved = saved_module_names(config, self.modules_to_save)
         places = {}
-        for module in target_module_names(config, self.target_modules, self.exclude_modules, self.layers_to_transform):
-            if module not in saved:
-                rank = pattern_value(self.rank_pattern, module, self.rank)
-                places[module] = Place(rank, self._scale(rank, pattern_value(self.alpha_pattern, module, self.alpha)))
+        for module in self.adapted_modules(config):
+            rank = pattern_value(self.rank_pattern, module, self.rank)
+            places[module] = Place(rank, self._scale(rank, pattern_value(self.alpha_pattern, module, self.alpha)))
         if EMBED in places and self.for_linear_maps_only:
             raise ValueError(
                 f"{self.for_linear_maps_only} is for linear maps, not for {EMBED}: leave it out of the target modules"
@@ -268,8 +224,8 @@ class LoRA(Method):
     def saved_shapes(self, config: Config) -> dict[str, Shape]:
         return STARTS[self.init].saved_settings(self).shapes(config)
 
-    def fields(self, config: Config, modules: Iterable[str]) -> dict[str, Any]:
-        return lora_fields.write(self, modules)
+    def fields(self, config: Config) -> dict[str, Any]:
+        return lora_fields.write(self, config)
 
     @classmethod
     def is_held_by(cls, raw: Mapping[str, Any]) -> bool:

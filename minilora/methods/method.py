@@ -99,8 +99,8 @@ class Method:
         """Name and shape of the tensors of `saved_form`."""
         return self.shapes(config)
 
-    def fields(self, config: Config, modules: Iterable[str]) -> dict[str, Any]:
-        """The fields of adapter_config.json beside those of every adapter; `modules` are the changed modules."""
+    def fields(self, config: Config) -> dict[str, Any]:
+        """The fields of adapter_config.json beside those of every adapter."""
         return {one.saved_as: getattr(self, name) for name, one in settings_of(type(self)).items()}
 
     @classmethod

@@ -9,7 +9,7 @@ then computes what the base does after reading those words.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,8 +67,8 @@ class PrefixTuning(VirtualTokens):
     peft_type = "PREFIX_TUNING"
     rivals = (Variant("prefix", "20 keys and values before the text", {"method": "prefix"}, (1e-1, 3e-1, 1e0)),)
 
-    def fields(self, config: Config, modules: Iterable[str]) -> dict[str, Any]:
-        return {**super().fields(config, modules), "prefix_projection": False, "encoder_hidden_size": None}
+    def fields(self, config: Config) -> dict[str, Any]:
+        return {**super().fields(config), "prefix_projection": False, "encoder_hidden_size": None}
 
     def _heads_and_width(self, config: Config) -> tuple[int, int]:
         """A prefix is read by the key/value heads, of which there may be fewer."""

@@ -9,7 +9,7 @@ It cannot start as the base itself: with anything before it, a text is another t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,10 +48,10 @@ class PromptTuning(VirtualTokens):
     peft_type = "PROMPT_TUNING"
     rivals = (Variant("prompt", "20 embeddings before the text", {"method": "prompt"}, (3e-2, 1e-1, 3e-1)),)
 
-    def fields(self, config: Config, modules: Iterable[str]) -> dict[str, Any]:
+    def fields(self, config: Config) -> dict[str, Any]:
         """Where a text was given, PEFT would ask for its tokenizer before it overwrites the start by the tensor."""
         start = {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None}
-        return {**super().fields(config, modules), **start}
+        return {**super().fields(config), **start}
 
     def shapes(self, config: Config) -> dict[str, Shape]:
         return {EMBEDDINGS: (self.num_virtual_tokens, config.hidden_size)}

@@ -11,8 +11,8 @@ import numpy as np
 
 from minilora.backend import Array, from_host, matmul_transposed, xp
 from minilora.frozen.weight import FrozenWeight
-from minilora.methods.lora import frozen_site
 from minilora.methods.method import Method, Variant
+from minilora.methods.placement import frozen_site
 from minilora.methods.setting import setting
 from minilora.methods.targets import projections
 from minilora.model.config import Config

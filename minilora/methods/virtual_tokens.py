@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,7 @@ class VirtualTokens(Method):
     def for_model(self, config: Config, encode: Callable[[str], list[int]]) -> Self:
         return replace(self, text=tuple(encode(self.init_text)) or self.text)
 
-    def fields(self, config: Config, modules: Iterable[str]) -> dict[str, Any]:
+    def fields(self, config: Config) -> dict[str, Any]:
         return self._geometry(config)
 
     @classmethod

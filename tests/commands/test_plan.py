@@ -181,7 +181,7 @@ def check_memory(
     config: Config,
     method: Method,
     work: Rows,
-    storage: Storage = Storage(),  # noqa: B008
+    storage: Storage = Storage(),
     optimizer: str = "adamw",
     checkpointing: bool = False,
     k: int = 1,
@@ -206,7 +206,7 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {  # → the mom
     "all-linear, long rows": ("a layer's backward", (SMALL, LoRA(8, target_modules=ALL), Rows(2, 256, 200)), {}),
     "all-linear, one short row": ("a layer's backward", (UNTIED, LoRA(8, target_modules=ALL), Rows(1, 40, 20)), {}),
     "all-linear, rank 64": ("a layer's backward", (SMALL, LoRA(64, target_modules=ALL), Rows(4, 64, 60)), {}),
-    "all-linear, dropout": ("a layer's backward", (SMALL, LoRA(8, 16, 0.1, ALL), Rows(4, 64, 60)), {}),
+    "all-linear, dropout": ("a layer's backward", (SMALL, LoRA(8, 16, 0.1, target_modules=ALL), Rows(4, 64, 60)), {}),
     "all-linear, float64": (
         "a layer's backward", (SMALL, LoRA(target_modules=ALL), Rows(4, 64, 252), Storage("float64")), {},
     ),

@@ -239,7 +239,7 @@ def new_run(
     model = full_model(TINY, trainable)
     if method == "lora":
         base = base_model(TINY, trainable, np.float64)
-        lora = LoRA(2, 4.0, dropout, ("all-linear",))
+        lora = LoRA(2, 4.0, dropout, target_modules=("all-linear",))
         trainable = lora.start(base, rng, np.float64)
         model = lora.attach(base, trainable)
     return model, State(trainable, OPTIMIZERS[optimizer](trainable, 0.01), Order(len(rows)), rng, data="rows")

@@ -30,7 +30,7 @@ NEVER: frozenset[int] = frozenset()
 def adapted_model(config: Config, seed: int) -> Model:
     """A tiny model with an adapter whose dropout must not matter when generating."""
     base = base_model(config, random_weights(config, seed), np.float64)
-    lora = LoRA(2, 4.0, 0.5, ("all-linear",))
+    lora = LoRA(2, 4.0, 0.5, target_modules=("all-linear",))
     trainable = lora.start(base, np.random.default_rng(seed), np.float64)
     return lora.attach(base, random_adapter(trainable, seed))
 
@@ -113,7 +113,7 @@ def test_an_empty_prompt_is_refused() -> None:
 @given(
     config=configs(),
     seed=seeds,
-    method=st.sampled_from([LoRA(2, 4.0, 0.5, ("all-linear",)), PrefixTuning(2), PromptTuning(3)]),
+    method=st.sampled_from([LoRA(2, 4.0, 0.5, target_modules=("all-linear",)), PrefixTuning(2), PromptTuning(3)]),
     texts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=2, max_size=4),
     length=st.integers(1, 4),
 )
