@@ -13,12 +13,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.complex_step import check_gradients
+from support.method_laws import (
+    adapted,
+    has_exact_gradients,
+    is_read_back_exactly,
+    merges_exactly,
+    starts_as_the_base,
+    trains_what_it_names_and_nothing_else,
+)
 from support.strategies import QV, TINY, batches, configs, random_weights, seeds
-from test_10_model import logits_of
 
 from minilora.adapters.merging import merged_parameters
-from minilora.data.batches import Batch, count_labels
+from minilora.data.batches import Batch
 from minilora.formats.adapters import read_method, write_method
 from minilora.methods.bitfit import BitFit
 from minilora.methods.bottleneck import Bottleneck, bottleneck
@@ -30,9 +36,6 @@ from minilora.methods.targets import projections
 from minilora.methods.whole_modules import WholeModules
 from minilora.model.base import base_model
 from minilora.model.config import Config
-from minilora.model.model import Model, backward, forward, head_loss
-from minilora.model.names import parameter_shapes
-from minilora.training.step import loss_and_gradients
 
 EMBEDDED = LoRA(2, target_modules=("q_proj", "embed_tokens", "lm_head"), modules_to_save=("norm",))
 METHODS: dict[str, Method] = {
@@ -52,26 +55,11 @@ some = settings(max_examples=25)
 each = pytest.mark.parametrize("name", METHODS)
 
 
-def moved(trainable: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """As after some training."""
-    rng = np.random.default_rng([seed, 31])
-    return {name: p + 0.3 * rng.normal(size=p.shape) for name, p in trainable.items()}
-
-
-def adapted(config: Config, method: Method, seed: int, dtype: type = np.float64) -> tuple[Model, Model, dict]:
-    """The base, the model in the midst of training, and what trains."""
-    base = base_model(config, random_weights(config, seed), dtype)
-    trainable = moved(method.start(base, np.random.default_rng(seed), dtype), seed)
-    return base, method.attach(base, trainable), trainable
-
-
 @each
 @some
 @given(config=configs(), batch=batches(), seed=seeds)
 def test_every_method_starts_as_the_base_to_the_last_bit(name: str, config: Config, batch: Batch, seed: int) -> None:
-    base = base_model(config, random_weights(config, seed), np.float64)
-    fresh = METHODS[name].attach(base, METHODS[name].start(base, np.random.default_rng(seed), np.float64))
-    assert np.array_equal(logits_of(fresh, batch), logits_of(base, batch))
+    starts_as_the_base(METHODS[name], config, batch, seed)
 
 
 @each
@@ -80,21 +68,7 @@ def test_every_method_starts_as_the_base_to_the_last_bit(name: str, config: Conf
 def test_every_gradient_of_every_method_is_exact(
     name: str, config: Config, batch: Batch, seed: int, checkpointing: bool
 ) -> None:
-    weights, method = random_weights(config, seed), METHODS[name]
-    _, model, trainable = adapted(config, method, seed)
-    labels, M = batch.labels.reshape(-1), count_labels(batch)
-    hidden, _, cache = forward(model, batch.tokens, batch.positions, batch.segments, checkpointing=checkpointing)
-    _, dhidden, gradients = head_loss(model, hidden, labels, 1 / M)
-    assert dhidden is not None
-    for key, gradient in backward(model, dhidden, cache).items():
-        gradients[key] = gradients[key] + gradient if key in gradients else gradient
-
-    def loss(arrays: dict[str, np.ndarray]) -> complex:
-        there = method.attach(base_model(config, weights, np.complex128), arrays)
-        h, _, _ = forward(there, batch.tokens, batch.positions, batch.segments, keep=False)
-        return head_loss(there, h, labels, None)[0] / M
-
-    check_gradients(loss, trainable, gradients, seed)
+    has_exact_gradients(METHODS[name], config, batch, seed, checkpointing)
 
 
 @each
@@ -103,16 +77,7 @@ def test_every_gradient_of_every_method_is_exact(
 def test_every_method_trains_what_it_names_and_touches_nothing_else(
     name: str, config: Config, batch: Batch, seed: int
 ) -> None:
-    weights = random_weights(config, seed)
-    before = {key: array.copy() for key, array in weights.items()}
-    base = base_model(config, weights, np.float64)
-    trainable = METHODS[name].start(base, np.random.default_rng(seed), np.float64)
-    _, gradients = loss_and_gradients(METHODS[name].attach(base, trainable), [batch])
-    assert gradients.keys() == trainable.keys()
-    assert all(gradients[key].shape == p.shape for key, p in trainable.items())
-    for p in trainable.values():
-        p += 1.0
-    assert all(np.array_equal(weights[key], array) for key, array in before.items())
+    trains_what_it_names_and_nothing_else(METHODS[name], config, batch, seed)
 
 
 @pytest.mark.parametrize("name", MERGEABLE)
@@ -121,17 +86,7 @@ def test_every_method_trains_what_it_names_and_touches_nothing_else(
 def test_the_merged_weights_compute_what_the_method_computes(
     name: str, config: Config, batch: Batch, seed: int
 ) -> None:
-    base, model, _ = adapted(config, METHODS[name], seed)
-    weights = random_weights(config, seed)
-    if config.tie_word_embeddings and not model.config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    for module in projections(config):
-        if f"{module}.bias" in parameter_shapes(model.config):
-            weights.setdefault(f"{module}.bias", np.zeros(weights[f"{module}.weight"].shape[0]))
-    weights |= dict(merged_parameters(base, model))
-    assert weights.keys() == parameter_shapes(model.config).keys()
-    plain = base_model(model.config, weights, np.float64)
-    np.testing.assert_allclose(logits_of(plain, batch), logits_of(model, batch), rtol=1e-9, atol=1e-9)
+    merges_exactly(METHODS[name], config, batch, seed)
 
 
 def test_what_is_not_linear_is_not_merged() -> None:
@@ -144,13 +99,9 @@ def test_what_is_not_linear_is_not_merged() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_method_is_read_back_from_its_folder_exactly(tmp_path: Path, name: str, tied: bool) -> None:
     config = replace(TINY, tie_word_embeddings=tied)
-    base, _, trainable = adapted(config, METHODS[name], 5, np.float32)
-    tensors = {key: p.astype(np.float32) for key, p in trainable.items()}
-    write_method(tmp_path, METHODS[name], tensors, config, "some/base")
-    method, read = read_method(tmp_path, base)
+    method = is_read_back_exactly(tmp_path, METHODS[name], config)
     if name != "lora on embedding and head":  # its dataclass holds mappings, which compare as they are
         assert method == METHODS[name]
-    assert read.keys() == tensors.keys() and all(np.array_equal(read[key], tensors[key]) for key in tensors)
 
 
 @pytest.mark.parametrize(
