@@ -1,0 +1,99 @@
+"""What the commands that make rows share: their flags, the three parts, a folder written whole, and errors in a line.
+
+A checksum decides the part of a row, not the seed: whatever the seed and the limit, a row that one run is tested on is
+never one that another run was trained on.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+Row = dict[str, str]  # "prompt" and "completion"
+Parts = dict[str, list[Row]]
+PARTS = ("train", "valid", "test")
+MOST_VALID = 500  # rows, as training holds out of a single file: a validation reads them all
+
+
+def row_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser with the flags that every such command has."""
+    parser = argparse.ArgumentParser(prog=f"python -m minilora.tasks.{command}", description=description)
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write, new or empty")
+    parser.add_argument("--seed", type=int, default=0, help="decides the order and what --limit draws (default 0)")
+    parser.add_argument("--limit", type=int, metavar="N", help="rows at most, all parts together (default: all)")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse values that cannot be meant, before any work. ValueError names the flag."""
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed} is negative")
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit} is less than one row")
+    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
+        raise ValueError(f"{args.out} exists and is not an empty folder: choose another --out")
+
+
+def part_of(key: str) -> str:
+    """Return the part of the rows that have this key: of ten keys eight are in train, one in valid, one in test."""
+    return {0: "valid", 1: "test"}.get(zlib.crc32(key.encode()) % 10, "train")
+
+
+def split(rows: Mapping[str, Sequence[Row]], seed: int, limit: int | None) -> Parts:
+    """Draw at most `limit` of the rows, in an order that the seed decides, and put each where its key belongs.
+
+    `rows` holds the rows of each key. Of the validation rows all but the first 500 are dropped. ValueError if a part
+    stays empty.
+    """
+    drawn = [(key, row) for key, same in rows.items() for row in same]
+    random.Random(seed).shuffle(drawn)
+    parts: Parts = {part: [] for part in PARTS}
+    for key, row in drawn[:limit]:
+        parts[part_of(key)].append(row)
+    del parts["valid"][MOST_VALID:]
+    empty = [part for part, chosen in parts.items() if not chosen]
+    if empty:
+        count = sum(map(len, parts.values()))
+        raise ValueError(f"{count} rows leave none for {' and '.join(empty)}: more are needed (--limit)")
+    return parts
+
+
+def write_parts(folder: Path, parts: Parts) -> None:
+    """Write train.jsonl, valid.jsonl and test.jsonl. The folder is written beside its place and then renamed."""
+    folder = folder.resolve()
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        for part, rows in parts.items():
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            (partial / f"{part}.jsonl").write_bytes("".join(lines).encode())
+        if folder.exists():
+            folder.rmdir()  # it is empty; where it has been filled meanwhile, this raises
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def report(folder: Path, parts: Parts) -> str:
+    """Say how many rows each file has."""
+    return "\n".join(f"{folder / part}.jsonl: {len(rows):,} rows" for part, rows in parts.items())
+
+
+def run(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
+    """Run a command: 0 if it went well, 2 and one line if the user can mend it (MINILORA_DEBUG=1: the traceback)."""
+    try:
+        command(argv)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if os.environ.get("MINILORA_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
