@@ -1,11 +1,10 @@
-"""One transformer layer: x + attention(norm(x)), then x + mlp(norm(x)); and the same list backwards."""
+"""One transformer layer: x = x + attention(norm(x)), then x = x + mlp(norm(x)); and the same list backwards."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minilora.backend import Array, xp
-from minilora.model.config import Config
 from minilora.model.names import LAYER
 from minilora.model.sites import Gradients, LayerSites
 from minilora.ops.attention import AttentionCache, QueryBlock, attention, attention_backward
@@ -16,88 +15,134 @@ KeysValues = tuple[Array, Array]  # k (B, S, K, d), already turned by RoPE, and 
 
 
 class Context(NamedTuple):
-    """The positions of the tokens and their visibility, which every layer's attention needs."""
+    """What every layer's attention needs to know about where the tokens stand."""
 
     cos: Array  # (B, T, 1, d/2)
     sin: Array  # (B, T, 1, d/2)
-    blocks: list[QueryBlock]  # who sees whom
+    blocks: list[QueryBlock]  # which query sees which key
+
+
+class AttentionBranchCache(NamedTuple):
+    q: Any
+    k: Any
+    v: Any
+    attention: AttentionCache
+    o: Any
+
+
+class MLPBranchCache(NamedTuple):
+    gate: Any
+    up: Any
+    swiglu: SwiGLUCache
+    down: Any
 
 
 class BlockCache(NamedTuple):
-    sites: LayerSites  # the cache of each site, under the site's role
-    attention: AttentionCache
-    swiglu: SwiGLUCache
+    attention_norm: Any
+    attention: AttentionBranchCache
+    mlp_norm: Any
+    mlp: MLPBranchCache
 
 
 def block(
-    x: Array,
-    site: LayerSites,
-    config: Config,
-    use_rope: bool,
-    context: Context,
-    past: KeysValues | None,
-    seed: int | None,
+    x: Array, site: LayerSites, context: Context, use_rope: bool, past: KeysValues | None, seed: int | None
 ) -> tuple[Array, KeysValues, BlockCache]:
     """x (N, D) → x (N, D), the keys and values seen (those of the past first), and the cache. (docs: M1, M12)"""
-    B, T = context.cos.shape[:2]
-    d = config.head_dim
-
     xn, c_attention_norm = site.attention_norm.forward(x, seed)
+    o, keys_values, c_attention = attention_branch(xn, site, context, use_rope, past, seed)
+    x = x + o
+
+    xn, c_mlp_norm = site.mlp_norm.forward(x, seed)
+    down, c_mlp = mlp_branch(xn, site, seed)
+    x = x + down
+
+    return x, keys_values, BlockCache(c_attention_norm, c_attention, c_mlp_norm, c_mlp)
+
+
+def block_backward(
+    dx: Array, site: LayerSites, context: Context, use_rope: bool, cache: BlockCache
+) -> tuple[Array, KeysValues, Gradients]:
+    """dx with respect to the layer's input (N, D), dk and dv with respect to the past's keys and values, and the
+    gradients by name: "mlp.up_proj.weight". (docs: M2)
+
+    Forward was x → branch → x + branch, so the gradient of the sum goes unchanged into both: dx + dbranch.
+    """
+    dxn, mlp_grads = mlp_branch_backward(dx, site, cache.mlp)
+    dbranch, mlp_norm_grads = site.mlp_norm.backward(dxn, cache.mlp_norm)
+    dx = dx + dbranch
+
+    dxn, dpast, attention_grads = attention_branch_backward(dx, site, context, use_rope, cache.attention)
+    dbranch, attention_norm_grads = site.attention_norm.backward(dxn, cache.attention_norm)
+    dx = dx + dbranch
+
+    grads = mlp_grads | {"mlp_norm": mlp_norm_grads} | attention_grads | {"attention_norm": attention_norm_grads}
+    return dx, dpast, {f"{LAYER[role]}.{name}": g for role in grads for name, g in grads[role].items()}
+
+
+def attention_branch(
+    xn: Array, site: LayerSites, context: Context, use_rope: bool, past: KeysValues | None, seed: int | None
+) -> tuple[Array, KeysValues, AttentionBranchCache]:
+    """xn (N, D) → o (N, D), the keys and values seen (those of the past first), and the cache. (docs: M1, M12)"""
     q, c_q = site.q.forward(xn, seed)
     k, c_k = site.k.forward(xn, seed)
     v, c_v = site.v.forward(xn, seed)
-    q, k, v = q.reshape(B, T, -1, d), k.reshape(B, T, -1, d), v.reshape(B, T, -1, d)
+    q, k, v = _split_heads(q, context), _split_heads(k, context), _split_heads(v, context)
     if use_rope:
         q, k = rope(q, context.cos, context.sin), rope(k, context.cos, context.sin)
     if past is not None:
         k, v = xp.concatenate([past[0], k], axis=1), xp.concatenate([past[1], v], axis=1)
     a, c_attention = attention(q, k, v, context.blocks)
-    o, c_o = site.o.forward(a.reshape(B * T, -1), seed)
-    x = x + o
-
-    xn, c_mlp_norm = site.mlp_norm.forward(x, seed)
-    gate, c_gate = site.gate.forward(xn, seed)
-    up, c_up = site.up.forward(xn, seed)
-    f, c_swiglu = swiglu(gate, up)
-    down, c_down = site.down.forward(f, seed)
-    x = x + down
-
-    caches = LayerSites(c_attention_norm, c_q, c_k, c_v, c_o, c_mlp_norm, c_gate, c_up, c_down)
-    return x, (k, v), BlockCache(caches, c_attention, c_swiglu)
+    o, c_o = site.o.forward(_join_heads(a), seed)
+    return o, (k, v), AttentionBranchCache(c_q, c_k, c_v, c_attention, c_o)
 
 
-def block_backward(
-    dx: Array, site: LayerSites, use_rope: bool, context: Context, cache: BlockCache
-) -> tuple[Array, KeysValues, Gradients]:
-    """dx with respect to the layer's input (N, D), dk and dv with respect to the past's keys and values, and the
-    gradients by name: "mlp.up_proj.weight". (docs: M2)
+def attention_branch_backward(
+    do: Array, site: LayerSites, context: Context, use_rope: bool, cache: AttentionBranchCache
+) -> tuple[Array, KeysValues, dict[str, Gradients]]:
+    """dxn (N, D), dk and dv of the past (B, S − T, K, d), and the gradients by role. (docs: M2)
 
-    Where forward ran x → branch → x + branch, the gradient of the sum goes unchanged into both: dx + dbranch.
+    Forward used xn three times, so dxn is the sum of the three gradients.
     """
-    B, T = context.cos.shape[:2]
-    c = cache.sites
-    grads: dict[str, Gradients] = {}
-
-    df, grads["down"] = site.down.backward(dx, c.down)
-    dgate, dup = swiglu_backward(df, cache.swiglu)
-    dxn, grads["gate"] = site.gate.backward(dgate, c.gate)
-    dxn_up, grads["up"] = site.up.backward(dup, c.up)
-    dxn += dxn_up
-    dbranch, grads["mlp_norm"] = site.mlp_norm.backward(dxn, c.mlp_norm)
-    dx = dx + dbranch
-
-    da, grads["o"] = site.o.backward(dx, c.o)
-    dq, dk, dv = attention_backward(da.reshape(cache.attention.y.shape), cache.attention)
+    da, o_grads = site.o.backward(do, cache.o)
+    dq, dk, dv = attention_backward(_split_heads(da, context), cache.attention)
+    T = dq.shape[1]
     dpast = dk[:, :-T], dv[:, :-T]  # the past comes first
     dk, dv = dk[:, -T:], dv[:, -T:]
     if use_rope:
         dq, dk = rope_backward(dq, context.cos, context.sin), rope_backward(dk, context.cos, context.sin)
-    dxn, grads["q"] = site.q.backward(dq.reshape(B * T, -1), c.q)
-    dxn_k, grads["k"] = site.k.backward(dk.reshape(B * T, -1), c.k)
-    dxn_v, grads["v"] = site.v.backward(dv.reshape(B * T, -1), c.v)
+    dxn, q_grads = site.q.backward(_join_heads(dq), cache.q)
+    dxn_k, k_grads = site.k.backward(_join_heads(dk), cache.k)
+    dxn_v, v_grads = site.v.backward(_join_heads(dv), cache.v)
     dxn += dxn_k
     dxn += dxn_v
-    dbranch, grads["attention_norm"] = site.attention_norm.backward(dxn, c.attention_norm)
-    dx = dx + dbranch
+    return dxn, dpast, {"o": o_grads, "q": q_grads, "k": k_grads, "v": v_grads}
 
-    return dx, dpast, {f"{LAYER[role]}.{name}": g for role in grads for name, g in grads[role].items()}
+
+def mlp_branch(xn: Array, site: LayerSites, seed: int | None) -> tuple[Array, MLPBranchCache]:
+    """xn (N, D) → down (N, D), and the cache. (docs: M1)"""
+    gate, c_gate = site.gate.forward(xn, seed)
+    up, c_up = site.up.forward(xn, seed)
+    f, c_swiglu = swiglu(gate, up)
+    down, c_down = site.down.forward(f, seed)
+    return down, MLPBranchCache(c_gate, c_up, c_swiglu, c_down)
+
+
+def mlp_branch_backward(ddown: Array, site: LayerSites, cache: MLPBranchCache) -> tuple[Array, dict[str, Gradients]]:
+    """dxn (N, D), and the gradients by role. (docs: M2)"""
+    df, down_grads = site.down.backward(ddown, cache.down)
+    dgate, dup = swiglu_backward(df, cache.swiglu)
+    dxn, gate_grads = site.gate.backward(dgate, cache.gate)
+    dxn_up, up_grads = site.up.backward(dup, cache.up)
+    dxn += dxn_up
+    return dxn, {"down": down_grads, "gate": gate_grads, "up": up_grads}
+
+
+def _split_heads(x: Array, context: Context) -> Array:
+    """(N, heads · d) → (B, T, heads, d)."""
+    B, T, _, half = context.cos.shape
+    return x.reshape(B, T, -1, 2 * half)
+
+
+def _join_heads(x: Array) -> Array:
+    """(B, T, heads, d) → (N, heads · d)."""
+    return x.reshape(x.shape[0] * x.shape[1], -1)

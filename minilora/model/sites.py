@@ -11,11 +11,13 @@ site that trains, under its name within the module ("weight", "lora_A.weight"). 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from minilora.backend import Array
 from minilora.frozen.weight import FrozenWeight
-from minilora.model.names import LAYER, layer_module
+from minilora.model.config import Config
+from minilora.model.names import EMBED, LAYER, layer_module
 from minilora.ops.rmsnorm import rmsnorm, rmsnorm_backward
 
 Gradients = dict[str, Array]
@@ -54,6 +56,34 @@ class Prompt(Protocol):
 
 
 Sites = Mapping[str, Site]  # module name → site
+
+
+@dataclass(frozen=True)
+class Model:
+    """A configuration, and the site that stands at each module name. Methods make a new Model with other sites.
+
+    Two methods put virtual tokens before every example instead: a prefix or a prompt.
+    """
+
+    config: Config
+    sites: Sites
+    prefix: Prefix | None = None
+    prompt: Prompt | None = None
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many positions come before the first token."""
+        return sum(before.length for before in (self.prefix, self.prompt) if before)
+
+    @property
+    def lowest_trained_layer(self) -> int:
+        """The lowest layer that a gradient has to reach; those below need no backward and save nothing. (docs: M5)"""
+        if self.sites[EMBED].trains or self.virtual_tokens:
+            return 0
+        for layer in range(self.config.num_hidden_layers):
+            if any(self.sites[layer_module(layer, role)].trains for role in LAYER):
+                return layer
+        return self.config.num_hidden_layers
 
 
 class FrozenLinear:

@@ -61,7 +61,8 @@ def plain_attention(q: Array, k: Array, v: Array, visible: Array) -> Array:
     S = xp.where(visible[:, None], S, -math.inf)  # 2. mask
     P = xp.exp(S - S.real.max(axis=-1, keepdims=True))  # 3. softmax, in which a shift of S changes nothing
     P = P / P.sum(axis=-1, keepdims=True)
-    return (P @ v).transpose(0, 2, 1, 3)  # 4. mean of the values
+    y: Array = (P @ v).transpose(0, 2, 1, 3)  # 4. mean of the values
+    return y
 
 
 def query_blocks(

@@ -15,7 +15,7 @@ from minilora.training.order import Order
 
 @dataclass
 class State:
-    """The trainable arrays, the optimiser's moments, the random generator, the position in the data, the best so far."""
+    """The trainable arrays, the optimiser's state, the random generator, the position in the data, the best so far."""
 
     trainable: dict[str, Array]
     optimizer: Optimizer

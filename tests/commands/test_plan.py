@@ -585,7 +585,7 @@ def test_the_table_shows_the_deciding_moment_and_full_fine_tuning_beside_it(monk
     lines = {line[:37].strip(): line[37:].split() for line in out.splitlines()}
     assert lines["parameters that train"] == ["2,442,240", "134,515,008", "1.816%"]
     assert lines["frozen weights"][:2] == ["538.06", "MB"]
-    assert "→" in lines["at a layer's backward"]
+    assert "→" in lines["at the loss"]
     assert lines["calls"] == [f"{counted_calls(method):,}" for method in (LoRA(), Full())]
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.complex_step import Arrays, check_gradients
+from support.models import Trained, assert_same, loss_and_gradients_in_chunks, loss_only
 from support.strategies import (
     TINY,
     VOCAB,
@@ -18,7 +19,6 @@ from support.strategies import (
     batches,
     configs,
     examples,
-    random_adapter,
     random_weights,
     rows,
     seeds,
@@ -26,80 +26,20 @@ from support.strategies import (
 
 from minilora.data.batches import Batch, collate, count_labels, pad
 from minilora.data.examples import Example
-from minilora.methods.full import FullEmbedding, full_model
+from minilora.methods.full import FullEmbedding
 from minilora.methods.lora import LoRA
 from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.model import Model, Past, backward, forward, head_loss
 from minilora.model.names import EMBED, HEAD, NORM, layer_module
-from minilora.model.sites import FrozenLinear, Gradients
+from minilora.model.sites import FrozenLinear
 from minilora.training import step
 from minilora.training.step import loss_and_gradients, mean_loss
 
-
-class Trained:
-    """A tiny model in the midst of training: `settings` says which adapter, None is full fine-tuning."""
-
-    def __init__(self, config: Config, settings: LoRA | None, seed: int) -> None:
-        self.config, self.settings, self.seed = config, settings, seed
-        self.weights = random_weights(config, seed)
-        self.trainable = self.weights
-        if settings is not None:
-            base = base_model(config, self.weights, np.float64)
-            self.trainable = random_adapter(settings.start(base, np.random.default_rng(seed)), seed)
-
-    def __repr__(self) -> str:
-        return f"Trained({self.config}, {self.settings}, seed {self.seed})"
-
-    def model(self, trainable: Arrays | None = None) -> Model:
-        """The model in the dtype of `trainable`, which may be complex."""
-        trainable = self.trainable if trainable is None else trainable
-        if self.settings is None:
-            return full_model(self.config, trainable)
-        dtype = next(iter(trainable.values())).dtype
-        return self.settings.attach(base_model(self.config, self.weights, dtype), trainable)
-
-
-plain_adapters = adapters.map(lambda s: LoRA(s.rank, s.alpha, 0.0, s.target_modules))
+plain_adapters = adapters.map(lambda s: LoRA(s.rank, s.alpha, target_modules=s.target_modules))
 fully_trained = st.builds(Trained, configs(), st.none(), seeds)
 lora_trained = st.builds(Trained, configs(), adapters, seeds)
 trained = fully_trained | st.builds(Trained, configs(), plain_adapters, seeds)  # without dropout
-
-
-def loss_and_gradients_in_chunks(
-    model: Model, batch: Batch, seed: int | None, chunk: int, checkpointing: bool = False
-) -> tuple[Any, Gradients]:
-    """The mean loss of a batch and its gradients, the head's logits formed `chunk` rows at a time."""
-    hidden, _, cache = forward(
-        model, batch.tokens, batch.positions, batch.segments, seed=seed, checkpointing=checkpointing
-    )
-    M = count_labels(batch)
-    loss, dhidden, head_gradients = head_loss(model, hidden, batch.labels.reshape(-1), 1 / M, chunk, seed)
-    assert dhidden is not None
-    gradients = backward(model, dhidden, cache)
-    for name, gradient in head_gradients.items():
-        gradients[name] = gradients[name] + gradient if name in gradients else gradient
-    return loss / M, gradients
-
-
-def loss_only(model: Model, batch: Batch, seed: int | None, chunk: int = 1024) -> Any:
-    hidden, _, _ = forward(model, batch.tokens, batch.positions, batch.segments, seed=seed)
-    return head_loss(model, hidden, batch.labels.reshape(-1), None, chunk, seed)[0] / count_labels(batch)
-
-
-def logits_of(model: Model, batch: Batch) -> np.ndarray:
-    """(B, T, V)."""
-    hidden, _, _ = forward(model, batch.tokens, batch.positions, batch.segments, keep=False)
-    return np.asarray(model.sites[HEAD].forward(hidden)[0]).reshape(*batch.tokens.shape, -1)
-
-
-def assert_same(one: tuple[Any, Gradients], other: tuple[Any, Gradients]) -> None:
-    """Equal losses and gradients, up to the order of summation."""
-    (loss, gradients), (other_loss, other_gradients) = one, other
-    assert float(loss) == pytest.approx(float(other_loss), rel=1e-12)
-    assert gradients.keys() == other_gradients.keys()
-    for name in gradients:
-        np.testing.assert_allclose(gradients[name], other_gradients[name], rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 # --- Exact gradients ---
@@ -202,12 +142,12 @@ def test_activation_checkpointing_keeps_the_input_of_each_layer_and_nothing_else
     model, tokens = Trained(TINY, None, 0).model(), np.arange(6).reshape(2, 3)
     inputs = tokens, tokens, np.ones_like(tokens)
     cache = forward(model, *inputs)[2]
-    assert (list(cache.blocks), cache.inputs) == ([0, 1], {})
+    assert (list(cache.layers.blocks), cache.layers.inputs) == ([0, 1], {})
     cache = forward(model, *inputs, checkpointing=True)[2]
-    assert cache.blocks == {}
-    assert [x.shape for x in cache.inputs.values()] == [(6, TINY.hidden_size)] * 2
+    assert cache.layers.blocks == {}
+    assert [x.shape for x in cache.layers.inputs.values()] == [(6, TINY.hidden_size)] * 2
     cache = forward(model, *inputs, keep=False)[2]
-    assert cache.blocks == cache.inputs == {}
+    assert cache.layers.blocks == cache.layers.inputs == {}
 
 
 @given(trained, batches(), st.integers(1, 5))
@@ -256,7 +196,7 @@ def test_an_evaluation_saves_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(step, "forward", noted)
     mean_loss(Trained(TINY, None, 0).model(), [pad([Example([1, 2, 3], [True] * 3)], 0)])
-    assert [(cache.blocks, cache.inputs) for cache in caches] == [({}, {})]
+    assert [(cache.layers.blocks, cache.layers.inputs) for cache in caches] == [({}, {})]
 
 
 def test_one_label_is_enough_for_a_loss_and_without_any_there_is_none() -> None:
@@ -333,7 +273,7 @@ def test_nothing_below_the_lowest_trained_layer_is_saved_or_goes_backwards(
     model = Model(config, sites)
     tokens = np.array([[1, 2, 3]])
     hidden, _, cache = forward(model, tokens, tokens, np.ones_like(tokens), checkpointing=checkpointing)
-    kept, other = (cache.inputs, cache.blocks) if checkpointing else (cache.blocks, cache.inputs)
+    kept, other = (cache.layers.inputs, cache.layers.blocks) if checkpointing else (cache.layers.blocks, cache.layers.inputs)
     assert list(kept) == list(range(lowest, config.num_hidden_layers))
     assert other == {}
     assert backward(model, np.ones_like(hidden), cache).keys() == case.trainable.keys()
@@ -344,7 +284,7 @@ def test_a_model_in_which_nothing_trains_has_no_gradients_and_saves_no_layer() -
     model = Model(TINY, {name: NoBackward(site) if name == NORM else site for name, site in model.sites.items()})
     tokens = np.array([[1, 2, 3]])
     hidden, _, cache = forward(model, tokens, tokens, np.ones_like(tokens))
-    assert cache.blocks == cache.inputs == {}
+    assert cache.layers.blocks == cache.layers.inputs == {}
     assert backward(model, hidden, cache) == {}
 
 

@@ -20,11 +20,12 @@ class EightBits:
         self.absmax = xp.zeros(-(-like.size // BLOCK), "float32")  # 0: every code of the block stands for 0
 
     def read(self) -> Array:
+        """The numbers that the codes stand for, in the dtype of the parameter. (docs: T12)"""
         numbers = dequantize(self.codes, self.absmax, self.table, BLOCK)
         return numbers.reshape(self.shape).astype(self.dtype, copy=False)
 
     def write(self, numbers: Array) -> None:
-        """Keep the nearest values, in the arrays that are there: a resumed run has been given these."""
+        """Keep the nearest of the table's values, in the arrays that `state` has handed out. (docs: T12)"""
         self.codes[...], self.absmax[...] = quantize(numbers, self.table, BLOCK)
 
 
