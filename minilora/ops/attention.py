@@ -55,9 +55,7 @@ def plain_attention(q: Array, k: Array, v: Array, visible: Array) -> Array:
     """
     G = q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k.repeat(G, axis=2), v.repeat(G, axis=2)))  # (B, H, T or S, d)
-    S = (
-        q @ k.transpose(0, 1, 3, 2) / math.sqrt(q.shape[-1])
-    )  # 1. scores (B, H, T, S); query head h reads key head h // G
+    S = q @ k.transpose(0, 1, 3, 2) / math.sqrt(q.shape[-1])  # 1. scores (B, H, T, S): head h reads key head h // G
     S = xp.where(visible[:, None], S, -math.inf)  # 2. mask
     P = xp.exp(S - S.real.max(axis=-1, keepdims=True))  # 3. softmax, in which a shift of S changes nothing
     P = P / P.sum(axis=-1, keepdims=True)
