@@ -25,8 +25,8 @@ def page() -> str:
         "Each setting of `python -m minilora.train` is declared once: those of every run in\n"
         "[runs/settings.py](../minilora/runs/settings.py), those of a method in the method's own file. This page is\n"
         "made from the declarations by `python tests/tools/settings_page.py`. `settings.json` in a run's folder holds\n"
-        "the same names, and a file for `-c` may use any of them, with `-` or `_`. The other names are those of mlx-lm,\n"
-        "TRL, transformers and PEFT; where they count in another unit, the value is converted.",
+        "the same names, and a file for `-c` may use any of them, with `-` or `_`. The other names are those of\n"
+        "mlx-lm, TRL, transformers and PEFT; where they count in another unit, the value is converted.",
     ]
     groups: dict[str, list[Setting]] = {}
     for declared in all_settings().values():
