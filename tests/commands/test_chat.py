@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.commands import CONFIG, TEXTS, assert_refused, good, process, run, write_rows
 from support.small_tokenizer import write_tokenizer
-from test_commands import CONFIG, TEXTS, assert_refused, good, process, run, write_rows
 
 from minilora.data.prompts import end_of_turn
 from minilora.data.tokenizer import Tokenizer, save_tokenizer_files

@@ -8,149 +8,33 @@ import math
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.commands import command_module
+from support.commands import (
+    ADAPTER,
+    CONFIG,
+    PAIRS,
+    ROWS,
+    RUN_FILES,
+    SUMMARY_KEYS,
+    assert_refused,
+    contents,
+    good,
+    process,
+    read,
+    run,
+    write_rows,
+)
 
 from minilora import generate
 from minilora.data.tokenizer import Tokenizer
-from minilora.data.train_tokenizer import train_tokenizer
-from minilora.formats.checkpoint import random_weights, write_checkpoint
-from minilora.model.config import Config
-
-REPOSITORY = Path(__file__).parents[2]
-ADAPTER = "adapter_model.safetensors"
-RUN_FILES = {
-    ADAPTER, "adapter_config.json", "settings.json", "metrics.jsonl", "summary.json", "loss.png", "state.safetensors",
-}  # fmt: skip
-SUMMARY_KEYS = {
-    "base_loss", "adapted_loss", "base_exact_match", "adapted_exact_match", "drift_kl", "trainable_parameters",
-    "total_parameters", "tokens_per_second", "seconds", "peak_memory_bytes",
-}  # fmt: skip
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-TEXTS = [f"{a} and {b} are {c}." for a in ("one", "two", "six") for b in ("four", "five") for c in ("odd", "even")]
-PAIRS = [{"prompt": f"{word} ->", "completion": f" {word.upper()}"} for word in ("up", "down", "left", "right", "on")]
-CHATS = [[{"role": "user", "content": p["prompt"]}, {"role": "assistant", "content": p["completion"]}] for p in PAIRS]
-ROWS = {
-    "text": [{"text": text} for text in TEXTS],
-    "pairs": PAIRS,
-    "messages": [{"messages": chat} for chat in CHATS],
-    "chat-pairs": [{"prompt": chat[:1], "completion": chat[1:]} for chat in CHATS],
-}
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def run(command: str, *flags: object) -> Result:
-    """A command in this process, as `python -m minilora.COMMAND FLAGS` runs it."""
-    out, err = io.StringIO(), io.StringIO()
-    module = command_module(command)
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", [command, *map(str, flags)])
-        try:
-            code = module.main()
-        except SystemExit as error:  # argparse's own complaints
-            code = error.code
-    return Result(code, out.getvalue(), err.getvalue())
-
-
-def good(command: str, *flags: object) -> str:
-    """What the command prints when all goes well."""
-    result = run(command, *flags)
-    assert result.code == 0, result.err
-    return result.out
-
-
-def process(command: str, *flags: object, **options: Any) -> subprocess.Popen[str]:
-    """The command in a process of its own."""
-    argv = [sys.executable, "-m", f"minilora.{command}", *map(str, flags)]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen(argv, cwd=REPOSITORY, text=True, **(pipes | options))
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint of two layers in bfloat16, with a tokenizer of its own."""
-    folder = tmp_path_factory.mktemp("tiny")
-    weights = random_weights(Config.from_dict(CONFIG), seed=0, dtype="bfloat16", std=0.3)
-    write_checkpoint(folder, CONFIG, weights, "bfloat16")
-    train_tokenizer(TEXTS * 3, CONFIG["vocab_size"], folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of data sets: a .jsonl of each shape, a .txt, and a folder of parts."""
-    folder = tmp_path_factory.mktemp("data")
-    for name, rows in ROWS.items():
-        write_rows(folder / f"{name}.jsonl", rows)
-    (folder / "book.txt").write_text("\n".join(TEXTS * 5))
-    for part, rows in {"train": TEXTS[:8], "valid": TEXTS[8:10], "test": TEXTS[10:]}.items():
-        write_rows(folder / "parts" / f"{part}.jsonl", [{"text": text} for text in rows])
-    write_rows(folder / "train-only" / "train.jsonl", ROWS["pairs"])
-    return folder
-
-
-@pytest.fixture(scope="session")
-def adapter(tmp_path_factory: pytest.TempPathFactory, model: Path, data: Path) -> Path:
-    """The run of an adapter that has learnt the pairs."""
-    folder = tmp_path_factory.mktemp("runs") / "learnt"
-    flags = "--steps 80 --learning-rate 0.01 --rank 4".split()
-    good("train", "--model", model, "--data", data / "train-only", "--out", folder, *flags)
-    return folder
-
-
-@pytest.fixture
-def train(model: Path, data: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Train a few steps in a new run folder, and return that."""
-
-    def train(name: str, *flags: object, out: str = "run") -> Path:
-        few = () if {"--steps", "--epochs", "--config"} & set(flags) else ("--steps", 3)
-        good("train", "--model", model, "--data", data / name, "--out", tmp_path / out, *few, *flags)
-        return tmp_path / out
-
-    return train
-
 
 # --- train: what it takes, and what it leaves ---
 
@@ -261,49 +145,6 @@ def test_training_reports_the_exact_match_that_evaluate_finds(model: Path, tmp_p
     assert figures["exact_match"] == summary["adapted_exact_match"]
     assert math.isclose(figures["loss"], summary["adapted_loss"], rel_tol=1e-5)
     assert math.isclose(figures["drift_kl"], summary["drift_kl"], rel_tol=1e-4)
-
-
-ONE_STEP_OF_DESCENT = (
-    "--optimizer sgd --learning-rate 1 --steps 1 --schedule constant --warmup 0 --max-grad-norm 0 --weight-decay 0"
-).split()
-
-
-def pytorch_loss(reference: Any, model: Path) -> Any:
-    """What a step of train on PAIRS is to descend: the mean over the tokens of all completions, each with its end."""
-    import torch
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    total, count = torch.zeros(()), 0
-    for row in PAIRS:
-        prompt, completion = (tokenizer(row[key]).input_ids for key in ("prompt", "completion"))
-        tokens = torch.tensor([prompt + completion + [tokenizer.eos_token_id]])
-        logits = reference(tokens).logits[0, len(prompt) - 1 : -1]
-        total = total + torch.nn.functional.cross_entropy(logits, tokens[0, len(prompt) :], reduction="sum")
-        count += len(completion) + 1
-    return total / count
-
-
-def test_a_step_of_plain_descent_from_pefts_adapter_is_minus_pytorchs_gradient(
-    model: Path, data: Path, tmp_path: Path
-) -> None:
-    torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
-    torch.manual_seed(0)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    lora = peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
-    reference = peft.get_peft_model(reference, lora)
-    reference.save_pretrained(tmp_path / "peft")
-    flags = [*ONE_STEP_OF_DESCENT, "--adapter", tmp_path / "peft"]
-    good("train", "--model", model, "--data", data / "train-only", "--out", tmp_path / "run", *flags)
-    pytorch_loss(reference, model).backward()
-
-    before, after = load_file(tmp_path / "peft" / ADAPTER), load_file(tmp_path / "run" / ADAPTER)
-    trained = {name.replace(".default", ""): p for name, p in reference.named_parameters() if p.requires_grad}
-    gradients = {name: p.grad.numpy() for name, p in trained.items()}
-    assert before.keys() == after.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        assert np.abs(gradient).max() > 1e-4
-        np.testing.assert_allclose(before[name] - after[name], gradient, rtol=1e-3, atol=2e-6)
 
 
 # --- resuming ---
@@ -544,16 +385,6 @@ def test_help_says_how_the_command_is_called(command: str) -> None:
 
 
 # --- mistakes ---
-
-
-def assert_refused(result: Result, *named: str) -> None:
-    """Exit code 2 and one line that names what to mend, without a traceback."""
-    assert result.code == 2
-    complaint = [line for line in result.err.splitlines() if "error: " in line]
-    assert len(complaint) == 1 and result.err.endswith(complaint[0] + "\n")
-    assert "Traceback" not in result.err
-    for name in named:
-        assert name in complaint[0]
 
 
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {

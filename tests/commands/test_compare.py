@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_commands import PAIRS, Result, contents, model, read, write_rows  # noqa: F401
+from support.commands import PAIRS, Result, contents, read, write_rows
 
 from minilora.adapters.merging import merged_parameters
 from minilora.cli.train_flags import choose_settings, parse
@@ -138,7 +138,7 @@ class Compared(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def compared(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:  # noqa: F811
+def compared(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:
     """Full, LoRA and few-shot with one rate each: cut off in the middle of the first training, and called again."""
     folder = tmp_path_factory.mktemp("compare")
     for part in ("train", "valid", "test"):
@@ -256,7 +256,7 @@ def test_the_share_of_the_largest_is_what_the_nearest_matrix_of_that_rank_keeps(
     assert math.isclose(((change - kept) ** 2).sum(), (sigma[r:] ** 2).sum(), abs_tol=1e-12)
 
 
-def test_the_changes_looked_at_are_those_that_merging_makes(compared: Compared, model: Path) -> None:  # noqa: F811
+def test_the_changes_looked_at_are_those_that_merging_makes(compared: Compared, model: Path) -> None:
     full, lora = (Path(one["folder"]) for one in read(compared.out / "comparison.json")["methods"][:2])
     base, _ = load_model(model)
     trained, _ = load_model(full)

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.commands import command_module
-from test_commands import Result, assert_refused, run
+from support.commands import Result, assert_refused, command_module, run
 
 from minilora.cli.flags import NEEDLESS, OTHER_COMMANDS, TO_TRAIN
 from minilora.cli.train_flags import choose_settings, parse
@@ -57,6 +56,13 @@ TRAIN = [  # theirs, and how it is said here
     ("--gradient-accumulation-steps 4", "--grad-accumulation 4"),
     ("--optim sgd", "--optimizer sgd"),
     ("--optim adamw_torch", "--optimizer adamw"),
+    ("--optim paged_adamw_32bit", "--optimizer adamw"),
+    ("--optim adamw_bnb_8bit", "--optimizer adamw_8bit"),
+    ("--optim adamw_8bit", "--optimizer adamw_8bit"),
+    ("--optim paged_adamw_8bit", "--optimizer adamw_8bit"),
+    ("--optim adafactor", "--optimizer adafactor"),
+    ("--optim lion_32bit", "--optimizer lion"),
+    ("--optim paged_lion_32bit", "--optimizer lion"),
     ("--lr-scheduler-type linear", "--schedule linear"),
     ("--lr-scheduler-type constant_with_warmup", "--schedule constant"),
     ("--warmup-steps 7", "--warmup 7"),
@@ -200,6 +206,7 @@ def test_what_train_does_anyway_is_taken_and_told(capsys: pytest.CaptureFixture[
         ("--steps 5 --iters 6", ["--steps", "--iters", "one setting"]),
         ("--warmup-ratio 5", ["--warmup-ratio 5.0", "--warmup"]),
         ("--optim adam", ["--optim adam", "--optimizer adamw --weight-decay 0"]),
+        ("--optim lion_8bit", ["--optim", "'lion_8bit'", "adamw, adamw_8bit, adafactor, lion, sgd"]),
         ("--lr-scheduler-type cosine_with_restarts", ["cosine_with_restarts", "cosine, linear, constant"]),
         ("--resume-adapter-file adapters/0000100_adapters.safetensors", ["--resume-adapter-file", "folder"]),
         ("--train false", ["--train false"]),

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_commands import PAIRS, REPOSITORY, adapter, data, good, model  # noqa: F401
+from support.commands import PAIRS, REPOSITORY, good
 
 from minilora import complete, load, load_adapter
 from minilora.data.tokenizer import Tokenizer
@@ -14,7 +14,7 @@ from minilora.model.model import Model
 
 
 @pytest.fixture
-def loaded(model: Path) -> tuple[Model, Tokenizer]:  # noqa: F811
+def loaded(model: Path) -> tuple[Model, Tokenizer]:
     return load(model, device="cpu")
 
 
@@ -32,7 +32,7 @@ def test_the_lines_of_the_readme_run_as_they_stand(
 
 def test_a_text_gives_a_text_and_a_list_gives_a_list_as_if_each_were_alone(
     loaded: tuple[Model, Tokenizer],
-    adapter: Path,  # noqa: F811
+    adapter: Path,
 ) -> None:
     base, tokenizer = loaded
     adapted = load_adapter(base, adapter)
@@ -46,8 +46,8 @@ def test_a_text_gives_a_text_and_a_list_gives_a_list_as_if_each_were_alone(
 
 def test_words_are_those_of_the_generate_command(
     loaded: tuple[Model, Tokenizer],
-    model: Path,  # noqa: F811
-    adapter: Path,  # noqa: F811
+    model: Path,
+    adapter: Path,
 ) -> None:
     flags = ["--model", model, "--adapter", adapter, "--prompt", "down ->", "--max-tokens", 12]
     adapted = load_adapter(loaded[0], adapter)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.commands import PAIRS, good, run, write_rows
 from support.small_tokenizer import write_tokenizer
-from test_commands import PAIRS, good, model, run, write_rows  # noqa: F401
 
 from minilora.data.examples import Row, encode_row
 from minilora.data.few_shot import SEPARATOR, few_shot_rows, first_answer, with_shots
@@ -124,7 +124,7 @@ def evaluated(*flags: Any) -> dict[str, Any]:
     return json.loads(good("evaluate", *flags, "--json"))
 
 
-def test_evaluate_shows_training_rows_and_says_how_many_fitted(model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_evaluate_shows_training_rows_and_says_how_many_fitted(model: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", PAIRS[:3])
     write_rows(tmp_path / "test.jsonl", PAIRS[3:])
     flags = ["--model", model, "--data", tmp_path]

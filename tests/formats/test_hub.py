@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_commands import ADAPTER, CONFIG, PAIRS, TEXTS, assert_refused, good, process, read, run, write_rows
+from support.commands import ADAPTER, CONFIG, PAIRS, TEXTS, assert_refused, good, process, read, run, write_rows
 
 from minilora.data.tokenizer import TOKENIZER_FILES
 from minilora.data.train_tokenizer import train_tokenizer

@@ -15,11 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from support.commands import CONFIG as COMMAND_CONFIG
+from support.commands import PAIRS, TEXTS, assert_refused, contents, good, read, run, write_rows
+from support.small_checkpoints import CONFIG, Q0, RAW, SMOLLM3, UNTIED, adapter, quick, same
 from support.strategies import QV
-from test_commands import CONFIG as COMMAND_CONFIG
-from test_commands import PAIRS, TEXTS, assert_refused, contents, good, read, run, write_rows
-from test_formats import CONFIG, Q0, RAW, SMOLLM3, UNTIED, quick, same
-from test_peft import adapter
 
 from minilora.data.train_tokenizer import train_tokenizer
 from minilora.formats.adapters import check_format, load_adapter, read_layout, read_method, write_method

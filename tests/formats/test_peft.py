@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from support.commands import ADAPTER, PAIRS, TEXTS, good, write_rows
+from support.commands import CONFIG as COMMAND_CONFIG
+from support.models import logits_of
+from support.small_checkpoints import CONFIG, Q0, RAW, SMOLLM3, UNTIED, adapter, quick, same
 from support.strategies import QV
-from test_10_model import logits_of
-from test_commands import ADAPTER, ONE_STEP_OF_DESCENT, PAIRS, TEXTS, good, pytorch_loss, write_rows
-from test_commands import CONFIG as COMMAND_CONFIG
-from test_formats import CONFIG, Q0, RAW, SMOLLM3, UNTIED, quick, same
 
 from minilora.data.batches import Batch
 from minilora.data.train_tokenizer import train_tokenizer
@@ -38,12 +38,6 @@ PREFIX = LoRA.key_prefix
 
 # What PEFT says when it saves an adapter on the embedding.
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
-
-
-def adapter(config: Config, chosen: LoRA, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random tensors of such an adapter."""
-    rng = np.random.default_rng(seed)
-    return {name: rng.standard_normal(shape, np.float32) for name, shape in chosen.shapes(config).items()}
 
 
 # --- Our own files ---
@@ -283,7 +277,7 @@ def test_two_copies_of_one_weight_are_not_both_passed_over(tmp_path: Path) -> No
 @pytest.fixture
 def table() -> ModuleType:
     module: ModuleType = pytest.importorskip(
-        "peft_table", exc_type=ImportError
+        "tools.peft_table", exc_type=ImportError
     )  # which needs torch, transformers, peft
     return module
 
@@ -404,7 +398,7 @@ def test_weights_that_peft_ties_are_refused_for_they_would_be_read_as_untied(tmp
 def test_pytorch_has_the_same_gradient_of_everything_that_trains(table: ModuleType, number: int) -> None:
     """In float64, to ten digits: A and B at any place, and the modules that train whole, tied or not."""
     import torch
-    from test_peers import assert_agree, float64_throughout, peer_loss, peer_of
+    from support.peers import assert_agree, float64_throughout, peer_loss, peer_of
 
     case = table.draw_case(number)
     weights = table.random_weights(case.config, number)
@@ -442,6 +436,7 @@ def test_a_step_of_plain_descent_moves_every_tensor_of_pefts_adapter_by_minus_py
     """Through the command, with ranks by name, LoRA on embedding and head, and norms that train whole."""
     import torch
     import transformers
+    from support.peers import ONE_STEP_OF_DESCENT, pytorch_loss
 
     model = tmp_path / "model"
     raw = {**COMMAND_CONFIG, "tie_word_embeddings": tied}

@@ -8,155 +8,38 @@ TypeError, and so does a NumPy function called on one, as it would with CuPy. Th
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from support.strategies import TINY, random_adapter, random_weights
+from support.device import BATCHES, OPERATORS, UNTIED, Device, DeviceArray, operation
+from support.strategies import QV, TINY, VOCAB, random_adapter, random_weights
+from support.virtual_tokens import VirtualTokens, base, each_method
 
 from minilora import backend
+from minilora.adapters.mixed import mixed
 from minilora.backend import narrow, random_generator, read_only, to_device, to_host, widen, xp
-from minilora.data.batches import Batch, collate
-from minilora.data.examples import Example
+from minilora.data.batches import Batch
+from minilora.methods.dora import DoRA
 from minilora.methods.full import full_model
 from minilora.methods.lora import LoRA
+from minilora.methods.virtual_tokens import EMBEDDINGS
 from minilora.model.base import base_model
 from minilora.model.config import Config
+from minilora.model.generation import complete
 from minilora.model.model import forward
+from minilora.model.names import HEAD
 from minilora.training.loss_scale import scaled_loss_and_gradients
 from minilora.training.optimizers import OPTIMIZERS, clip_gradients, global_norm
 from minilora.training.step import loss_and_gradients, mean_loss
 
-
-class DeviceArray:
-    """An array that only the device's own functions, methods and operators can touch."""
-
-    __array_ufunc__ = None  # NumPy's operators and ufuncs refuse it
-    __hash__ = None  # type: ignore[assignment]
-
-    def __init__(self, held: Any) -> None:
-        self.held = held
-
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError("a NumPy function was called on a device array: use xp, or to_host")
-
-    def get(self) -> np.ndarray:
-        return np.array(self.held)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # NumPy's other ways in, such as __array_interface__
-            raise AttributeError(name)
-        attribute = getattr(self.held, name)
-        return on_device(attribute) if callable(attribute) else wrap(attribute)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.held[unwrap(index)] = unwrap(value)
-
-    def __iter__(self) -> Iterator[Any]:
-        return map(wrap, self.held)
-
-    def __len__(self) -> int:
-        return len(self.held)
-
-    def __bool__(self) -> bool:
-        return bool(self.held)
-
-    def __int__(self) -> int:
-        return int(self.held)
-
-    def __float__(self) -> float:
-        return float(self.held)
-
-
-def wrap(value: Any) -> Any:
-    """What a function of the device returns. Reductions give arrays without dimensions, as CuPy's do."""
-    if isinstance(value, np.ndarray | np.generic):
-        return DeviceArray(np.asarray(value))
-    return type(value)(map(wrap, value)) if isinstance(value, tuple | list) else value
-
-
-def unwrap(value: Any) -> Any:
-    """What a function of the device is given: device arrays and Python's numbers."""
-    if isinstance(value, np.ndarray):
-        raise TypeError("a NumPy array was given to the device: use to_device")
-    if isinstance(value, DeviceArray):
-        return value.held
-    return type(value)(map(unwrap, value)) if type(value) in (tuple, list) else value
-
-
-def on_device(function: Any) -> Any:
-    """The same function, of device arrays."""
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return wrap(function(*map(unwrap, args), **{name: unwrap(value) for name, value in kwargs.items()}))
-
-    return wrapped
-
-
-def operation(name: str) -> Any:
-    def apply(self: DeviceArray, *others: Any) -> Any:
-        result = getattr(self.held, name)(*map(unwrap, others))
-        if name.startswith("__i") and name not in ("__invert__", "__index__"):
-            self.held = result
-            return self
-        return result if result is NotImplemented else wrap(result)
-
-    return apply
-
-
-BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
-OPERATORS = [f"__{kind}{name}__" for name in BINARY for kind in ("", "r", "i")]
 OPERATORS += [
     f"__{name}__" for name in ("neg", "invert", "abs", "eq", "ne", "lt", "le", "gt", "ge", "getitem", "index")
 ]
 for operator_name in OPERATORS:
     setattr(DeviceArray, operator_name, operation(operator_name))
-
-
-class Namespace:
-    """A module of the device, such as `random`, or a ufunc with its methods, such as `add.at`."""
-
-    def __init__(self, numpy: Any) -> None:
-        self.numpy = numpy
-
-    def __getattr__(self, name: str) -> Any:
-        attribute = getattr(self.numpy, name)
-        if isinstance(attribute, type):  # a dtype
-            return attribute
-        if name == "default_rng":
-            return lambda seed: Namespace(attribute(seed))
-        return Namespace(attribute) if callable(attribute) or name == "random" else attribute
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return on_device(self.numpy)(*args, **kwargs)
-
-
-class Device(Namespace):
-    """The array module. `asarray` is its one door: it takes NumPy arrays."""
-
-    def __init__(self) -> None:
-        super().__init__(np)
-
-    def asarray(self, array: Any, dtype: Any = None) -> DeviceArray:
-        return array if isinstance(array, DeviceArray) else DeviceArray(np.array(array, dtype))
-
-
-@pytest.fixture
-def device() -> Iterator[None]:
-    previous = backend.use_module(Device())
-    yield
-    backend.use_module(previous)
-
-
-BATCHES = [
-    collate(
-        [[Example([1, 2, 3, 4], [False, True, True, True]), Example([5, 6], [True, True])], [Example([7], [True])]], 0
-    ),
-    collate([[Example([3, 2, 1], [False, False, True])]], 0, left=True),
-]
-UNTIED = Config(**{**vars(TINY), "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True})
 
 
 # --- The stand-in is as strict as it says ---
@@ -286,6 +169,41 @@ def test_going_on_from_past_keys_and_values_stays_on_the_device(device: None) ->
     for t in range(tokens.shape[1]):
         hidden, past, _ = forward(model, tokens[:, t : t + 1], positions[:, t : t + 1], segments[:, t : t + 1], past)
     assert isinstance(hidden, DeviceArray)
+
+
+@each_method
+def test_on_a_device_nothing_mixes_with_the_host_and_the_same_comes_out(
+    method: type[VirtualTokens], request: pytest.FixtureRequest
+) -> None:
+    def started() -> tuple[float, np.ndarray, list[list[int]]]:
+        plain, virtual = base(TINY, 0), method(3, (1, 2))
+        tuned_model = virtual.attach(plain, virtual.start(plain, np.random.default_rng(0), np.float64))
+        loss, gradients = loss_and_gradients(tuned_model, BATCHES)
+        return loss, to_host(gradients[EMBEDDINGS]), complete(tuned_model, [[1, 2, 3], [4]], 4, frozenset())
+
+    loss, gradient, answers = started()
+    request.getfixturevalue("device")
+    loss_there, gradient_there, answers_there = started()
+    assert (loss_there, answers_there) == (loss, answers)
+    np.testing.assert_array_equal(gradient_there, gradient)
+
+
+def test_a_mixed_batch_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    lora, dora = LoRA(4, 8.0, target_modules=QV), DoRA(2, 4.0, target_modules=("v_proj", "down_proj"))
+
+    def logits(batch: Sequence[int]) -> np.ndarray:
+        base = base_model(TINY, random_weights(TINY, 0))
+        fresh = dora.start(base, np.random.default_rng(0)), lora.start(base, np.random.default_rng(0))
+        models = [base, *(method.attach(base, each) for method, each in zip((dora, lora), fresh, strict=True))]
+        tokens = np.arange(3 * len(batch)).reshape(-1, 3) % VOCAB
+        positions, ones = np.broadcast_to(np.arange(3), tokens.shape), np.ones_like(tokens)
+        model = mixed([models[i] for i in batch])
+        hidden = forward(model, *map(to_device, (tokens, positions, ones)), keep=False)[0]
+        return to_host(model.sites[HEAD].forward(hidden)[0])
+
+    on_host = logits([0, 2, 1, 2])
+    monkeypatch.setattr(backend, "_module", Device())
+    np.testing.assert_allclose(logits([0, 2, 1, 2]), on_host, rtol=1e-5, atol=1e-5)
 
 
 # --- The backend's own functions ---

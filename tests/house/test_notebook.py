@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("nbclient", reason="pip install -e '.[notebook]'")
 pytest.importorskip("ipykernel", reason="pip install -e '.[notebook]'")
 
-from run_notebook import DIGEST, NOTEBOOK, code_cells, digest, executed, read
-from test_docs import LINK, anchors, file_of, table
+from support.pages import LINK, anchors, file_of, table
+from tools.run_notebook import DIGEST, NOTEBOOK, code_cells, digest, executed, read
 
 PARAMETERS = "STEPS, QUESTIONS = 3, 4"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_18_lora_in_one_file import EXAMPLES, one_file, random_adapter
+from support.one_file import EXAMPLES, one_file, random_adapter
 
 from minilora.formats.load import SHIPPED_MODEL
 

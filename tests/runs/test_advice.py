@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.commands import CONFIG, PAIRS, TEXTS, assert_refused, good, read, run, write_rows
 from support.strategies import seeds
-from test_commands import CONFIG, PAIRS, TEXTS, assert_refused, good, read, run, write_rows
 
 from minilora.data.train_tokenizer import train_tokenizer
 from minilora.formats.checkpoint import random_weights, write_checkpoint

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from test_commands import CONFIG, PAIRS, TEXTS, assert_refused, contents, good, run, write_rows
+from support.commands import CONFIG, PAIRS, TEXTS, assert_refused, contents, good, run, write_rows
 
 from minilora.data.train_tokenizer import train_tokenizer
 from minilora.formats.checkpoint import random_weights, write_checkpoint

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from support.complex_step import check_backward, check_gradients
+from support.models import Trained, loss_and_gradients_in_chunks, loss_only
 from support.strategies import (
     QV,
     ROLES,
@@ -26,7 +27,6 @@ from support.strategies import (
     sizes,
     wide_adapters,
 )
-from test_10_model import Trained, loss_and_gradients_in_chunks, loss_only
 
 from minilora.backend import random_generator
 from minilora.data.batches import Batch

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from support.commands import CONFIG, PAIRS, TEXTS, good, run, write_rows
 from support.complex_step import check_backward
+from support.models import logits_of
 from support.strategies import QV, TINY, batches, configs, normal, random_weights, seeds, sizes, targets
-from test_10_model import logits_of
-from test_commands import CONFIG, PAIRS, TEXTS, good, run, write_rows
 
 from minilora.data.batches import Batch
 from minilora.data.train_tokenizer import train_tokenizer

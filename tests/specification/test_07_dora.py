@@ -13,8 +13,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.complex_step import check_backward, check_gradients
+from support.models import logits_of
 from support.strategies import QV, TINY, batches, configs, normal, random_weights, seeds, sizes, targets
-from test_10_model import logits_of
 
 from minilora.adapters.merging import merged_parameters
 from minilora.backend import random_generator

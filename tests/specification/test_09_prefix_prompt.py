@@ -2,71 +2,37 @@
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
-from support.commands import RUN_FILES, contents, good, run
 from support.complex_step import Arrays, check_gradients
-from support.device import BATCHES
 from support.models import assert_same, loss_and_gradients_in_chunks, loss_only
-from support.strategies import TINY, VOCAB, batches, configs, examples, normal, random_weights, rows, seeds
+from support.strategies import TINY, VOCAB, batches, configs, examples, normal, rows, seeds
+from support.virtual_tokens import BOTH, Tuned, VirtualTokens, base, each_method, methods
 
 from minilora.adapters.merging import merged_parameters
-from minilora.backend import to_host
 from minilora.data.batches import Batch, collate, pad
 from minilora.data.examples import Example
-from minilora.formats.adapters import load_adapter, read_method, write_method
 from minilora.methods.full import Full
 from minilora.methods.lora import LoRA
 from minilora.methods.prefix import LearnedPrefix, PrefixTuning
 from minilora.methods.prompt import PromptTuning
 from minilora.methods.virtual_tokens import EMBEDDINGS
-from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.generation import Memory, complete
 from minilora.model.model import Model, backward, forward
 from minilora.model.names import HEAD
 from minilora.ops.attention import EVERYONE, QueryBlock, attention, visible_keys
-from minilora.runs import folder as folder_module
 from minilora.runs.run import default_max_length
-from minilora.training.state import State
 from minilora.training.step import loss_and_gradients
 
-VirtualTokens = PrefixTuning | PromptTuning
 FIRST, SECOND = "first.", "second."
-BOTH = [PrefixTuning, PromptTuning]
-methods = st.builds(lambda method, count: method(count), st.sampled_from(BOTH), st.integers(1, 3))
 few, some = settings(max_examples=20), settings(max_examples=40)
-each_method = pytest.mark.parametrize("method", BOTH, ids=["prefix", "prompt"])
-
-
-def base(config: Config, seed: int, dtype: Any = np.float64) -> Model:
-    return base_model(config, random_weights(config, seed), dtype)
-
-
-class Tuned:
-    """A tiny model with a prefix or a prompt in the midst of training."""
-
-    def __init__(self, config: Config, method: VirtualTokens, seed: int) -> None:
-        self.config, self.method, self.seed = config, method, seed
-        started = method.start(base(config, seed), np.random.default_rng(seed), np.float64)
-        self.trainable = {name: normal(seed, *P.shape, stream=7) for name, P in started.items()}
-
-    def __repr__(self) -> str:
-        return f"Tuned({self.config}, {self.method}, seed {self.seed})"
-
-    def model(self, trainable: Arrays | None = None) -> Model:
-        trainable = self.trainable if trainable is None else trainable
-        return self.method.attach(base(self.config, self.seed, trainable[EMBEDDINGS].dtype), trainable)
 
 
 tuned = st.builds(Tuned, configs(), methods, seeds)
@@ -317,224 +283,3 @@ def test_virtual_tokens_cannot_be_merged(method: type[VirtualTokens]) -> None:
     tuned_model = method(2).attach(plain, method(2).start(plain, np.random.default_rng(0)))
     with pytest.raises(ValueError, match=r"virtual tokens .* cannot be merged"):
         list(merged_parameters(plain, tuned_model))
-
-
-@each_method
-def test_on_a_device_nothing_mixes_with_the_host_and_the_same_comes_out(
-    method: type[VirtualTokens], request: pytest.FixtureRequest
-) -> None:
-    def started() -> tuple[float, np.ndarray, list[list[int]]]:
-        plain, virtual = base(TINY, 0), method(3, (1, 2))
-        tuned_model = virtual.attach(plain, virtual.start(plain, np.random.default_rng(0), np.float64))
-        loss, gradients = loss_and_gradients(tuned_model, BATCHES)
-        return loss, to_host(gradients[EMBEDDINGS]), complete(tuned_model, [[1, 2, 3], [4]], 4, frozenset())
-
-    loss, gradient, answers = started()
-    request.getfixturevalue("device")
-    loss_there, gradient_there, answers_there = started()
-    assert (loss_there, answers_there) == (loss, answers)
-    np.testing.assert_array_equal(gradient_there, gradient)
-
-
-# --- PEFT's folders ---
-
-
-def written(folder: Path, method: VirtualTokens, seed: int = 0) -> Path:
-    case = Tuned(TINY, method, seed)
-    trainable = {name: P.astype(np.float32) for name, P in case.trainable.items()}
-    write_method(folder, method, trainable, TINY, "org/base", "main")
-    return folder
-
-
-@each_method
-def test_what_is_written_is_read_again(method: type[VirtualTokens], tmp_path: Path) -> None:
-    read, tensors = read_method(written(tmp_path, method(3)), base(TINY, 0))
-    assert read == method(3)
-    np.testing.assert_array_equal(tensors[EMBEDDINGS], load_file(tmp_path / "adapter_model.safetensors")[EMBEDDINGS])
-    raw = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert raw["token_dim"] == {PrefixTuning: 4, PromptTuning: 8}[method]  # the width of one key head, and of the model
-    assert raw["num_attention_heads"] == {PrefixTuning: 1, PromptTuning: 2}[method]
-    assert (raw["base_model_name_or_path"], raw["revision"]) == ("org/base", "main")
-
-
-@each_method
-@pytest.mark.parametrize(
-    ("changed", "complaint"),
-    [
-        ({"token_dim": 5}, r"config.json: token_dim is 5, but with this base model it is"),
-        ({"num_layers": 3}, r"config.json: num_layers is 3, but with this base model it is 2"),
-        ({"num_transformer_submodules": 2}, r"num_transformer_submodules is 2"),
-        ({"num_virtual_tokens": None}, r"config.json: num_virtual_tokens is None, expected a whole number"),
-        ({"num_virtual_tokens": 63}, r"config.json: num_virtual_tokens 63 must be from 1 to 62"),
-        (
-            {"num_virtual_tokens": 4},
-            r"safetensors: tensors of wrong shape: prompt_embeddings \(3, .*\), expected \(4, ",
-        ),
-        ({"modules_to_save": ["lm_head"]}, r"config.json: modules_to_save \['lm_head'\] is not supported"),
-    ],
-)
-def test_a_folder_that_does_not_fit_is_refused_by_name(
-    method: type[VirtualTokens], changed: dict[str, Any], complaint: str, tmp_path: Path
-) -> None:
-    path = written(tmp_path, method(3)) / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
-    with pytest.raises(ValueError, match=complaint):
-        load_adapter(base(TINY, 0), tmp_path)
-
-
-@each_method
-def test_a_tensor_of_another_name_is_refused(method: type[VirtualTokens], tmp_path: Path) -> None:
-    file = written(tmp_path, method(3)) / "adapter_model.safetensors"
-    save_file({"embeddings": load_file(file)[EMBEDDINGS]}, file)
-    with pytest.raises(ValueError, match="missing: prompt_embeddings; unexpected: embeddings"):
-        load_adapter(base(TINY, 0), tmp_path)
-
-
-# --- PEFT computes the same ---
-
-FIXED = [[Example([1, 2, 3, 4], [True] * 4)], [Example([5, 6, 7, 8], [False, True, True, False])]]
-
-
-def in_peft(peers: Any, theirs: Any, folder: Path) -> Any:
-    """The peer with a folder's virtual tokens, which PEFT loads frozen and in float32; here they get a gradient."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = peers.peft.PeftModel.from_pretrained(theirs, folder)
-    for encoder in theirs.prompt_encoder.values():
-        encoder.embedding.weight = peers.torch.nn.Parameter(encoder.embedding.weight.data.double())
-    return theirs.eval()
-
-
-def peft_loss(peers: Any, theirs: Any, batch: Batch) -> tuple[Any, np.ndarray]:
-    """Loss and logits, without those of virtual tokens. transformers shifts labels itself, so they are shifted back."""
-    labels = np.full_like(batch.labels, -100)
-    labels[:, 1:] = batch.labels[:, :-1]
-    tokens, mask, labels = (peers.torch.from_numpy(a) for a in (batch.tokens, batch.segments, labels))
-    output = theirs(input_ids=tokens, attention_mask=mask, labels=labels)
-    return output.loss, output.logits.detach().numpy()[:, -batch.tokens.shape[1] :]
-
-
-@pytest.fixture(scope="session")
-def peers() -> Any:
-    """What the comparison with transformers uses; it needs PyTorch, transformers and PEFT."""
-    return pytest.importorskip("test_peers")
-
-
-@few
-@given(st.data(), methods, seeds)
-def test_peft_loads_our_folder_with_the_same_logits_loss_and_gradient(
-    peers: Any, tmp_path_factory: pytest.TempPathFactory, draw: st.DataObject, method: VirtualTokens, seed: int
-) -> None:
-    raw, batch = draw.draw(peers.raw_configs()), draw.draw(peers.padded_batches)
-    config, folder = Config.from_dict(raw), tmp_path_factory.mktemp("ours")
-    weights = random_weights(config, seed)
-    plain = base_model(config, weights, np.float64)
-    trainable = method.start(plain, np.random.default_rng(seed))
-    trainable = {name: normal(seed, *P.shape).astype(np.float32) for name, P in trainable.items()}
-    write_method(folder, method, trainable, config, "base")
-    ours = load_adapter(plain, folder, "float64")
-    loss, gradients = loss_and_gradients(ours, [batch])
-    with peers.float64_throughout():
-        plain_peer = peers.peer_of(raw, weights)
-    theirs = in_peft(peers, plain_peer, folder)
-    with peers.float64_throughout():
-        their_loss, their_logits = peft_loss(peers, theirs, batch)
-        their_loss.backward()
-        (encoder,) = theirs.prompt_encoder.values()
-        their_gradient = encoder.embedding.weight.grad.numpy()
-    real = batch.segments > 0
-    peers.assert_agree({"": peers.logits_of(ours, batch)[real]}, {"": their_logits[real]}, 1e-10)
-    assert loss == pytest.approx(their_loss.item(), rel=1e-10)
-    peers.assert_agree(gradients, {EMBEDDINGS: their_gradient}, 1e-10)
-
-
-@pytest.mark.parametrize("kind", ["prefix", "projected prefix", "prompt"])
-@pytest.mark.parametrize("model_type", ["llama", "smollm3"])
-def test_a_folder_that_peft_wrote_has_the_same_logits_here(
-    peers: Any, kind: str, model_type: str, tmp_path: Path
-) -> None:
-    """Of a prefix behind a projection, PEFT saves the keys and values that came out of it."""
-    raw = {
-        **{"model_type": model_type, "vocab_size": VOCAB, "hidden_size": 12, "intermediate_size": 20},
-        **{"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4},
-        **{"max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": False},
-        **{"hidden_act": "silu", "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0},
-        **({"no_rope_layers": [1, 0, 1]} if model_type == "smollm3" else {}),
-    }
-    config = Config.from_dict(raw)
-    weights = {name: w.astype(np.float32) for name, w in random_weights(config, 3).items()}
-    fields: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
-    if kind == "prompt":
-        settings_ = peers.peft.PromptTuningConfig(**fields)
-    elif kind == "prefix":
-        settings_ = peers.peft.PrefixTuningConfig(**fields)
-    else:
-        settings_ = peers.peft.PrefixTuningConfig(**fields, prefix_projection=True, encoder_hidden_size=5)
-    theirs = peers.peft.get_peft_model(peers.peer_of(raw, weights), settings_).eval()
-    theirs.save_pretrained(tmp_path)
-    ours = load_adapter(base_model(config, weights), tmp_path)
-    batch = collate(FIXED, 0)
-    _, expected = peft_loss(peers, theirs, batch)
-    np.testing.assert_allclose(peers.logits_of(ours, batch), expected, rtol=1e-4, atol=1e-5)
-
-
-# --- The commands ---
-
-
-@pytest.mark.parametrize("method", ["prefix", "prompt"])
-def test_train_generate_evaluate_and_resume_know_virtual_tokens_and_merge_refuses_them(
-    method: str,
-    model: Path,
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    flags = ["--model", model, "--data", data / "pairs.jsonl", "--method", method, "--num-virtual-tokens", 3]
-    flags += ["--packing", "--activation-checkpointing", "--learning-rate", 0.05, "--eval-rows", 2]
-    good("train", *flags, "--steps", 6, "--out", tmp_path / "whole")
-    assert set(contents(tmp_path / "whole")) == RUN_FILES
-    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
-    width = {"prefix": 2 * 2 * 2 * 8, "prompt": 32}[method]
-    assert summary["trainable_parameters"] == 3 * width
-    assert summary["drift_kl"] > 0
-
-    with monkeypatch.context() as patch:
-        patch.setattr(folder_module, "save_state", interrupted_after(3))
-        assert run("train", *flags, "--steps", 6, "--save-every", 3, "--out", tmp_path / "again").code == 130
-    assert learnt(tmp_path / "again") != learnt(tmp_path / "whole")
-    good("train", "--resume", tmp_path / "again")
-    assert learnt(tmp_path / "again") == learnt(tmp_path / "whole")
-
-    adapted = ["--model", model, "--adapter", tmp_path / "whole"]
-    assert "drift_kl" in good("evaluate", *adapted, "--data", data / "pairs.jsonl")
-    good("generate", *adapted, "--prompt", "up ->", "--max-tokens", 3)
-    refused = run("generate", *adapted, "--prompt", "one " * 70)
-    assert (refused.code, "the model sees 61" in refused.err) == (2, True)
-    refused = run("merge", *adapted, "--out", tmp_path / "merged")
-    assert (refused.code, "cannot be merged" in refused.err) == (2, True)
-    refused = run("train", *flags[:-1], 0.1, "--num-virtual-tokens", 63, "--out", tmp_path / "none")
-    assert refused.code == 2
-
-
-def interrupted_after(step: int) -> Any:
-    """`save_state` that ends as if the user had pressed Ctrl-C as soon as the state of this step is saved."""
-    save = folder_module.save_state
-
-    def save_or_stop(state: State, folder: Path) -> None:
-        save(state, folder)
-        if state.step == step:
-            raise KeyboardInterrupt
-
-    return save_or_stop
-
-
-def learnt(folder: Path) -> bytes:
-    return (folder / "adapter_model.safetensors").read_bytes()
-
-
-def test_an_initial_text_is_what_the_virtual_tokens_start_as(model: Path, data: Path, tmp_path: Path) -> None:
-    flags = ["--model", model, "--data", data / "pairs.jsonl", "--method", "prompt", "--num-virtual-tokens", 4]
-    for text, out in (("up", "one"), ("up", "same"), ("down", "other")):
-        flags_of_text = ["--prompt-tuning-init-text", text, "--steps", 1, "--learning-rate", 0, "--eval-rows", 0]
-        good("train", *flags, *flags_of_text, "--out", tmp_path / out)
-    assert learnt(tmp_path / "one") == learnt(tmp_path / "same") != learnt(tmp_path / "other")

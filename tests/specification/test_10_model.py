@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import textwrap
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.complex_step import Arrays, check_gradients
+from support.complex_step import Arrays, check_backward, check_gradients
 from support.models import Trained, assert_same, loss_and_gradients_in_chunks, loss_only
 from support.strategies import (
     TINY,
@@ -19,6 +22,7 @@ from support.strategies import (
     batches,
     configs,
     examples,
+    normal,
     random_weights,
     rows,
     seeds,
@@ -32,7 +36,7 @@ from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.model import Model, Past, backward, forward, head_loss
 from minilora.model.names import EMBED, HEAD, NORM, layer_module
-from minilora.model.sites import FrozenLinear
+from minilora.model.sites import FrozenLinear, Site
 from minilora.training import step
 from minilora.training.step import loss_and_gradients, mean_loss
 
@@ -125,6 +129,23 @@ def test_every_gradient_is_exact_where_keys_and_values_of_a_past_come_first(
         gradients,
         seed,
     )
+
+
+@given(seeds, st.integers(1, 4), st.integers(1, 4))
+def test_the_example_of_a_site_is_one_with_exact_gradients(seed: int, n: int, width: int) -> None:
+    lines = inspect.cleandoc(Site.__doc__ or "").split("\n")
+    start = lines.index("    class Shift:")
+    code = itertools.takewhile(lambda line: not line or line.startswith(" "), lines[start:])
+    defined: dict[str, Any] = {}
+    exec(textwrap.dedent("\n".join(code)), defined)
+    inputs = {"x": normal(seed, n, width), "b": normal(seed, width, stream=1)}
+
+    def backward_of(dy: np.ndarray, cache: None) -> tuple[np.ndarray, np.ndarray]:
+        dx, grads = defined["Shift"](inputs["b"]).backward(dy, cache)
+        assert grads.keys() == {"bias"}
+        return dx, grads["bias"]
+
+    check_backward(lambda x, b: defined["Shift"](b).forward(x, 0), backward_of, inputs, seed)
 
 
 # --- Economies that change nothing ---

@@ -14,11 +14,9 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support.commands import CONFIG, assert_refused, contents, good, run
 from support.strategies import QV, ROLES, TINY, VOCAB, configs, normal, random_adapter, random_weights, seeds
-from test_backend import Device
-from test_commands import CONFIG, assert_refused, contents, good, run
 
-from minilora import backend
 from minilora.adapters.combination import (
     Factors,
     Summand,
@@ -29,7 +27,6 @@ from minilora.adapters.combination import (
     truncate,
 )
 from minilora.adapters.mixed import mixed
-from minilora.backend import to_device, to_host
 from minilora.formats import checkpoint
 from minilora.formats.checkpoint import write_checkpoint
 from minilora.formats.library import load_adapters, named_adapters
@@ -502,22 +499,6 @@ def test_nothing_trains_in_a_mixed_batch_and_a_batch_of_one_model_is_that_model(
     positions = np.broadcast_to(np.arange(4), tokens.shape)
     hidden, _, cache = forward(model, tokens, positions, np.ones_like(tokens))
     assert backward(model, np.ones_like(hidden), cache) == {} and not cache.blocks
-
-
-def test_a_mixed_batch_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    def logits(batch: Sequence[int]) -> np.ndarray:
-        base = base_model(TINY, random_weights(TINY, 0))
-        fresh = DORA.start(base, np.random.default_rng(0)), SETTINGS["a"].start(base, np.random.default_rng(0))
-        models = [base, *(method.attach(base, each) for method, each in zip((DORA, SETTINGS["a"]), fresh, strict=True))]
-        tokens = np.arange(3 * len(batch)).reshape(-1, 3) % VOCAB
-        positions, ones = np.broadcast_to(np.arange(3), tokens.shape), np.ones_like(tokens)
-        model = mixed([models[i] for i in batch])
-        hidden = forward(model, *map(to_device, (tokens, positions, ones)), keep=False)[0]
-        return to_host(model.sites[HEAD].forward(hidden)[0])
-
-    on_host = logits([0, 2, 1, 2])
-    monkeypatch.setattr(backend, "_module", Device())
-    np.testing.assert_allclose(logits([0, 2, 1, 2]), on_host, rtol=1e-5, atol=1e-5)
 
 
 def test_models_that_cannot_share_a_batch_are_refused() -> None:

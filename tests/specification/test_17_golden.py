@@ -6,11 +6,10 @@ test_peers.py asks the peers themselves, about many more configurations, where t
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support.golden import CASES, GOLDEN, RATE, STEPS, WEIGHT_DECAY
 
 from minilora.data.batches import Batch
 from minilora.formats.files import read_json
@@ -22,10 +21,6 @@ from minilora.model.model import Model, forward
 from minilora.model.names import HEAD
 from minilora.training.optimizers import AdamW
 from minilora.training.step import loss_and_gradients
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = ("llama", "llama_untied_with_biases", "llama3_scaling", "linear_scaling", "smollm3")
-STEPS, RATE, WEIGHT_DECAY = 5, 0.01, 0.1  # of the trajectories of AdamW
 
 Arrays = dict[str, np.ndarray]
 each_case = pytest.mark.parametrize("case", CASES)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_10_model import logits_of
+from support.models import logits_of
+from support.one_file import EXAMPLES, FILE, one_file, random_adapter
 
 from minilora.data.batches import pad
 from minilora.data.examples import Example
@@ -25,26 +24,7 @@ from minilora.formats.load import SHIPPED_MODEL, load_model
 from minilora.methods.lora import LoRA
 from minilora.training.step import loss_and_gradients
 
-FILE = Path(__file__).parents[2] / "docs" / "lora_in_one_file.py"
 ALLOWED = {"numpy", "safetensors", "tokenizers", "json", "sys", "tempfile", "pathlib"}
-EXAMPLES = [([0, 17, 999, 4095, 3, 17, 250, 0], 3), ([5, 6, 7], 1), ([2047, 300, 300, 12, 0], 4)]
-
-
-def one_file() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("lora_in_one_file", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def random_adapter(one: ModuleType, model: dict[str, Any]) -> dict[str, np.ndarray]:
-    """A of a fresh adapter, and a B that is not zero."""
-    rng = np.random.default_rng(1)
-    return {
-        name: p if name.endswith(".A") else rng.normal(0, 0.1, p.shape).astype(p.dtype)
-        for name, p in one.start(model, rng).items()
-    }
 
 
 def by_peft_name(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -19,15 +19,18 @@ The peers run in float64 throughout, so that ten digits can be compared.
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.golden import GOLDEN, RATE, STEPS, WEIGHT_DECAY
+from support.peers import float64_throughout, peer_loss, peer_of, with_peft
 from support.strategies import LLAMA3, VOCAB, random_adapter, random_weights
-from test_17_golden import GOLDEN, RATE, STEPS, WEIGHT_DECAY
-from test_peers import float64_throughout, peer_loss, peer_of, with_peft
 
 from minilora.data.batches import Batch, collate
 from minilora.data.examples import Example

@@ -22,12 +22,14 @@ import numpy as np
 import peft
 import torch
 import transformers
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.strategies import LLAMA3, random_adapter, random_weights
 
 from minilora.formats.adapters import load_adapter, read_method, write_method
 from minilora.formats.checkpoint import write_checkpoint
 from minilora.formats.load import load_model
-from minilora.formats.peft import PREFIX
+from minilora.methods.dora import DoRA
 from minilora.methods.lora import LoRA
 from minilora.model.config import Config
 from minilora.model.model import Model, forward
@@ -58,12 +60,12 @@ class Case(NamedTuple):
     def lora(self) -> LoRA:
         """The same options in our words."""
         layers = self.options.get("layers_to_transform")
-        return LoRA(
+        kind = DoRA if self.options.get("use_dora", False) else LoRA
+        return kind(
             rank=self.options["r"],
             alpha=self.options["lora_alpha"],
             target_modules=_names(self.options["target_modules"]),
             rslora=self.options.get("use_rslora", False),
-            dora=self.options.get("use_dora", False),
             exclude_modules=_names(self.options.get("exclude_modules", ())),
             layers_to_transform=(layers,) if isinstance(layers, int) else layers and tuple(layers),
             rank_pattern=self.options.get("rank_pattern", {}),
@@ -237,7 +239,8 @@ def ours_to_peft(case: Case, folder: Path, seed: int = 0) -> tuple[float, float]
     write_method(folder / "adapter", case.lora, tensors, case.config, str(folder / "base"))
     theirs = load_without_a_warning(case, peer(folder / "base"), folder / "adapter")
     state = {
-        name.removeprefix(PREFIX): tensor.numpy() for name, tensor in peft.get_peft_model_state_dict(theirs).items()
+        name.removeprefix(LoRA.key_prefix): tensor.numpy()
+        for name, tensor in peft.get_peft_model_state_dict(theirs).items()
     }
     state = {name: tensor for name, tensor in state.items() if ".base_layer." not in name}
     assert state.keys() == tensors.keys() and all(np.array_equal(state[name], tensors[name]) for name in state)
