@@ -145,8 +145,12 @@ def in_our_unit(written: Written, setting: Callable[[str], Any]) -> Any:
             return "everything"
         case "lr_scheduler_type", "constant_with_warmup":
             return "constant"
-        case "optim", "adamw_torch" | "adamw_torch_fused" | "adamw_hf":
-            return "adamw"
+        case "optim", "adamw_torch" | "adamw_torch_fused" | "adamw_hf" | "paged_adamw" | "paged_adamw_32bit":
+            return "adamw"  # paged: the same numbers, kept where a GPU may swap them out
+        case "optim", "adamw_bnb_8bit" | "paged_adamw_8bit":
+            return "adamw_8bit"
+        case "optim", "lion_32bit" | "paged_lion_32bit":
+            return "lion"
         case (("optimizer" | "optim"), "adam"):
             raise ValueError(f"{where} adam: give --optimizer adamw --weight-decay 0, which is the same")
         case "load_in_4bit", bool() | "true" | "True" | "false" | "False":
