@@ -56,7 +56,7 @@ class BitFit(Method):
         ),
     )
 
-    train_norms: bool = setting(False, "of bitfit: the gains of the norms too", saved_as="norms")
+    train_norms: bool = setting(False, "for bitfit: train the gains of the norms too", saved_as="norms")
 
     def shapes(self, config: Config) -> dict[str, Shape]:
         weights = weight_shapes(config)

@@ -93,7 +93,7 @@ class Bottleneck(Method):
         ),
     )
 
-    bottleneck_size: int = setting(16, "of bottleneck: its inner width", at_least=1, capacity=True, saved_as="size")
+    bottleneck_size: int = setting(16, "for bottleneck: the inner width", at_least=1, capacity=True, saved_as="size")
 
     def shapes(self, config: Config) -> dict[str, Shape]:
         D, m = config.hidden_size, self.bottleneck_size

@@ -96,26 +96,28 @@ class LoRA(Placed):
         Variant("qlora", "LoRA on W in 4 bits", {"method": "qlora"}, (3e-3, 1e-2, 3e-2)),
     )
 
-    rank: int = setting(8, "r, the rows of A and columns of B", at_least=1, aliases=("lora_r",), capacity=True)
+    rank: int = setting(8, "rank r: the rows of A and columns of B", at_least=1, aliases=("lora_r",), capacity=True)
     alpha: float = setting(
         16.0, "the adapter's output is scaled by alpha / rank", aliases=("lora_alpha", "lora_scale", "scale")
     )
     dropout: float = setting(
         0.0,
-        "probability of zeroing an input of the adapter, while training",
+        "the probability of zeroing an input of the adapter, while training",
         at_least=0,
         below=1,
         aliases=("lora_dropout",),
     )
     init: str = setting(
         "kaiming",
-        "how A starts (B at zero, but in orthogonal and pissa)",
+        "how A starts (B starts at zero, except with orthogonal and pissa)",
         choices=STARTS,
         aliases=("init_lora_weights",),
         metavar="NAME",
     )
-    rslora: bool = setting(False, "scale by alpha / root of rank instead", aliases=("use_rslora",))
-    loraplus_lr_ratio: float = setting(1.0, "LoRA+: B learns so many times as fast as A", at_least=1, of_training=True)
+    rslora: bool = setting(False, "scale by alpha / the root of rank instead", aliases=("use_rslora",))
+    loraplus_lr_ratio: float = setting(
+        1.0, "LoRA+: the learning rate of B over that of A", at_least=1, of_training=True
+    )
     rank_pattern: Mapping[str, int] = setting(
         {}, "other ranks for some modules: q_proj=16", at_least=1, metavar="NAME=N"
     )

@@ -42,12 +42,12 @@ class Placed(Method):
 
     target_modules: ModuleNames = setting(
         (ALL_LINEAR,),
-        "names such as q_proj v_proj, or all-linear",
+        "the modules to adapt, by name: q_proj v_proj, or all-linear",
         aliases=("lora_target_modules", "keys"),
         metavar="NAME",
     )
-    exclude_modules: ModuleNames = setting((), "names not to adapt, though a target matches them", metavar="NAME")
-    num_layers: int = setting(0, "adapt the last so many layers only; 0: all", at_least=0)
+    exclude_modules: ModuleNames = setting((), "modules not to adapt, though a target matches them", metavar="NAME")
+    num_layers: int = setting(0, "the number of last layers to adapt; 0: all layers", at_least=0)
     modules_to_save: tuple[str, ...] = setting(
         (),
         "modules to train whole, beside the adapter: norm lm_head",

@@ -86,9 +86,9 @@ class RandomSubset(Method):
     )
 
     random_share: float = setting(
-        0.04, "of random: the share of weights that trains", above=0, at_most=1, capacity=True, saved_as="share"
+        0.04, "for random: the share of weights that trains", above=0, at_most=1, capacity=True, saved_as="share"
     )
-    seed: int = setting(0, "of everything random", group="machine", at_least=0)
+    seed: int = setting(0, "the seed of everything random", group="machine", at_least=0)
 
     def shapes(self, config: Config) -> dict[str, Shape]:
         weights = weight_shapes(config)

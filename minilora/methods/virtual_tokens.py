@@ -46,12 +46,12 @@ class VirtualTokens(Method):
     """How many virtual tokens, and what they start as."""
 
     num_virtual_tokens: int = setting(
-        20, "of prefix and prompt: how many stand before every example", at_least=1, capacity=True
+        20, "for prefix and prompt: the number of virtual tokens before every example", at_least=1, capacity=True
     )
     text: tuple[int, ...] = ()  # `init_text` as token ids
     init_text: str = setting(
         "",
-        "of prefix and prompt: the words they start as, else drawn at random",
+        "for prefix and prompt: the text that virtual tokens start as (default: random)",
         aliases=("prompt_tuning_init_text",),
         metavar="TEXT",
     )

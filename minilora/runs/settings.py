@@ -25,30 +25,32 @@ from minilora.training.optimizers import OPTIMIZERS
 from minilora.training.schedules import SCHEDULES
 
 SETTINGS_FILE = "settings.json"
-DATA, METHOD, TRAINING, WATCHING, MACHINE = (
-    *("what to train on what", "method", "training", "watching, saving", "machine"),
-)
+DATA = "model and data"
+METHOD = "method"
+TRAINING = "training"
+WATCHING = "watching, saving"
+MACHINE = "machine"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One field for each flag of `train`, under the flag's name; those of the method are in `method`."""
+    """One field for each flag of `train`, under the flag's name. The method's settings are in `method`."""
 
     method: Method = field(default_factory=LoRA)
 
     model: str = setting(
         str(SHIPPED_MODEL),
-        "folder of the base model, or its id on the Hugging Face Hub (default: tinysmol)",
+        "the folder of the base model, or its id on the Hugging Face Hub (default: tinysmol)",
         group=DATA,
         aliases=("model_name_or_path",),
         metavar="MODEL",
     )
     revision: str = setting(
-        "", "branch, tag or commit of that id", group=DATA, aliases=("model_revision",), metavar="NAME"
-    )  # in a run's settings.json, always the commit
+        "", "the branch, tag or commit of that id", group=DATA, aliases=("model_revision",), metavar="NAME"
+    )  # a run's settings.json always holds the commit
     data: str = setting(
         "",
-        "file or folder of your rows (default: the built-in SQL task)",
+        "the file or folder of your rows (default: the built-in SQL task)",
         group=DATA,
         aliases=("dataset_name",),
         metavar="PATH",
@@ -63,7 +65,7 @@ class Settings:
     chat_feature: str = setting("", "the key that your rows have instead of messages", group=DATA, metavar="KEY")
     train_on: str = setting(
         TRAIN_ON[0],
-        "of prompts and answers",
+        "the part of prompts and answers that is trained on",
         group=DATA,
         choices=TRAIN_ON,
         aliases=("mask_prompt", "completion_only_loss", "assistant_only_loss"),
@@ -71,10 +73,10 @@ class Settings:
         optional_value=True,
     )
     date: str = setting(
-        "", "the day that a chat template is told which asks for it (default: today)", group=DATA, metavar="YYYY-MM-DD"
-    )  # in a run's settings.json, never ""
+        "", "the day given to a chat template that asks for one (default: today)", group=DATA, metavar="YYYY-MM-DD"
+    )  # a run's settings.json never holds ""
 
-    untie: bool = setting(False, "let embedding and head, where they are one matrix, become two")
+    untie: bool = setting(False, "if embedding and head are one matrix, make them two")
     adapter: str = setting(
         "",
         "start from this adapter, a folder or an id on the hub, instead of a fresh one",
@@ -82,11 +84,11 @@ class Settings:
         metavar="FOLDER",
     )
     format: str = setting(
-        FORMATS[0], "of the adapter that is written, for PEFT or for mlx-lm", choices=FORMATS, metavar="NAME"
+        FORMATS[0], "the format of the written adapter: PEFT's or mlx-lm's", choices=FORMATS, metavar="NAME"
     )
 
     steps: int = setting(
-        0, "optimiser steps; 0: as --epochs says", group=TRAINING, at_least=0, aliases=("iters", "max_steps")
+        0, "optimiser steps; 0: as many as --epochs takes", group=TRAINING, at_least=0, aliases=("iters", "max_steps")
     )
     epochs: float = setting(3.0, "passes over the data", group=TRAINING, at_least=0, aliases=("num_train_epochs",))
     batch_size: int = setting(
@@ -101,11 +103,11 @@ class Settings:
     )
     learning_rate: float = setting(5e-4, "the peak of the schedule", group=TRAINING, at_least=0)
     optimizer: str = setting(
-        "adamw", "rule of the update", group=TRAINING, choices=OPTIMIZERS, aliases=("optim",), metavar="NAME"
+        "adamw", "the update rule", group=TRAINING, choices=OPTIMIZERS, aliases=("optim",), metavar="NAME"
     )
     schedule: str = setting(
         "cosine",
-        "of the learning rate after the warm-up",
+        "the course of the learning rate after the warm-up",
         group=TRAINING,
         choices=SCHEDULES,
         aliases=("lr_scheduler_type",),
@@ -113,28 +115,28 @@ class Settings:
     )
     warmup: float = setting(
         0.03,
-        "steps of climbing to the peak; below 1, a share of all steps",
+        "steps in which the learning rate climbs to its peak; below 1: the share of all steps",
         group=TRAINING,
         at_least=0,
         aliases=("warmup_steps", "warmup_ratio"),
     )
-    weight_decay: float = setting(0.01, "decoupled from the gradient; on matrices only", group=TRAINING, at_least=0)
+    weight_decay: float = setting(
+        0.01, "weight decay of matrices, decoupled from the gradient", group=TRAINING, at_least=0
+    )
     max_grad_norm: float = setting(
         1.0, "gradients longer than this are shortened to it; 0: never", group=TRAINING, at_least=0
     )
     max_length: int = setting(
         0,
-        "tokens in a row at most; 0: what the model was made for, up to 1024",
+        "the most tokens in a row; 0: the model's own context length, up to 1024",
         group=TRAINING,
         at_least=0,
         aliases=("max_seq_length",),
     )
-    packing: bool = setting(
-        False, "put several examples end to end in a row; they do not see each other", group=TRAINING
-    )
+    packing: bool = setting(False, "put several examples end to end in a row; none attends to another", group=TRAINING)
     activation_checkpointing: bool = setting(
         False,
-        "keep only each layer's input and run it again in the backward: less memory",
+        "keep only the input of each layer, and run the layer again in the backward: less memory",
         group=TRAINING,
         aliases=("grad_checkpoint", "gradient_checkpointing"),
     )
@@ -168,25 +170,27 @@ class Settings:
     )
     report_to: str = setting(
         "none",
-        "log for TensorBoard too, beside metrics.jsonl",
+        "a second log beside metrics.jsonl, for TensorBoard",
         group=WATCHING,
         choices=("none", TENSORBOARD),
         metavar="NAME",
     )
 
-    seed: int = setting(0, "of everything random", group=MACHINE, at_least=0)
+    seed: int = setting(0, "the seed of everything random", group=MACHINE, at_least=0)
     device: str = setting(
         "auto",
-        "where to compute; auto takes a GPU if there is one",
+        "the device to compute on; auto: a GPU if there is one",
         group=MACHINE,
         choices=("auto", "cpu", "cuda"),
         metavar="NAME",
     )
-    dtype: str = setting("float32", "of the computation", group=MACHINE, choices=("float32", "float64"), metavar="NAME")
+    dtype: str = setting(
+        "float32", "the dtype of the computation", group=MACHINE, choices=("float32", "float64"), metavar="NAME"
+    )
     frozen: str = setting(
         "widened",
-        "how weights that do not train are held: widened to --dtype, stored in 16 bits as they are, nf4 as in QLoRA, "
-        "offloaded: stored, but off the GPU",
+        "how frozen weights are held: widened to --dtype; stored in the 16 bits of the checkpoint; nf4: 4 bits, as in "
+        "QLoRA; offloaded: stored, but off the GPU",
         group=MACHINE,
         choices=FROZEN,
         aliases=("load_in_4bit",),
@@ -195,7 +199,7 @@ class Settings:
     )
     mixed_precision: str = setting(
         "no",
-        "products with frozen weights in 16 bits: bf16, or fp16 with a loss scale; no: all in --dtype",
+        "products with frozen weights in 16 bits: bf16, or fp16 with a loss scale; no: everything in --dtype",
         group=MACHINE,
         choices=MIXED_PRECISION,
         aliases=("bf16", "fp16"),
@@ -204,7 +208,7 @@ class Settings:
     )
 
     def check(self) -> None:
-        """Raise ValueError naming the flag whose value makes no sense, alone or beside the others."""
+        """Raise ValueError, naming the flag, if a value makes no sense alone or beside the others."""
         check(self)
         if self.steps == 0 and self.epochs == 0:
             raise ValueError("both --steps and --epochs are 0: there is nothing to do")
@@ -222,7 +226,7 @@ class Settings:
             raise ValueError(f"--mixed-precision {self.mixed_precision} goes with --dtype float32, not {self.dtype}")
 
     def values(self) -> dict[str, Any]:
-        """All of it by name, the method's settings beside the others, as settings.json holds it."""
+        """All settings by name, the method's beside the run's, as settings.json holds them."""
         return {"method": self.method.name, **values_of(self.method), **values_of(self)}
 
     def save(self, folder: Path) -> None:
@@ -231,11 +235,11 @@ class Settings:
 
 DEFAULT_METHOD = LoRA
 
-# What `train` without --data does: a short run, tuned for the shipped model on two CPU cores.
+# `train` without --data makes this short run, tuned for the shipped model on two CPU cores.
 DEFAULT_JOB: dict[str, Any] = {
     "steps": 215,
     "batch_size": 8,
-    "grad_accumulation": 2,  # the same gradient as of 16 rows at once, in less memory
+    "grad_accumulation": 2,  # the gradient is that of 16 rows at once, and takes less memory
     "learning_rate": 5e-3,
     "weight_decay": 0.0,
     "eval_every": 108,
@@ -246,24 +250,24 @@ DEFAULT_JOB: dict[str, Any] = {
 
 @cache
 def all_settings() -> dict[str, Setting]:
-    """Every setting of a run and of any method, by name. What two methods share means the same in both."""
+    """Every setting of a run and of any method, by name. A setting that two methods share means the same in both."""
     own = settings_of(Settings)
     switches = tuple(cls.switch for cls in _methods() if cls.switch)
-    what = setting(
+    declared = setting(
         "",
-        "what trains",
+        "the fine-tuning method",
         choices=known_methods(),
         aliases=("fine_tune_type", *switches),
         metavar="NAME",
         optional_value=True,
     )
-    method = Setting("method", DEFAULT_METHOD().name, what.metadata[KEY], str)
+    method = Setting("method", DEFAULT_METHOD().name, declared.metadata[KEY], str)
     of_methods: dict[str, Setting] = {}
     for cls in _methods():
-        for name, one in settings_of(cls).items():
+        for name, known in settings_of(cls).items():
             if name not in own:
-                of_methods.setdefault(name, one)
-    data = {name: one for name, one in own.items() if one.declaration.group == DATA}
+                of_methods.setdefault(name, known)
+    data = {name: known for name, known in own.items() if known.declaration.group == DATA}
     return {**data, "method": method, **of_methods, **own}
 
 
@@ -273,10 +277,10 @@ def _methods() -> list[type[Method]]:
 
 
 def make_settings(values: Mapping[str, Any]) -> Settings:
-    """The settings with these values by name, checked; what they do not name has its default.
+    """The settings with these values by name, checked. A setting that is not named has its default.
 
-    A method's name may stand for settings beside it, as `qlora` does for `frozen="nf4"`. Settings of other methods are
-    passed over, except those that say how to train: they would be expected to act. ValueError, naming the flag.
+    A method's name may set a setting of the run, as `qlora` sets `frozen="nf4"`. Settings of other methods are ignored,
+    except those that say how to train: they would be expected to act, so they raise ValueError, naming the flag.
     """
     name = values.get("method", DEFAULT_METHOD().name)
     if name not in known_methods():
@@ -293,7 +297,7 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
     for other, declared in known.items():
         unused = declared.declaration.of_training and other not in of_method
         if unused and values.get(other, declared.default) != declared.default:
-            owners = " or ".join(owner for owner, one in known_methods().items() if other in settings_of(one))
+            owners = " or ".join(owner for owner, owning in known_methods().items() if other in settings_of(owning))
             raise ValueError(f"{declared.flag} is for --method {owners}; {name} has no use for it")
     method = cls(**{key: value for key, value in values.items() if key in of_method})
     settings = Settings(method, **{key: value for key, value in values.items() if key in of_run})
