@@ -95,34 +95,34 @@ def batches_of(rows: Rows, batch_size: int, pad_id: int) -> list[Batch]:
 
 
 def divide(batch: Batch, parts: int) -> list[Batch]:
-    """The examples of a batch in so many parts of about as many tokens each, without padding.
+    """The examples of a batch in `parts` batches of nearly equal size, without padding.
 
-    Examples of one length become the rows of a rectangle; others stand end to end in a single row.
+    If all examples of a part have the same length, they become its rows; else they stand end to end in a single row.
     """
     numbers = numbered_examples(batch)
     examples, lengths = np.unique(numbers[numbers > 0], return_counts=True)
-    chosen: list[list[int]] = [[] for _ in range(parts)]
+    members: list[list[int]] = [[] for _ in range(parts)]  # of each part, numbers into `examples`
     sizes = [0] * parts
-    for i in np.argsort(-lengths, kind="stable"):  # the longest first, each to the part that has least
+    for i in np.argsort(-lengths, kind="stable"):  # the longest first, each to the smallest part
         part = int(np.argmin(sizes))
-        chosen[part].append(i)
+        members[part].append(i)
         sizes[part] += lengths[i]
     divided = []
-    for some in chosen:
-        rows = len(some) if len(set(lengths[some])) == 1 else 1
-        used = np.isin(numbers, examples[some])
+    for part_members in members:
+        rows = len(part_members) if len(set(lengths[part_members])) == 1 else 1
+        used = np.isin(numbers, examples[part_members])
         divided.append(Batch(*(array[used].reshape(rows, -1) for array in batch._replace(segments=numbers))))
     return divided
 
 
 def numbered_examples(batch: Batch) -> Ints:
-    """The segments (B, T), but so numbered that examples of different rows differ, too. Padding is still 0."""
+    """The segments (B, T), renumbered so that examples of different rows differ too. Padding is still 0."""
     before = np.arange(len(batch.segments))[:, None] * batch.segments.max()
     return np.where(batch.segments > 0, before + batch.segments, 0)
 
 
 def count_examples(batch: Batch) -> int:
-    """How many examples a batch has, those packed into one row counted one by one."""
+    """The number of examples in a batch; those packed into one row are counted separately."""
     return len(np.unique(numbered_examples(batch))) - bool((batch.segments == 0).any())
 
 
@@ -133,5 +133,5 @@ def padding_share(groups: Sequence[Rows]) -> float:
 
 
 def count_labels(batch: Batch) -> int:
-    """How many tokens the batch trains: what its loss is a sum over."""
+    """The number of labelled tokens: the terms of the batch's summed loss."""
     return int(np.count_nonzero(batch.labels != IGNORE))

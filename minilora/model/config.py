@@ -80,9 +80,9 @@ def _refuse_unsupported(raw: dict[str, Any], kind: str) -> None:
         raise ValueError("config.json: rope_parameters that differ from layer to layer are not supported")
     supported = {"hidden_act": "silu", "pretraining_tp": 1, "partial_rotary_factor": 1, "use_sliding_window": False}
     for key, value in supported.items():
-        found = raw.get(key, rope.get(key, value))
-        if found != value:
-            raise ValueError(f"config.json: {key} {found!r} is not supported, only {value!r}")
+        given = raw.get(key, rope.get(key, value))
+        if given != value:
+            raise ValueError(f"config.json: {key} {given!r} is not supported, only {value!r}")
     if kind == "mistral" and "sliding_window" in raw:
         raise ValueError("config.json: sliding_window is not supported: attention here sees the whole context")
 

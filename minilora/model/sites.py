@@ -1,11 +1,9 @@
-"""A site: a named place in the model where a parameter is used. A method enters the model by replacing sites.
+"""A site: a named place in the model where a parameter is used.
 
     y, cache  = site.forward(x, seed)
     dx, grads = site.backward(dy, cache)
 
-`seed` is an integer while training and None otherwise; a site with randomness of its own (dropout) draws from it, so
-that calling forward again with the same seed gives the same y. `grads` holds one gradient for each parameter of the
-site that trains, under its name within the module ("weight", "lora_A.weight"). A site holds parameters only.
+A method enters the model by replacing sites. `Site` says what each of these is, and what must hold of them.
 """
 
 from __future__ import annotations
@@ -24,11 +22,53 @@ Gradients = dict[str, Array]
 
 
 class Site(Protocol):
-    trains: bool  # whether backward returns any gradient
+    """What stands at a name such as `model.layers.0.mlp.up_proj`: it holds parameters, and never activations.
 
-    def forward(self, x: Array, seed: int | None = None) -> tuple[Array, Any]: ...
+    A small example, a site that learns a shift of its input, y = x + b with b (D,):
 
-    def backward(self, dy: Array, cache: Any) -> tuple[Array, Gradients]: ...
+        class Shift:
+            trains = True
+
+            def __init__(self, b):
+                self.b = b
+
+            def forward(self, x, seed=None):
+                return x + self.b, None
+
+            def backward(self, dy, cache):
+                return dy, {"bias": dy.sum(axis=0)}
+
+    What must hold:
+
+    - Nothing that a site is given is written to, x and dy included.
+    - Calling forward twice with the same x and seed gives the same y, to the last bit: a layer may be run again instead
+      of being kept.
+    - A site in which nothing trains saves nothing that grows with its weight, and a frozen linear map nothing at all.
+    - In complex128 a site computes with complex numbers, so that the complex step can check its gradients.
+    """
+
+    trains: bool  # whether a parameter of this site trains, so that backward returns a gradient
+
+    def forward(self, x: Array, seed: int | None = None) -> tuple[Array, Any]:
+        """y, and a cache that holds exactly what backward needs.
+
+        x is (N, in) and y (N, out), a row for each of the N = B·T tokens; a norm has in = out = D. The embedding's x is
+        the token ids, (N,) integers. y has the dtype of the computation.
+
+        seed is an integer while training and None otherwise. A site with randomness of its own (dropout) draws from it
+        and from a number of its own, so that no two sites draw the same; without a seed it draws nothing.
+        """
+
+    def backward(self, dy: Array, cache: Any) -> tuple[Array, Gradients]:
+        """dx and grads, from dy and the cache that forward returned with y.
+
+        dy (N, out) is the gradient of the loss with respect to y; dx (N, in) that with respect to x. The caller may add
+        to dx in place.
+
+        grads has one gradient for each parameter of this site that trains and no other, each in the shape of its
+        parameter. Its keys are the parameters' names within the module, as they stand in files ("weight", "bias",
+        "lora_A.weight"). The caller puts the module's name before them, and adds up gradients of the same name.
+        """
 
 
 class Prefix(Protocol):
@@ -151,6 +191,7 @@ class LayerSites(NamedTuple):
 
 
 def layer_sites(sites: Sites, layer: int) -> LayerSites:
+    """The nine sites of a layer, found by their names."""
     return LayerSites(**{role: sites[layer_module(layer, role)] for role in LAYER})
 
 

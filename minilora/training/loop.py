@@ -73,18 +73,7 @@ def train(
         while state.step < plan.steps and not _out_of_patience(state, plan):
             step_started = time.perf_counter()
             batches = next_batches(state, rows, plan, pad_id)
-            first_seed = int(state.rng.integers(2**62))  # one draw a step, however many micro-batches it has
-            seeds = range(first_seed, first_seed + len(batches))
-            scaled = state.loss_scale.value > 1
-            compute = state.loss_scale.loss_and_gradients if scaled else loss_and_gradients
-            loss, gradients = compute(model, batches, seeds, plan.activation_checkpointing, on_all_cores)
-            norm = global_norm(gradients)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise Diverged(_stopped(state, loss, norm))
-            clip_gradients(gradients, norm, plan.max_grad_norm)
-            rate = learning_rate(state.step, plan.steps, plan.learning_rate, plan.schedule, plan.warmup)
-            state.optimizer.update(state.trainable, gradients, rate)
-            state.step += 1
+            loss, norm, rate = take_step(model, state, batches, plan)
             tokens = sum(int((batch.segments > 0).sum()) for batch in batches)
             state.tokens += tokens
             speed = tokens / (time.perf_counter() - step_started)
@@ -94,7 +83,7 @@ def train(
                 loss=loss,
                 learning_rate=rate,
                 grad_norm=norm,
-                **({"loss_scale": state.loss_scale.value} if scaled else {}),
+                **({"loss_scale": state.loss_scale.value} if state.loss_scale.value > 1 else {}),
                 tokens=tokens,
                 labelled_tokens=sum(count_labels(batch) for batch in batches),
                 tokens_per_second=round(speed, 1),
@@ -113,6 +102,25 @@ def train(
         bar.close()
     for name, array in state.best.items():
         state.trainable[name][...] = to_device(array)
+
+
+def take_step(model: Model, state: State, batches: list[Batch], plan: Plan) -> tuple[float, float, float]:
+    """One step of the optimiser; the loss, the norm of its gradient before clipping, and the learning rate.
+
+    Raises Diverged, with all parameters as they were, if the loss or the norm is not finite.
+    """
+    first_seed = int(state.rng.integers(2**62))  # one draw for each step, whatever its number of micro-batches
+    seeds = range(first_seed, first_seed + len(batches))
+    compute = state.loss_scale.loss_and_gradients if state.loss_scale.value > 1 else loss_and_gradients
+    loss, gradients = compute(model, batches, seeds, plan.activation_checkpointing, on_all_cores)
+    norm = global_norm(gradients)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise Diverged(_stopped(state, loss, norm))
+    clip_gradients(gradients, norm, plan.max_grad_norm)
+    rate = learning_rate(state.step, plan.steps, plan.learning_rate, plan.schedule, plan.warmup)
+    state.optimizer.update(state.trainable, gradients, rate)
+    state.step += 1
+    return loss, norm, rate
 
 
 def next_batches(state: State, rows: Rows, plan: Plan, pad_id: int) -> list[Batch]:

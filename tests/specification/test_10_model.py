@@ -294,7 +294,9 @@ def test_nothing_below_the_lowest_trained_layer_is_saved_or_goes_backwards(
     model = Model(config, sites)
     tokens = np.array([[1, 2, 3]])
     hidden, _, cache = forward(model, tokens, tokens, np.ones_like(tokens), checkpointing=checkpointing)
-    kept, other = (cache.layers.inputs, cache.layers.blocks) if checkpointing else (cache.layers.blocks, cache.layers.inputs)
+    kept, other = (
+        (cache.layers.inputs, cache.layers.blocks) if checkpointing else (cache.layers.blocks, cache.layers.inputs)
+    )
     assert list(kept) == list(range(lowest, config.num_hidden_layers))
     assert other == {}
     assert backward(model, np.ones_like(hidden), cache).keys() == case.trainable.keys()
