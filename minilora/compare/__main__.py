@@ -1,7 +1,7 @@
-"""Every method on the same model, data and budget: what each is worth and what it costs.
+"""Compare the quality and the cost of every method on the same model, data and budget.
 
-Each method is tried with three learning rates, and with more where the best is the lowest or the highest; the best goes
-on with the other seeds. Each trial is a run of `python -m minilora.train` in a process of its own. A comparison that
+Each method is tried with three learning rates, and with more while the best is the lowest or the highest; the best is
+run with the other seeds. Each trial is a run of `python -m minilora.train` in a process of its own. A comparison that
 was cut off goes on where it stopped when the same command is given again. Flags that are not listed here go to every
 trial: --max-length, --target-modules, --activation-checkpointing and so on.
 """
@@ -39,7 +39,7 @@ PAGES = ("comparison.md", "claims.md")
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Our flags, and those for every trial."""
+    """The flags of `compare`, and the other flags, which go to every trial."""
     parser = argparse.ArgumentParser(
         prog="python -m minilora.compare",
         description=__doc__,
@@ -48,24 +48,38 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         epilog="methods:\n" + "\n".join(f"  {rival.name:12}{rival.what}" for rival in RIVALS),
     )
     names = [rival.name for rival in RIVALS]
-    parser.add_argument("--methods", nargs="+", default=names, metavar="NAME", help="those to compare (default: all)")
-    parser.add_argument("--ranks", nargs="+", type=int, default=[], metavar="R", help="LoRA at these ranks, too")
     parser.add_argument(
-        "--cipher", action="store_true", help="full and LoRA on the task enciphered, too: far from home"
+        "--methods", nargs="+", default=names, metavar="NAME", help="the methods to compare (default: all)"
     )
-    parser.add_argument("--model", default=str(SHIPPED_MODEL), help="folder or hub id of the base (default: tinysmol)")
-    parser.add_argument("--data", default="", help="folder of data, or file (default: the built-in SQL task)")
-    parser.add_argument("--steps", type=int, default=40, metavar="N", help="of each trial (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows of a step (%(default)s)")
-    parser.add_argument("--eval-rows", type=int, default=100, metavar="N", help="rows to answer (%(default)s)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="one run each (0 1)")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of all of it (%(default)s)")
-    parser.add_argument("--docs", type=Path, metavar="FOLDER", help="write the outcome into this folder's pages, too")
+    parser.add_argument(
+        "--ranks", nargs="+", type=int, default=[], metavar="R", help="compare LoRA at these ranks, too"
+    )
+    parser.add_argument(
+        "--cipher", action="store_true", help="compare full and LoRA on the enciphered task, too: a large shift"
+    )
+    parser.add_argument(
+        "--model", default=str(SHIPPED_MODEL), help="the base, a folder or a hub id (default: tinysmol)"
+    )
+    parser.add_argument("--data", default="", help="the file or folder of data (default: the built-in SQL task)")
+    parser.add_argument(
+        "--steps", type=int, default=40, metavar="N", help="optimiser steps of each trial (%(default)s)"
+    )
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows in a step (%(default)s)")
+    parser.add_argument("--eval-rows", type=int, default=100, metavar="N", help="held-out rows to answer (%(default)s)")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="seeds, with one run each (0 1)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/compare"), help="the folder of trials and results (%(default)s)"
+    )
+    parser.add_argument(
+        "--docs", type=Path, metavar="FOLDER", help="write the results into the pages of this folder, too"
+    )
     return parser.parse_known_args(dashed(argv))
 
 
 def check_comparison(args: argparse.Namespace, shared: list[str]) -> None:
-    """Raise ValueError naming the flag that makes no sense, to us or to train."""
+    """Raise ValueError, naming the flag, if a value makes no sense to `compare` or to `train`."""
     choose_settings(train_flags.parse(shared))
     if args.steps < 1 or args.batch_size < 1 or args.eval_rows < 0:
         raise ValueError("--steps and --batch-size must be at least 1, --eval-rows at least 0")
@@ -81,13 +95,13 @@ def check_comparison(args: argparse.Namespace, shared: list[str]) -> None:
 
 
 class Comparison:
-    """The trials of one call. What is compared must have had the same budget; methods and seeds may be added later."""
+    """The trials of one call. All must have the same budget; methods and seeds may be added in later calls."""
 
     def __init__(self, args: argparse.Namespace, shared: Sequence[str]) -> None:
         self.args = args
         self.flags = list(shared)
         self.rivals = choose(args.methods)
-        if args.data and not Path(args.data).is_dir():  # whose held-out rows evaluate cannot tell from the others
+        if args.data and not Path(args.data).is_dir():  # evaluate cannot tell its held-out rows from the others
             print("few-shot left out: it needs --data to be a folder with train and test files")
             self.rivals = [rival for rival in self.rivals if rival.rates]
         self.ranks = [lora_of_rank(rank, LORA.rates) for rank in sorted({*args.ranks})]
@@ -100,14 +114,14 @@ class Comparison:
         write_json(path, budget)
 
     def steps(self) -> int:
-        """The steps of all trials, except those that a search may add."""
+        """The number of steps of all trials, without the trials that a search may add."""
         seeds = self.args.seeds
         count = expected_trials(self.rivals, seeds) + expected_trials(self.cipher, seeds[:1])
         count += expected_trials(self.ranks, seeds)
         return count * int(self.args.steps)
 
     def run(self) -> dict[str, Any]:
-        """Run what has not been run, and gather the figures of all."""
+        """Run the trials that are not done yet, and gather the figures of all."""
         args = self.args
         data = args.data or str(write_rows(args.out / "data", args.steps * args.batch_size))
         with tqdm(total=self.steps(), desc="comparing", unit="step", dynamic_ncols=True) as bar:
@@ -116,18 +130,22 @@ class Comparison:
             ranks = [self.result(field, rival, args.seeds) for rival in self.ranks]
             cipher = []
             if self.cipher:
-                far = args.out / "cipher"
-                there = self.field(far, str(write_rows(far / "data", args.steps * args.batch_size, cipher=True)), bar)
-                cipher = [self.result(there, rival, args.seeds[:1]) for rival in self.cipher]
+                cipher_folder = args.out / "cipher"
+                enciphered = self.field(
+                    cipher_folder,
+                    str(write_rows(cipher_folder / "data", args.steps * args.batch_size, cipher=True)),
+                    bar,
+                )
+                cipher = [self.result(enciphered, rival, args.seeds[:1]) for rival in self.cipher]
         return {"methods": methods, "ranks": ranks, "cipher": cipher}
 
     def field(self, out: Path, data: str, bar: tqdm[Any]) -> Field:
         args = self.args
-        both = ["--model", args.model, "--data", data, "--eval-rows", str(args.eval_rows)]
+        common = ["--model", args.model, "--data", data, "--eval-rows", str(args.eval_rows)]
         often = str(max(1, args.steps // 2))
-        shared = [*both, "--steps", str(args.steps), "--batch-size", str(args.batch_size), "--weight-decay", "0"]
+        shared = [*common, "--steps", str(args.steps), "--batch-size", str(args.batch_size), "--weight-decay", "0"]
         shared += ["--eval-every", often, "--save-every", often, *self.flags]
-        return Field(out, shared, both, args.steps, bar)
+        return Field(out, shared, common, args.steps, bar)
 
     def result(self, field: Field, rival: Rival, seeds: Sequence[int]) -> figures.MethodResult:
         return figures.result(rival, seeds, field.compete(rival, seeds), field.folder)
@@ -158,20 +176,20 @@ def compare_command(argv: list[str] | None = None) -> None:
 def after_training(results: dict[str, Any]) -> dict[str, Any]:
     """Measure the trained models: the latency of each, and the spectra of full fine-tuning's and LoRA's ΔW.
 
-    By this process, and so after all trials: a process inherits the peak memory of the one that starts it.
+    A process inherits the peak memory of the one that starts it, so this process measures only after all trials.
     """
     good = {result["method"]: result for result in results["methods"] if result["seeds"]}
     trained = next((Path(result["folder"]) for result in good.values() if "rates" in result), None)
     if trained:
         for result in good.values():
             result["latency"] = latency(result, read_settings(trained))
-    both = {"full", "lora"} <= good.keys()
-    spectrum = spectra(Path(good["full"]["folder"]), Path(good["lora"]["folder"])) if both else {}
+    comparable = {"full", "lora"} <= good.keys()
+    spectrum = spectra(Path(good["full"]["folder"]), Path(good["lora"]["folder"])) if comparable else {}
     return {"spectrum": spectrum}
 
 
 def write_pages(docs: Path, results: dict[str, Any], machine: dict[str, Any], pictures: Sequence[Path]) -> None:
-    """The tables and pictures of docs/comparison.md, and the answers of docs/claims.md."""
+    """Write the tables and pictures of docs/comparison.md, and the claims of docs/claims.md."""
     shown = []
     for picture in pictures:
         place = docs / "images" / f"compare-{picture.name}"

@@ -16,7 +16,7 @@ UNKNOWN = "not measured: `python -m minilora.compare --ranks 1 2 4 8 16 32 64 --
 
 
 class Claim(NamedTuple):
-    """A sentence about LoRA, the numbers that bear on it, and what they say of it."""
+    """A sentence about LoRA, the numbers that bear on it, and the verdict that follows from them."""
 
     claim: str
     measured: str
@@ -26,38 +26,42 @@ class Claim(NamedTuple):
 def as_page(comparison: dict[str, Any]) -> str:
     """The claims as a table in Markdown."""
     lines = ["| claim | measured | verdict |", "|---|---|---|"]
-    lines += [f"| {one.claim} | {one.measured} | {one.verdict} |" for one in claims(comparison)]
+    lines += [f"| {claim} | {measured} | {verdict} |" for claim, measured, verdict in claims(comparison)]
     return "\n".join(lines) + "\n"
 
 
 def claims(comparison: dict[str, Any]) -> list[Claim]:
-    """All of them. What was not part of the comparison is said to be missing."""
+    """All claims. If the comparison lacks the figures of a claim, its verdict says so."""
     by_name = {result["method"]: result for result in comparison["methods"] if result["seeds"]}
-    both = [by_name[name] for name in ("full", "lora") if name in by_name]
-    told: list[Claim] = []
-    if len(both) == 2 and all("drift_kl" in result for result in both):
-        full, lora = both
-        told += [*of_cost(full, lora, comparison["ranks"]), *of_gpt_3(full, lora), *of_quality(full, lora, by_name)]
+    full_and_lora = [by_name[name] for name in ("full", "lora") if name in by_name]
+    judged: list[Claim] = []
+    if len(full_and_lora) == 2 and all("drift_kl" in result for result in full_and_lora):
+        full, lora = full_and_lora
+        judged += [*of_cost(full, lora, comparison["ranks"]), *of_gpt_3(full, lora), *of_quality(full, lora, by_name)]
     else:
-        told.append(Claim("LoRA against full fine-tuning", "…", UNKNOWN))
-    told.append(of_intrinsic_rank(comparison["spectrum"]))
-    told += of_limits(by_name, comparison["ranks"], comparison["cipher"])
-    return told
+        judged.append(Claim("LoRA against full fine-tuning", "…", UNKNOWN))
+    judged.append(of_intrinsic_rank(comparison["spectrum"]))
+    judged += of_limits(by_name, comparison["ranks"], comparison["cipher"])
+    return judged
 
 
-# --- What LoRA costs ---
+# --- The cost of LoRA ---
 
 
 def of_cost(full: MethodResult, lora: MethodResult, ranks: list[MethodResult]) -> Iterator[Claim]:
     """Few parameters, little memory, small files, short steps."""
-    of_rank = {one["rank"]: one for one in (lora, *ranks) if one["seeds"] and one["rank"] in (lora["rank"], 8, 16, 32)}
-    shares = {r: one["trainable_parameters"] / one["total_parameters"] for r, one in sorted(of_rank.items())}
-    there = {r: lora_share("SmolLM2-1.7B", r, ("q_proj", "v_proj")) for r in (8, 16, 32)}
+    of_rank = {
+        result["rank"]: result
+        for result in (lora, *ranks)
+        if result["seeds"] and result["rank"] in (lora["rank"], 8, 16, 32)
+    }
+    shares = {r: result["trainable_parameters"] / result["total_parameters"] for r, result in sorted(of_rank.items())}
+    of_large = {r: lora_share("SmolLM2-1.7B", r, ("q_proj", "v_proj")) for r in (8, 16, 32)}
     yield Claim(
         "LoRA at r = 8, 16, 32 trains under 1 % of the parameters",
-        f"{listed(shares)} on every linear map of this model; {listed(there)} on q and v of SmolLM2-1.7B, and "
+        f"{listed(shares)} on every linear map of this model; {listed(of_large)} on q and v of SmolLM2-1.7B, and "
         f"{lora_share('SmolLM2-1.7B', 8, ('all-linear',)):.2%} at r = 8 on every linear map",
-        HERE if max(shares.values()) < 0.01 else THERE if max(there.values()) < 0.01 else NOT,
+        HERE if max(shares.values()) < 0.01 else THERE if max(of_large.values()) < 0.01 else NOT,
     )
     less, peak = lora["update_bytes"] / full["update_bytes"], lora["peak_memory_bytes"] / full["peak_memory_bytes"]
     yield Claim(
@@ -116,18 +120,18 @@ def of_gpt_3(full: MethodResult, lora: MethodResult) -> Iterator[Claim]:
         )
 
 
-# --- What LoRA is worth ---
+# --- The quality of LoRA ---
 
 
 def of_quality(full: MethodResult, lora: MethodResult, by_name: dict[str, MethodResult]) -> Iterator[Claim]:
     yield Claim("LoRA matches full fine-tuning", both_told(lora, full), HERE if not worse(lora, full) else NOT)
-    apart = {full["method"], *FAMILY}
-    others = [one for name, one in by_name.items() if name not in apart and one.get("trainable_parameters")]
-    if others:
-        better = [other["method"] for other in others if worse(lora, other)]
+    excluded = {full["method"], *FAMILY}
+    rivals = [result for name, result in by_name.items() if name not in excluded and result.get("trainable_parameters")]
+    if rivals:
+        better = [other["method"] for other in rivals if worse(lora, other)]
         yield Claim(
             "… is better than the other methods",
-            "held-out loss " + ", ".join(f"{one['method']} {told(one, 'loss')}" for one in (lora, *others)),
+            "held-out loss " + ", ".join(f"{result['method']} {told(result, 'loss')}" for result in (lora, *rivals)),
             f"{NOT}: {' and '.join(better)} did better" if better else HERE,
         )
     yield Claim(
@@ -160,9 +164,9 @@ def of_intrinsic_rank(spectrum: dict[str, Any]) -> Claim:
     if not spectrum:
         return Claim(claim, "…", UNKNOWN)
     maps = [*spectrum["full"].values()]
-    most, share = median(len(one["sigma"]) for one in maps), median(one["shares"]["8"] for one in maps)
-    effective, noise = median(one["effective_rank"] for one in maps), spectrum["noise"]["shares"]["8"]
-    kept = {one["rank"]: gain_kept(spectrum["cut"], one) for one in spectrum["cut"] if one["rank"]}
+    most, share = median(len(of_map["sigma"]) for of_map in maps), median(of_map["shares"]["8"] for of_map in maps)
+    effective, noise = median(of_map["effective_rank"] for of_map in maps), spectrum["noise"]["shares"]["8"]
+    kept = {part["rank"]: gain_kept(spectrum["cut"], part) for part in spectrum["cut"] if part["rank"]}
     enough = next((r for r, gain in kept.items() if gain >= 0.95), most)
     return Claim(
         claim,
@@ -179,11 +183,11 @@ def of_intrinsic_rank(spectrum: dict[str, Any]) -> Claim:
 def of_limits(
     by_name: dict[str, MethodResult], ranks: list[MethodResult], cipher: list[MethodResult]
 ) -> Iterator[Claim]:
-    good = [one for one in ranks if one["seeds"]]
+    good = [result for result in ranks if result["seeds"]]
     claim = "a small r may underfit; a large r costs memory and stability"
     if len(good) > 1:
-        told_all = ", ".join(f"r = {one['rank']}: {told(one, 'loss')}" for one in good)
-        best = min(good, key=lambda one: mean(one, "loss"))
+        told_all = ", ".join(f"r = {result['rank']}: {told(result, 'loss')}" for result in good)
+        best = min(good, key=lambda result: mean(result, "loss"))
         low, high = worse(good[0], best), worse(good[-1], best)
         verdict = f"{HERE}, at {'both ends' if low and high else 'the lower end' if low else 'the upper end'}"
         yield Claim(claim, f"held-out loss {told_all}", verdict if low or high else NOT)
@@ -194,25 +198,25 @@ def of_limits(
         verdict = HERE if worse(qlora, lora) else f"{NOT}: no loss beyond the spread"
         yield Claim("4 bits cost quality", both_told(qlora, lora), verdict)
     claim = "for extreme distribution shifts full fine-tuning may be necessary"
-    far = {one["method"]: one for one in cipher if one["seeds"]}
-    if {"full", "lora"} <= far.keys():
-        measured = ", ".join(f"{name} {told(one, 'loss')}" for name, one in far.items())
-        verdict = HERE if mean(far["lora"], "loss") > 1.05 * mean(far["full"], "loss") else NOT
+    enciphered = {result["method"]: result for result in cipher if result["seeds"]}
+    if {"full", "lora"} <= enciphered.keys():
+        measured = ", ".join(f"{name} {told(result, 'loss')}" for name, result in enciphered.items())
+        verdict = HERE if mean(enciphered["lora"], "loss") > 1.05 * mean(enciphered["full"], "loss") else NOT
         yield Claim(claim, f"the task enciphered, held-out loss: {measured}", verdict)
     else:
         yield Claim(claim, "…", UNKNOWN)
 
 
-# --- How numbers are told and compared ---
+# --- Numbers in words, and their comparison ---
 
 
 def mean(result: MethodResult, name: str) -> float:
     return mean_and_spread(result[name])[0]
 
 
-def worse(one: MethodResult, other: MethodResult) -> bool:
-    """Its held-out loss is higher, by more than the spreads of both."""
-    (a, a_spread), (b, b_spread) = mean_and_spread(one["loss"]), mean_and_spread(other["loss"])
+def worse(result: MethodResult, other: MethodResult) -> bool:
+    """Whether the held-out loss of `result` is higher than that of `other` by more than the sum of their spreads."""
+    (a, a_spread), (b, b_spread) = mean_and_spread(result["loss"]), mean_and_spread(other["loss"])
     return a - b > a_spread + b_spread
 
 
@@ -221,10 +225,12 @@ def told(result: MethodResult, name: str) -> str:
     return f"{value:.3f} ± {spread:.3f}" if len(result[name]) > 1 else f"{value:.3f}"
 
 
-def both_told(one: MethodResult, other: MethodResult) -> str:
-    parts = [f"held-out loss {told(one, 'loss')} ({one['method']}) against {told(other, 'loss')} ({other['method']})"]
-    if one["exact_match"] and other["exact_match"]:
-        parts.append(f"exact match {mean(one, 'exact_match'):.1%} against {mean(other, 'exact_match'):.1%}")
+def both_told(result: MethodResult, other: MethodResult) -> str:
+    parts = [
+        f"held-out loss {told(result, 'loss')} ({result['method']}) against {told(other, 'loss')} ({other['method']})"
+    ]
+    if result["exact_match"] and other["exact_match"]:
+        parts.append(f"exact match {mean(result, 'exact_match'):.1%} against {mean(other, 'exact_match'):.1%}")
     return "; ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""The figures of a method's trials, which tables and pictures show."""
+"""The figures of a method's trials, for tables and pictures."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ ARRAYS_OF_UPDATE = 3  # the gradient, and AdamW's m and v
 def result(
     rival: Rival, seeds: Sequence[int], done: Mapping[Trial, Summary], folder_of: Callable[[Trial], Path]
 ) -> MethodResult:
-    """The rates of all trials; everything else from the trials at the best rate, one for each seed.
+    """The figures of a method. Its rates are those of all trials; all else is from the trials at the best rate.
 
-    Lists have a value for each seed. `failed` has the rates at which training broke off, with the reason.
+    Lists have a value for each seed. `failed` has the trials in which training broke off, with the reason.
     """
     best = best_rate(rival, seeds[0], done)
     chosen = {trial: done[trial] for seed in seeds if (trial := Trial(rival, best, seed)) in done}
@@ -73,12 +73,12 @@ def result(
 
 
 def _matches(good: Mapping[Trial, Summary], name: str) -> list[float]:
-    """Empty where the rows have no single right answer."""
+    """The exact match of each trial; empty if the rows have no single right answer."""
     return [summary[name] for summary in good.values() if summary.get(name) is not None]
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The adapter; after full fine-tuning, the model."""
+    """The files of trained weights: the adapter's, or after full fine-tuning the model's."""
     adapter = folder / TENSORS
     return [adapter] if adapter.exists() else sorted(folder.glob("model*.safetensors"))
 
@@ -89,5 +89,5 @@ def step_seconds(folder: Path) -> list[float]:
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half of the way from the least to the most."""
+    """The mean, and half the distance from the least value to the most."""
     return statistics.mean(values), (max(values) - min(values)) / 2

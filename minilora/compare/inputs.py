@@ -1,4 +1,4 @@
-"""The rows that all methods train on and are judged by, where the user gives none."""
+"""The rows that all methods are trained and judged on when the user gives no data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HELD_OUT_ROWS = {"valid": 100, "test": 100}
 def write_rows(folder: Path, train_rows: int, cipher: bool = False) -> Path:
     """The built-in task, questions to SQL, as a folder of data for `--data`.
 
-    With `cipher`, every letter is the one 13 places further: the same task, in words of which the base knows none.
+    With `cipher`, each letter is replaced by the one 13 places further: the same task, in words unknown to the base.
     """
     for split, count in {"train": train_rows, **HELD_OUT_ROWS}.items():
         if not (folder / f"{split}.jsonl").exists():

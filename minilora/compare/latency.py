@@ -1,4 +1,4 @@
-"""How long an answer takes: by the base, by base and adapter, and by the two merged."""
+"""The time an answer takes with the base, with the adapter beside it, and with the two merged."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ NEW_TOKENS, REPEATS = 64, 7
 def latency(result: MethodResult, settings: Settings) -> dict[str, Any]:
     """Milliseconds for each of 64 new tokens after a held-out prompt, batch 1: "base", "adapted", "merged".
 
-    The three take turns, so that what drifts on the machine meets them alike; each is its median. Without "merged"
-    there is a reason in "not_merged". `settings` are those of any trial: which model, and which data.
+    The three take turns, so that a drift of the machine's speed meets them alike; each figure is a median. If "merged"
+    is missing, "not_merged" gives the reason. `settings` may be any trial's: they name the model and the data.
     """
     source = find_model(settings.model, settings.revision).folder
     base, tokenizer = load_model(source)[0], Tokenizer.load(source)
@@ -52,12 +52,13 @@ def latency(result: MethodResult, settings: Settings) -> dict[str, Any]:
     for _ in range(REPEATS + 1):
         for name, (model, tokens) in tasks.items():
             times[name].append(seconds(model, tokens) / NEW_TOKENS * 1e3)
-    found: dict[str, Any] = {name: statistics.median(some[1:]) for name, some in times.items()}  # the first warms up
-    return found | ({"not_merged": reason} if reason else {})
+    # The first repeat warms up.
+    medians: dict[str, Any] = {name: statistics.median(series[1:]) for name, series in times.items()}
+    return medians | ({"not_merged": reason} if reason else {})
 
 
 def seconds(model: Model, prompt: Sequence[int]) -> float:
-    """The seconds of a greedy answer of NEW_TOKENS tokens, whatever they are."""
+    """The seconds that NEW_TOKENS greedily chosen tokens take. A stop token does not end the answer."""
     started = time.perf_counter()
     for _ in islice(stream(model, [prompt]), NEW_TOKENS):
         pass
@@ -65,7 +66,7 @@ def seconds(model: Model, prompt: Sequence[int]) -> float:
 
 
 def models(source: Path, folder: Path, settings: Settings) -> tuple[Model, Model | None, str]:
-    """The trained model as the run left it, the same as plain weights; or None, and why there is no such."""
+    """The trained model as the run left it; the same merged into plain weights, or None; and the reason for None."""
     if not settings.method.freezes_base:
         model = load_model(folder)[0]
         return model, model, ""
@@ -83,10 +84,13 @@ def models(source: Path, folder: Path, settings: Settings) -> tuple[Model, Model
 
 
 def prompts(settings: Settings, base: Model, tokenizer: Tokenizer, few_shot: bool) -> tuple[list[int], list[int]]:
-    """A held-out row up to its answer, and the same with rows before it, if asked for; of plain text, the beginning."""
+    """A held-out row up to its answer, and the same prompt with solved rows before it if `few_shot` is set.
+
+    A row of plain text has no answer, so its first NEW_TOKENS tokens are the prompt.
+    """
     data = load_data(settings)
     row = (data.test or data.valid)[0]
     shown = few_shot_rows([row], data.train, SHOTS, tokenizer, default_max_length(base), 0)[0][0] if few_shot else row
-    examples = [encode_row(one, tokenizer, settings.train_on) for one in (row, shown)]
+    examples = [encode_row(prompted, tokenizer, settings.train_on) for prompted in (row, shown)]
     bare, shown_before = (example.tokens[: example.trained.index(True) or NEW_TOKENS] for example in examples)
     return bare, shown_before

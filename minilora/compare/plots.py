@@ -17,7 +17,7 @@ from minilora.figures.drawing import BLUE, GREY, ORANGE, save
 
 
 def plot_comparison(comparison: dict[str, Any], folder: Path) -> list[Path]:
-    """All pictures that the figures suffice for, in `folder`."""
+    """Draw into `folder` every picture for which the comparison has the figures."""
     good = [result for result in comparison["methods"] if "drift_kl" in result]
     matched = [result for result in good if result["exact_match"]]
     paths = []
@@ -34,7 +34,7 @@ def plot_comparison(comparison: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def plot_quality(results: Sequence[MethodResult], good: Sequence[MethodResult], path: Path) -> Path:
-    """Held-out loss and exact match against the numbers that train."""
+    """Held-out loss and exact match against the number of trainable parameters."""
     panels = [("loss", 1.0, "held-out loss, nats per token")]
     if all(result["exact_match"] for result in good):
         panels.append(("exact_match", 100.0, "exact match, %"))
@@ -44,7 +44,7 @@ def plot_quality(results: Sequence[MethodResult], good: Sequence[MethodResult], 
         picture.set(xscale="log", xlabel="numbers that train", ylabel=label)
         if name == "loss":
             show_decimals(picture)
-        draw_points(picture, [point(one, [one["trainable_parameters"]], one[name], unit) for one in good])
+        draw_points(picture, [point(result, [result["trainable_parameters"]], result[name], unit) for result in good])
         if few and few[name]:
             level = unit * mean_and_spread(few[name])[0]
             picture.axhline(level, color=GREY, linewidth=1, linestyle=":", label="few-shot, nothing trains")
@@ -57,12 +57,12 @@ def plot_drift(results: Sequence[MethodResult], path: Path) -> Path:
     figure, picture = plt.subplots(figsize=(7.5, 5.6), layout="constrained")
     label = "drift KL(base ‖ adapted), nats per token of other text"
     picture.set(xscale="log", xlabel=label, ylabel="exact match, %")
-    draw_points(picture, [point(one, one["drift_kl"], one["exact_match"], 100) for one in results])
+    draw_points(picture, [point(result, result["drift_kl"], result["exact_match"], 100) for result in results])
     return save(figure, path)
 
 
 class Point(NamedTuple):
-    """A method's place in a picture, each way with its spread."""
+    """A method's place in a picture, with its spread in x and in y."""
 
     name: str
     x: float
@@ -76,37 +76,37 @@ class Point(NamedTuple):
 
 
 def point(result: MethodResult, x: Sequence[float], y: Sequence[float], unit: float) -> Point:
-    """From a value for each seed; `unit` multiplies those of y."""
+    """The point of a result, from a value of x and of y for each seed; `unit` multiplies those of y."""
     return Point(result["method"], *mean_and_spread(x), *mean_and_spread([unit * value for value in y]))
 
 
 def draw_points(axes: Any, points: Sequence[Point]) -> None:
-    """Each with its name beside it, moved up or down where names would collide."""
-    for one in points:
-        style = {"fmt": "o", "color": one.colour, "markersize": 5, "linewidth": 1}
-        axes.errorbar(one.x, one.y, one.y_spread, one.x_spread, **style)
+    """Draw each point with its name beside it; names that would collide are moved up or down."""
+    for mark in points:
+        style = {"fmt": "o", "color": mark.colour, "markersize": 5, "linewidth": 1}
+        axes.errorbar(mark.x, mark.y, mark.y_spread, mark.x_spread, **style)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12, y=0.1)
-    axes.figure.draw_without_rendering()  # which decides where things stand on the page
-    on_page = axes.transData.transform([(one.x, one.y) for one in points]) * 72 / axes.figure.dpi  # in points
-    places = [(x + 14, x + 14 + 5 * len(one.name), y) for (x, y), one in zip(on_page, points, strict=True)]
-    for one, place, height in zip(points, places, beside_each_other(places, 12), strict=True):
+    axes.figure.draw_without_rendering()  # this fixes the scale from data to the page
+    on_page = axes.transData.transform([(mark.x, mark.y) for mark in points]) * 72 / axes.figure.dpi  # in points
+    places = [(x + 14, x + 14 + 5 * len(mark.name), y) for (x, y), mark in zip(on_page, points, strict=True)]
+    for mark, place, height in zip(points, places, beside_each_other(places, 12), strict=True):
         line = {
             "arrowstyle": "-",
-            "color": one.colour,
+            "color": mark.colour,
             "linewidth": 0.5,
             "relpos": (0, 0.5),
             "shrinkA": 1,
             "shrinkB": 2,
         }
-        look = {"fontsize": 8.5, "color": one.colour, "va": "center", "arrowprops": line}
-        where = {"xy": (one.x, one.y), "xytext": (14, height - place[2]), "textcoords": "offset points"}
-        axes.annotate(one.name, **where, **look)
+        look = {"fontsize": 8.5, "color": mark.colour, "va": "center", "arrowprops": line}
+        where = {"xy": (mark.x, mark.y), "xytext": (14, height - place[2]), "textcoords": "offset points"}
+        axes.annotate(mark.name, **where, **look)
 
 
 def beside_each_other(places: Sequence[tuple[float, float, float]], gap: float) -> list[float]:
-    """Heights for texts at (left, right, height): those that would share a column are moved apart."""
+    """Heights for texts at (left, right, height). Texts that share a column are moved apart."""
     heights = [0.0] * len(places)
     order = sorted(range(len(places)), key=lambda i: places[i][0])
     column: list[int] = []
@@ -123,9 +123,9 @@ def beside_each_other(places: Sequence[tuple[float, float, float]], gap: float) 
 
 
 def apart(heights: Sequence[float], gap: float) -> list[float]:
-    """The same heights, pushed up or down as little as it takes to be `gap` apart, in the same order."""
+    """The heights, moved up or down as little as possible so that they are `gap` apart and in the same order."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
-    groups: list[tuple[float, list[int]]] = []  # the middle of neighbours that touch
+    groups: list[tuple[float, list[int]]] = []  # middle and members of each group of neighbours that touch
     for i in order:
         middle, members = heights[i], [i]
         while groups and middle - groups[-1][0] < gap * (len(members) + len(groups[-1][1])) / 2:
@@ -141,7 +141,7 @@ def apart(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def plot_rates(results: Sequence[MethodResult], path: Path) -> Path:
-    """A small picture for each method: the validation loss that each learning rate has reached."""
+    """A small picture for each method: the validation loss at each learning rate."""
     columns = min(5, len(results))
     rows = math.ceil(len(results) / columns)
     figure, axes = plt.subplots(

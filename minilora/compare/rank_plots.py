@@ -35,15 +35,15 @@ def plot_ranks(results: Sequence[MethodResult], path: Path) -> Path:
 
 
 def plot_spectrum(spectrum: dict[str, Any], path: Path) -> Path:
-    """Singular values of each map's ΔW; how much of ‖ΔW‖² the largest hold; and what ΔW cut to them is worth."""
+    """The singular values of each map's ΔW, the share of ‖ΔW‖² in the largest, and the loss with ΔW cut to them."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13.5, 4.2), layout="constrained")
     kinds = (("full", "full fine-tuning", ORANGE), ("lora", "LoRA", BLUE))
     for kind, label, colour in kinds:
-        for one in spectrum[kind].values():
-            sigma = [value for value in one["sigma"] if value > 1e-5]  # below is rounding
+        for of_map in spectrum[kind].values():
+            sigma = [value for value in of_map["sigma"] if value > 1e-5]  # smaller values are rounding errors
             left.plot(range(1, len(sigma) + 1), sigma, color=colour, alpha=0.35, linewidth=0.8)
         left.plot([], [], color=colour, label=label)
-        shares = [one["shares"] for one in spectrum[kind].values()]
+        shares = [of_map["shares"] for of_map in spectrum[kind].values()]
         draw_shares(middle, shares, colour, label)
     noise = spectrum["noise"]
     left.plot(range(1, len(noise["sigma"]) + 1), noise["sigma"], color="black", linestyle=":", label="random numbers")
@@ -51,14 +51,14 @@ def plot_spectrum(spectrum: dict[str, Any], path: Path) -> Path:
     left.set(xscale="log", yscale="log", xlabel="number i of the singular value", ylabel="σᵢ / σ₁, a line for each map")
     middle.set(xlabel="r", ylabel="share of ‖ΔW‖² in the r largest, %", ylim=(0, 104))
 
-    cut = [one for one in spectrum["cut"] if one["rank"]]
-    right.plot([one["rank"] for one in cut], [one["loss"] for one in cut], "o-", color=ORANGE, label="ΔW cut to rank r")
-    for one, name in ((spectrum["cut"][0], "base"), (spectrum["cut"][-1], "all of ΔW")):
-        right.axhline(one["loss"], color=GREY, linewidth=1, linestyle=":")
-        right.annotate(name, (1, one["loss"]), xytext=(0, 3), textcoords="offset points", fontsize=8)
+    cut = [part for part in spectrum["cut"] if part["rank"]]
+    ranks = [part["rank"] for part in cut]
+    right.plot(ranks, [part["loss"] for part in cut], "o-", color=ORANGE, label="ΔW cut to rank r")
+    for part, name in ((spectrum["cut"][0], "base"), (spectrum["cut"][-1], "all of ΔW")):
+        right.axhline(part["loss"], color=GREY, linewidth=1, linestyle=":")
+        right.annotate(name, (1, part["loss"]), xytext=(0, 3), textcoords="offset points", fontsize=8)
     right.set(xlabel="r", ylabel="held-out loss")
     for picture in (middle, right):
-        ranks = [one["rank"] for one in cut]
         picture.set_xscale("log", base=2)
         picture.set_xticks(ranks, [str(rank) for rank in ranks])
     for picture in (left, middle, right):
@@ -68,9 +68,9 @@ def plot_spectrum(spectrum: dict[str, Any], path: Path) -> Path:
 
 
 def draw_shares(axes: Any, shares: Sequence[dict[str, float]], colour: str, label: str, style: str = "-") -> None:
-    """The median over the maps, between the least and the most of them."""
-    ranks = [rank for rank in shares[0] if all(rank in one for one in shares)]
+    """Draw the median over the maps as a line, and the range from the least to the most as a band."""
+    ranks = [rank for rank in shares[0] if all(rank in of_map for of_map in shares)]
     numbers = [int(rank) for rank in ranks]
-    of_rank = [[100 * one[rank] for one in shares] for rank in ranks]
+    of_rank = [[100 * of_map[rank] for of_map in shares] for rank in ranks]
     axes.plot(numbers, [median(values) for values in of_rank], style, color=colour, label=label)
     axes.fill_between(numbers, [*map(min, of_rank)], [*map(max, of_rank)], color=colour, alpha=0.15)

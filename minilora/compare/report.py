@@ -27,7 +27,7 @@ def comparison_tables(comparison: dict[str, Any]) -> list[Table]:
 
 
 def worth_table(title: str, results: Sequence[MethodResult]) -> Table:
-    """Trainable numbers, the best rate, and the quality on held-out rows and on text outside the task."""
+    """Trainable parameters, the best rate, and the quality on held-out rows and on text outside the task."""
     head = ["", "trains", "of all", "rate", "held-out loss", "exact match", "drift KL"]
     rows = [[result["method"], *worth_cells(result)] for result in results]
     trained = next((result for result in results if "base_loss" in result), None)
@@ -55,7 +55,7 @@ def worth_cells(result: MethodResult) -> list[str]:
 
 
 def cost_table(title: str, results: Sequence[MethodResult]) -> Table:
-    """Memory, the saved file, and time."""
+    """The memory, the size of the saved file, and the times of each method."""
     head = ["", "gradients + AdamW, MB", "peak, MB", "file, MB", "step, ms", "token, ms", "merged, ms"]
     rows = [[result["method"], *cost_cells(result)] for result in results]
     timed = next((result["latency"] for result in results if "latency" in result), None)
@@ -87,17 +87,17 @@ def share_table(spectrum: dict[str, Any]) -> Table:
         ("LoRA's ΔW", [*spectrum["lora"].values()]),
         ("random numbers", [spectrum["noise"]]),
     ):
-        shares = [f"{median([one['shares'][r] for one in of_maps if r in one['shares']]):.1%}" for r in ranks]
-        rows.append([name, *shares, f"{median([one['effective_rank'] for one in of_maps]):.1f}"])
+        shares = [f"{median([of_map['shares'][r] for of_map in of_maps if r in of_map['shares']]):.1%}" for r in ranks]
+        rows.append([name, *shares, f"{median([of_map['effective_rank'] for of_map in of_maps]):.1f}"])
     return Table("The share of ‖ΔW‖² in its r largest singular values", head, rows, [])
 
 
 def cut_table(spectrum: dict[str, Any]) -> Table:
-    """The quality that is left of full fine-tuning when its ΔW is cut."""
+    """The quality of the base with full fine-tuning's ΔW cut to each rank."""
     names = {0: "0, the base", None: "all"}
     rows = [
-        [str(names.get(one["rank"], one["rank"])), f"{one['loss']:.3f}", percent(one["exact_match"])]
-        for one in spectrum["cut"]
+        [str(names.get(part["rank"], part["rank"])), f"{part['loss']:.3f}", percent(part["exact_match"])]
+        for part in spectrum["cut"]
     ]
     notes = ["the linear maps alone: embedding and norms are the base's throughout"]
     return Table("Full fine-tuning's ΔW cut to rank r afterwards", ["r", "held-out loss", "exact match"], rows, notes)

@@ -1,7 +1,7 @@
-"""The methods that are compared, as flags of `train`; each method's file says as what, and at which learning rates.
+"""The compared methods, as flags of `train`. Each method's file lists its variants and the learning rates to try.
 
-All train the same rows for the same number of steps. A method with a size of its own gets the one that trains about as
-many numbers as LoRA at rank 8 does on the shipped model, if it can: so they differ in where they put them.
+All train on the same rows for the same number of steps. If a method has a size to choose, it trains about as many
+parameters as LoRA at rank 8 does on the shipped model, so that the methods differ in where the parameters are.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from minilora.methods.lora import LoRA
 from minilora.methods.method import Method, known_methods
 from minilora.methods.setting import flag
 
-SHOTS = 8  # rows before a prompt, as many of them as fit
+SHOTS = 8  # rows before a prompt, if the context holds as many
 
 
 class Rival(NamedTuple):
-    """A method under the name it has in tables. Without `rates` it does not train: it is measured by `evaluate`."""
+    """A method under its name in tables. A rival without `rates` does not train: `evaluate` measures it."""
 
     name: str
     what: str
@@ -28,7 +28,7 @@ class Rival(NamedTuple):
 
 
 def flags_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Settings as a user types them."""
+    """The settings as words of a command line."""
     words: list[str] = []
     for name, value in settings.items():
         words += [flag(name)] if value is True else [flag(name), str(value)]
@@ -36,7 +36,7 @@ def flags_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def rivals() -> tuple[Rival, ...]:
-    """Full fine-tuning, LoRA, then all others by their files; last what does not train."""
+    """Full fine-tuning, LoRA, then all other methods in the order of their files; few-shot prompting comes last."""
     kinds: list[type[Method]] = list(dict.fromkeys((Full, LoRA, *known_methods().values())))
     trained = [
         Rival(rival.name, rival.what, flags_of(rival.settings), rival.rates) for kind in kinds for rival in kind.rivals
@@ -51,13 +51,13 @@ FAMILY = {rival.name for kind in known_methods().values() if issubclass(kind, Lo
 
 
 def lora_of_rank(rank: int, rates: Sequence[float]) -> Rival:
-    """LoRA at another rank, α twice the rank: the scale stays, and what differs is capacity."""
+    """LoRA at another rank, with α twice the rank: so the scale stays the same, and only the capacity differs."""
     flags = ("--rank", str(rank), "--alpha", str(2 * rank))
     return Rival(f"lora-r{rank}", f"LoRA, rank {rank}, α {2 * rank}", flags, tuple(rates))
 
 
 def choose(names: Sequence[str]) -> list[Rival]:
-    """The rivals of these names, in the order of RIVALS. ValueError for a name that is none."""
+    """The rivals of these names, in the order of RIVALS. ValueError for an unknown name."""
     known = {rival.name: rival for rival in RIVALS}
     for name in names:
         if name not in known:
@@ -66,6 +66,6 @@ def choose(names: Sequence[str]) -> list[Rival]:
 
 
 def neighbour(rate: float, by: int) -> float:
-    """The rate so many places further in … 1e-3, 3e-3, 1e-2, 3e-2 …, two for each power of ten."""
+    """The rate `by` places further in the series … 1e-3, 3e-3, 1e-2, 3e-2 …, which has two for each power of ten."""
     place = round(2 * math.log10(rate)) + by
     return float(f"{(1, 3)[place % 2]}e{place // 2}")

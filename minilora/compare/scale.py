@@ -1,4 +1,4 @@
-"""The claims made of large models, by arithmetic: nothing of that size is allocated."""
+"""The figures of large models, by arithmetic: nothing of that size is allocated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLOAT32 = 4  # bytes
 
 class AtGPT3(NamedTuple):
     d: int
-    fewer: dict[int, float]  # rank → parameters over those that LoRA trains
+    fewer: dict[int, float]  # rank → all parameters / parameters that LoRA trains
     full_bytes: int  # float32: weights, gradients, AdamW's m and v
     lora_bytes: int  # the same, with gradients and moments of A and B at rank 4 only
 

@@ -1,4 +1,4 @@
-"""Has the change that full fine-tuning makes a low rank? Its singular values, beside those of LoRA's change."""
+"""The rank of the change that full fine-tuning makes: its singular values, beside those of LoRA's change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from minilora.training.step import mean_loss
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 
-Changes = dict[str, HostArray]  # of the linear maps, by module
+Changes = dict[str, HostArray]  # module → ΔW of its linear map
 
 
 def spectra(full: Path, lora: Path) -> dict[str, Any]:
@@ -62,13 +62,13 @@ def changes_of_lora(source: Path, folder: Path) -> Changes:
 
 
 def noise_like(changes: Mapping[str, HostArray]) -> HostArray:
-    """Standard normal numbers in the shape of the first change: what a matrix without any structure looks like."""
+    """Standard normal numbers in the shape of the first change: a matrix without any structure."""
     rows, columns = next(iter(changes.values())).shape
     return np.random.default_rng(0).standard_normal((rows, columns))
 
 
 def spectrum_of(change: HostArray) -> dict[str, Any]:
-    """Singular values over the largest, the share of ‖ΔW‖² in the largest r of them, and the effective rank."""
+    """The singular values divided by the largest, the share of ‖ΔW‖² in the largest r, and the effective rank."""
     sigma = np.linalg.svd(change.astype(np.float64), compute_uv=False)
     return {
         "sigma": (sigma / sigma[0]).round(8).tolist(),
@@ -90,13 +90,16 @@ def effective_rank(sigma: HostArray) -> float:
 
 
 def truncated(change: HostArray, r: int) -> HostArray:
-    """The nearest matrix of rank r at most."""
+    """The nearest matrix of at most rank r."""
     U, sigma, Vt = np.linalg.svd(change, full_matrices=False)
     return np.asarray((U[:, :r] * sigma[:r]) @ Vt[:r])
 
 
 def cut(source: Path, settings: Settings, changes: Changes) -> Iterator[dict[str, Any]]:
-    """The quality of the base plus ΔW cut to each rank: 0 is the base, None all of ΔW. Only the linear maps change."""
+    """The quality of the base plus ΔW cut to each rank. Only the linear maps change.
+
+    Rank 0 is the base, and None is all of ΔW.
+    """
     config, _ = read_config(source)
     weights, tokenizer = read_weights(source, config), Tokenizer.load(source)
     most = max(min(change.shape) for change in changes.values())
@@ -109,16 +112,16 @@ def cut(source: Path, settings: Settings, changes: Changes) -> Iterator[dict[str
         yield {"rank": r, **worth(config, {**weights, **changed}, tokenizer, settings)}
 
 
-def gain_kept(cuts: Sequence[dict[str, Any]], one: dict[str, Any]) -> float:
-    """How much of what all of ΔW takes off the base's held-out loss is taken off by a part of it."""
+def gain_kept(cuts: Sequence[dict[str, Any]], part: dict[str, Any]) -> float:
+    """The share of the fall in held-out loss, from the base to all of ΔW, that a part of ΔW achieves."""
     base, whole = cuts[0]["loss"], cuts[-1]["loss"]
-    return float((base - one["loss"]) / (base - whole))
+    return float((base - part["loss"]) / (base - whole))
 
 
 def worth(
     config: Config, weights: Mapping[str, HostArray], tokenizer: Tokenizer, settings: Settings
 ) -> dict[str, float | None]:
-    """Loss and exact match on the rows that the trials are judged by."""
+    """The loss and the exact match on the held-out rows of the trials."""
     model = base_model(config, weights)
     task = load_task(settings, tokenizer, settings.max_length or default_max_length(model))
     rows: Sequence[Any] = task.held_out_rows[: settings.eval_rows]

@@ -1,7 +1,7 @@
 """Running the trials: each an ordinary run of `minilora.train` in a process of its own, so that its peak is its own.
 
-Nothing is remembered but the runs' folders. A comparison that was cut off asks for the same trials again: those that
-are done are read, one that was begun is resumed.
+The folders of the runs are the only state. A comparison that was cut off asks for the same trials again: finished
+trials are read, and a trial that was begun is resumed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Summary = dict[str, Any]
 
 class Trial(NamedTuple):
     rival: Rival
-    rate: float  # 0 where nothing trains
+    rate: float  # 0 if nothing trains
     seed: int
 
     @property
@@ -41,7 +41,7 @@ class Trial(NamedTuple):
 
 
 def valid_loss(summary: Summary) -> float:
-    """The validation loss, by which rates are compared. Infinite if training failed; ValueError without validation."""
+    """The validation loss, by which rates are compared: infinite if training failed. ValueError without validation."""
     if "error" in summary:
         return math.inf
     if summary["best_valid_loss"] is None:
@@ -50,7 +50,7 @@ def valid_loss(summary: Summary) -> float:
 
 
 def best_rate(rival: Rival, seed: int, done: Mapping[Trial, Summary]) -> float:
-    """The rate of the lowest validation loss, of those tried with this seed; 0 where nothing trains."""
+    """The rate with the lowest validation loss among those tried with this seed; 0 if nothing trains."""
     if not rival.rates:
         return 0.0
     tried = {trial.rate: valid_loss(summary) for trial, summary in done.items() if trial[::2] == (rival, seed)}
@@ -60,10 +60,10 @@ def best_rate(rival: Rival, seed: int, done: Mapping[Trial, Summary]) -> float:
 def next_trial(rival: Rival, seeds: Sequence[int], done: Mapping[Trial, Summary]) -> Trial | None:
     """The next trial to run, or None when all are done.
 
-    First every rate of the rival with the first seed. While the best of them is the lowest or the highest, the one
-    beyond it, up to MOST_RATES. Then the best with the other seeds.
+    First, every rate of the rival is tried with the first seed. While the best rate is the lowest or the highest, the
+    rate beyond it is tried too, up to MOST_RATES in all. Then the best rate is run with the other seeds.
     """
-    first, *others = seeds
+    first, *other_seeds = seeds
     for rate in rival.rates or (0.0,):
         if Trial(rival, rate, first) not in done:
             return Trial(rival, rate, first)
@@ -71,7 +71,7 @@ def next_trial(rival: Rival, seeds: Sequence[int], done: Mapping[Trial, Summary]
     rates = sorted(trial.rate for trial in done if trial.rival == rival and trial.seed == first)
     if 1 < len(rival.rates) and len(rates) < MOST_RATES and best in (rates[0], rates[-1]):
         return Trial(rival, neighbour(best, -1 if best == rates[0] else 1), first)
-    return next((trial for seed in others if (trial := Trial(rival, best, seed)) not in done), None)
+    return next((trial for seed in other_seeds if (trial := Trial(rival, best, seed)) not in done), None)
 
 
 class Field:
@@ -80,7 +80,7 @@ class Field:
     def __init__(self, out: Path, shared: Sequence[str], evaluated: Sequence[str], steps: int, bar: tqdm[Any]) -> None:
         self.out = out
         self.shared = list(shared)  # flags of train
-        self.evaluated = list(evaluated)  # flags of evaluate, for what does not train
+        self.evaluated = list(evaluated)  # flags of evaluate, for rivals that do not train
         self.steps = steps
         self.bar = bar
 
@@ -88,7 +88,7 @@ class Field:
         return self.out / "trials" / trial.name
 
     def compete(self, rival: Rival, seeds: Sequence[int]) -> dict[Trial, Summary]:
-        """All trials of a method."""
+        """Run all trials of a method."""
         done: dict[Trial, Summary] = {}
         while trial := next_trial(rival, seeds, done):
             if trial.rate and len(done) >= expected_trials([rival], seeds):
@@ -114,11 +114,11 @@ class Field:
         elif code:
             errors = [line.removeprefix("error: ") for line in log.splitlines() if line.startswith("error: ")]
             error = errors[-1] if errors else f"ended with {code}, see {folder / LOG_FILE}"
-            if not (code == 2 and steps_done(folder)):  # not this rate is to blame
+            if not (code == 2 and steps_done(folder)):  # the rate is not to blame
                 raise RuntimeError(f"{trial.name}: {error}")
             write_json(folder / FAILURE_FILE, {"error": error})
             return {"error": error}
-        (folder / STATE_FILE).unlink(missing_ok=True)  # what is done is not resumed
+        (folder / STATE_FILE).unlink(missing_ok=True)  # a finished trial is never resumed
         return read_json(folder / SUMMARY_FILE)
 
     def command(self, trial: Trial) -> list[str]:
@@ -136,7 +136,7 @@ class Field:
 
 
 def expected_trials(rivals: Sequence[Rival], seeds: Sequence[int]) -> int:
-    """The number of trials that train, without the further rates that a search may ask for."""
+    """The number of trials that train, without the rates that a search may add."""
     return sum(len(rival.rates) + len(seeds) - 1 for rival in rivals if rival.rates)
 
 
@@ -145,7 +145,10 @@ def steps_done(folder: Path) -> int:
 
 
 def watch(command: Sequence[str], log: Path, on_look: Callable[[], None]) -> int:
-    """Run a command, its words into `log`, and return its exit status. It ends with this process if that is stopped."""
+    """Run a command, write its output to `log`, and return its exit status. The command ends with this process.
+
+    `on_look` is called five times a second while the command runs.
+    """
     before = signal.signal(signal.SIGTERM, _stop)
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
