@@ -203,13 +203,6 @@ def test_a_run_is_not_resumed_on_other_data(train: Any, model: Path, tmp_path: P
 # --- merge ---
 
 
-@pytest.fixture(scope="session")
-def merged(tmp_path_factory: pytest.TempPathFactory, model: Path, adapter: Path) -> Path:
-    folder = tmp_path_factory.mktemp("merged") / "float32"
-    good("merge", "--model", model, "--adapter", adapter, "--out", folder)
-    return folder
-
-
 def test_the_merged_model_measures_like_base_and_adapter(model: Path, adapter: Path, merged: Path, data: Path) -> None:
     rows = ("--data", data / "pairs.jsonl", "--json")
     together = json.loads(good("evaluate", "--model", model, "--adapter", adapter, *rows))
@@ -240,19 +233,6 @@ def test_merging_rounds_only_where_asked_and_tells_what_is_lost(
         assert report["unchanged_share"] == same / sum(base[name].size for name in adapted)
         assert f"lost {lost[dtype]:.2%} of the update" in out
     assert 0 == lost["float32"] < lost["float16"] < lost["bfloat16"] < 1
-
-
-def test_transformers_loads_the_merged_folder_and_computes_what_peft_computes(
-    model: Path, adapter: Path, merged: Path
-) -> None:
-    torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
-    load, tokens = transformers.AutoModelForCausalLM.from_pretrained, torch.tensor([[5, 77, 3, 290]])
-    together = peft.PeftModel.from_pretrained(load(model, dtype=torch.float32), adapter)
-    with torch.no_grad():
-        torch.testing.assert_close(load(merged)(tokens).logits, together(tokens).logits, rtol=1e-4, atol=1e-5)
-    assert load(merged).dtype == torch.float32
-    text = "up -> UP"
-    assert transformers.AutoTokenizer.from_pretrained(merged)(text).input_ids == Tokenizer.load(merged).encode(text)
 
 
 # --- generate ---

@@ -7,6 +7,7 @@ TypeError, and so does a NumPy function called on one, as it would with CuPy. Th
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,14 +15,18 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.device import BATCHES, OPERATORS, UNTIED, Device, DeviceArray, operation
-from support.strategies import QV, TINY, VOCAB, random_adapter, random_weights
+from support.halves import STORED, in_halves, stored
+from support.strategies import QV, TINY, VOCAB, normal, random_adapter, random_weights, seeds, sizes
 from support.virtual_tokens import VirtualTokens, base, each_method
 
 from minilora import backend
 from minilora.adapters.mixed import mixed
 from minilora.backend import narrow, random_generator, read_only, to_device, to_host, widen, xp
 from minilora.data.batches import Batch
+from minilora.frozen.weight import DenseWeight
 from minilora.methods.dora import DoRA
 from minilora.methods.full import full_model
 from minilora.methods.lora import LoRA
@@ -256,3 +261,37 @@ def test_bfloat16_is_held_as_its_bits_and_widened_exactly() -> None:
     wide = widen(narrow(numbers), np.float32)
     assert wide.dtype == np.float32
     assert wide.tobytes() == numbers.astype(np.float32).tobytes()
+
+
+@in_halves
+@given(seed=seeds, n=sizes, inner=sizes, outer=sizes, at_once=st.integers(1, 8), part=st.sampled_from([0, 1j]))
+def test_a_weight_widened_in_slices_gives_the_same_products(
+    half: str, seed: int, n: int, inner: int, outer: int, at_once: int, part: complex
+) -> None:
+    W = normal(seed, outer, inner)
+    x, dy = normal(seed, n, inner, stream=1) * (1 + part), normal(seed, n, outer, stream=2) * (1 + part)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minilora.backend.SLICE", at_once)
+        weight = stored(half, W, np.float64)
+    assert len(weight.slices) == -(-outer // max(1, at_once // inner))
+    wide = DenseWeight(W.astype(STORED[half]).astype(np.float64))
+    np.testing.assert_allclose(weight.forward(x), wide.forward(x), atol=1e-12)
+    np.testing.assert_allclose(weight.backward(dy), wide.backward(dy), atol=1e-12)
+
+
+@pytest.mark.parametrize("out", [64, 192, 256, 100, 300])
+@pytest.mark.parametrize("cached", [0, 2**18])
+@pytest.mark.parametrize("n", [1, 2, 8, 9, 32, 33])
+def test_however_many_rows_go_in_however_large_pieces_the_product_is_the_same(
+    n: int, cached: int, out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W with slices of 128 rows, and pieces of 64 within them."""
+    monkeypatch.setattr("minilora.backend.CACHED", cached)
+    monkeypatch.setattr("minilora.backend.SLICE", 150 * 8)
+    W, x = normal(0, out, 8), normal(1, n, 8)
+    weight = stored("bfloat16", W, np.float64)
+    assert [rows.stop - rows.start for rows in weight.slices] == [128] * math.ceil(out / 128)
+    y = weight.forward(x)
+    np.testing.assert_allclose(y, x @ W.astype(ml_dtypes.bfloat16).astype(np.float64).T, atol=1e-12)
+    assert y.flags.c_contiguous
+    np.testing.assert_allclose(DenseWeight(W).forward(x), x @ W.T, atol=1e-12)

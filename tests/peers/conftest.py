@@ -1,3 +1,4 @@
 """The fixtures of this room."""
 
-from support.tiny_runs import adapter, data, model, train  # noqa: F401
+from support.adapter_folders import folder  # noqa: F401
+from support.tiny_runs import adapter, data, merged, model, train  # noqa: F401

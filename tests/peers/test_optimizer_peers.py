@@ -23,7 +23,6 @@ from minilora.frozen.nf4 import DYNAMIC, DYNAMIC_UNSIGNED, dequantize, quantize
 from minilora.training.optimizers import Adafactor, AdamW8bit, Lion
 
 torch = pytest.importorskip("torch")
-
 SHAPES = {"matrix": (40, 30), "gain": (7,), "stack": (2, 5, 3)}
 TABLES = [(DYNAMIC, True), (DYNAMIC_UNSIGNED, False)]
 

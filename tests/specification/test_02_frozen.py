@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import ml_dtypes
@@ -10,23 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.halves import STORED, in_halves, stored
 from support.strategies import TINY, configs, normal, random_weights, seeds, sizes
 
 from minilora.backend import narrow, widen
 from minilora.frozen.hold import FROZEN
-from minilora.frozen.stored import StoredWeight
 from minilora.frozen.weight import DenseWeight, FrozenWeight
 from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.names import EMBED
-
-HALVES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-in_halves = pytest.mark.parametrize("half", HALVES)
-
-
-def stored(half: str, W: np.ndarray, dtype: Any) -> StoredWeight:
-    array = W.astype(HALVES[half])
-    return StoredWeight(narrow(array), dtype)
 
 
 @in_halves
@@ -37,7 +28,7 @@ def test_a_weight_stored_in_16_bits_gives_the_very_bytes_of_the_widened_one(
 ) -> None:
     W = normal(seed, outer, inner)
     narrow_weight = stored(half, W, dtype)
-    wide_weight = DenseWeight(W.astype(HALVES[half]).astype(dtype))
+    wide_weight = DenseWeight(W.astype(STORED[half]).astype(dtype))
     x, dy = normal(seed, n, inner, stream=1).astype(dtype), normal(seed, n, outer, stream=2).astype(dtype)
     index = np.random.default_rng(seed).integers(0, outer, n)
 
@@ -48,40 +39,6 @@ def test_a_weight_stored_in_16_bits_gives_the_very_bytes_of_the_widened_one(
         assert one.dtype == other.dtype == dtype
         assert one.tobytes() == other.tobytes()
     assert narrow_weight.shape == wide_weight.shape == (outer, inner)
-
-
-@in_halves
-@given(seed=seeds, n=sizes, inner=sizes, outer=sizes, at_once=st.integers(1, 8), part=st.sampled_from([0, 1j]))
-def test_a_weight_widened_in_slices_gives_the_same_products(
-    half: str, seed: int, n: int, inner: int, outer: int, at_once: int, part: complex
-) -> None:
-    W = normal(seed, outer, inner)
-    x, dy = normal(seed, n, inner, stream=1) * (1 + part), normal(seed, n, outer, stream=2) * (1 + part)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minilora.backend.SLICE", at_once)
-        weight = stored(half, W, np.float64)
-    assert len(weight.slices) == -(-outer // max(1, at_once // inner))
-    wide = DenseWeight(W.astype(HALVES[half]).astype(np.float64))
-    np.testing.assert_allclose(weight.forward(x), wide.forward(x), atol=1e-12)
-    np.testing.assert_allclose(weight.backward(dy), wide.backward(dy), atol=1e-12)
-
-
-@pytest.mark.parametrize("out", [64, 192, 256, 100, 300])
-@pytest.mark.parametrize("cached", [0, 2**18])
-@pytest.mark.parametrize("n", [1, 2, 8, 9, 32, 33])
-def test_however_many_rows_go_in_however_large_pieces_the_product_is_the_same(
-    n: int, cached: int, out: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """W with slices of 128 rows, and pieces of 64 within them."""
-    monkeypatch.setattr("minilora.backend.CACHED", cached)
-    monkeypatch.setattr("minilora.backend.SLICE", 150 * 8)
-    W, x = normal(0, out, 8), normal(1, n, 8)
-    weight = stored("bfloat16", W, np.float64)
-    assert [rows.stop - rows.start for rows in weight.slices] == [128] * math.ceil(out / 128)
-    y = weight.forward(x)
-    np.testing.assert_allclose(y, x @ W.astype(ml_dtypes.bfloat16).astype(np.float64).T, atol=1e-12)
-    assert y.flags.c_contiguous
-    np.testing.assert_allclose(DenseWeight(W).forward(x), x @ W.T, atol=1e-12)
 
 
 @given(seeds, sizes, sizes, sizes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.halves import EPS, rounded
 from support.strategies import TINY, batches, normal, random_weights, seeds, sizes
 
 from minilora import backend
@@ -25,22 +25,12 @@ from minilora.methods.lora import LoRA
 from minilora.model.base import base_model
 from minilora.model.model import Model
 from minilora.model.names import HEAD, layer_module
-from minilora.runs.metrics import read_metrics
-from minilora.runs.run import prepare
-from minilora.runs.settings import make_settings, read_settings
-from minilora.runs.state_file import load_state, save_state
-from minilora.train import main
 from minilora.training.loss_scale import FIRST, GROWS_AFTER, LARGEST, LEAST, LossScale, scaled_loss_and_gradients
 from minilora.training.optimizers import global_norm
 from minilora.training.step import loss_and_gradients
 
 in_halves = pytest.mark.parametrize("half", HALVES)
-EPS = {"bf16": 2.0**-8, "fp16": 2.0**-11}  # half of a unit in the last place, relative
 CONFIG = replace(TINY, hidden_size=32, head_dim=16, intermediate_size=48)
-
-
-def rounded(x: np.ndarray, half: str) -> np.ndarray:
-    return x.astype(HALVES[half]).astype(np.float64)
 
 
 def adapted(mixed_precision: str, frozen: str = "stored", seed: int = 0) -> Model:
@@ -81,24 +71,6 @@ def test_on_small_whole_numbers_products_in_16_bits_are_exact_both_ways(
     np.testing.assert_array_equal(weight.rows(np.zeros(n, int)), W[np.zeros(n, int)])
     np.testing.assert_array_equal(weight.dense(), W)
     assert weight.shape == W.shape and weight.dense().dtype == weight.rows(np.array([0])).dtype == np.float32
-
-
-@pytest.mark.parametrize("half", ["bf16", "fp16"])
-@given(seed=seeds, n=sizes, inner=sizes, outer=sizes)
-def test_products_in_16_bits_are_those_of_pytorchs_autocast(
-    half: str, seed: int, n: int, inner: int, outer: int
-) -> None:
-    torch = pytest.importorskip("torch")
-    x, W = normal(seed, n, inner).astype(np.float32), normal(seed, outer, inner, stream=1).astype(np.float32)
-    dy = rounded(normal(seed, n, outer, stream=2), half).astype(np.float32)
-    weight = HalfWeight(DenseWeight(W.astype(HALVES[half])), HALVES[half])
-    theirs = torch.tensor(x, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16 if half == "bf16" else torch.float16):
-        y = torch.nn.functional.linear(theirs, torch.tensor(W))
-    y.backward(torch.tensor(dy).to(y.dtype))
-    near = {"rtol": 2 * EPS[half], "atol": 4 * EPS[half]}  # the same sums in another order may round the other way
-    np.testing.assert_allclose(weight.forward(x), y.detach().float().numpy(), **near)
-    np.testing.assert_allclose(weight.backward(dy), theirs.grad.float().numpy(), **near)
 
 
 def test_what_is_too_large_for_float16_is_infinite_without_a_warning() -> None:
@@ -241,34 +213,3 @@ def test_the_scale_doubles_when_nothing_has_overflowed_for_long_and_1_stays() ->
         assert scale.value == before
         scale.largest_fit(overflowing(math.inf, []))
         assert scale.value == after
-
-
-# --- The flag ---
-
-
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        ({"mixed_precision": "fp8"}, "--mixed-precision 'fp8': choose no, bf16, fp16"),
-        ({"mixed_precision": "bf16", "method": "full"}, "--method full has none"),
-        ({"mixed_precision": "bf16", "method": "random"}, "--method random has none"),
-        ({"mixed_precision": "bf16", "dtype": "float64"}, "goes with --dtype float32, not float64"),
-    ],
-)
-def test_settings_that_make_no_sense_name_the_flag(wrong: dict[str, str], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
-        make_settings(wrong)
-
-
-def test_a_run_in_float16_has_a_loss_scale_and_goes_on_with_it_when_resumed(tmp_path: Path) -> None:
-    flags = ["--steps", "2", "--batch-size", "2", "--eval-rows", "0", "--fp16", "--out", str(tmp_path)]
-    assert main(flags) == 0
-    assert [line["loss_scale"] for line in read_metrics(tmp_path) if "loss" in line] == [FIRST, FIRST]
-    run = prepare(read_settings(tmp_path), tmp_path)
-    load_state(run.state, tmp_path)
-    assert run.state.loss_scale == LossScale(FIRST, 2)
-    run.state.loss_scale = LossScale(8.0, 3)
-    save_state(run.state, tmp_path)
-    run.state.loss_scale = LossScale()
-    load_state(run.state, tmp_path)
-    assert run.state.loss_scale == LossScale(8.0, 3)

@@ -36,7 +36,6 @@ from minilora.lora import (
     dropout_mask,
     init_gaussian,
     init_kaiming,
-    init_orthogonal,
     lora,
     lora_backward,
     merge,
@@ -196,14 +195,6 @@ def test_a_fresh_adapter_is_of_single_precision_unless_another_is_asked_for(init
     rng = np.random.default_rng(0)
     assert {a.dtype for a in init(2, (3, 4), rng)} == {np.dtype(np.float32)}
     assert {a.dtype for a in init(2, (3, 4), rng, np.float64)} == {np.dtype(np.float64)}
-
-
-@pytest.mark.parametrize("inner", [1, 7, 576])
-def test_the_bound_of_kaiming_is_the_one_of_peft(inner: int) -> None:
-    nn = pytest.importorskip("torch.nn")
-    peft_A = nn.init.kaiming_uniform_(nn.Linear(inner, 20_000, bias=False).weight, a=math.sqrt(5))  # as PEFT calls it
-    A, _ = init_kaiming(20_000, (1, inner), np.random.default_rng(0))
-    assert np.abs(A).max() == pytest.approx(peft_A.abs().max().item(), rel=1e-3)
 
 
 # --- The change of the weight: ΔW = s B A ---
@@ -545,21 +536,6 @@ def test_a_fresh_adapter_with_embedding_head_and_whole_modules_changes_no_bit_of
     )
     assert hidden.tobytes() == expected.tobytes()
     assert adapted.sites[HEAD].forward(hidden)[0].tobytes() == base.sites[HEAD].forward(expected)[0].tobytes()
-
-
-@given(st.integers(1, 3), st.integers(6, 9), seeds)
-def test_orthogonal_initialisation_has_A_and_B_of_half_the_rank_and_no_change(half: int, width: int, seed: int) -> None:
-    A, B = init_orthogonal(2 * half, (width + 1, width), np.random.default_rng(seed), np.float64)
-    assert (A.shape, B.shape) == ((2 * half, width), (width + 1, 2 * half))
-    np.testing.assert_allclose(B @ A, 0, atol=1e-12)
-    assert np.linalg.matrix_rank(A) == np.linalg.matrix_rank(B) == half
-
-
-def test_the_spread_of_orthogonal_initialisation_is_a_tenth() -> None:
-    A, B = init_orthogonal(8, (3000, 2000), np.random.default_rng(0))
-    assert A.dtype == B.dtype == np.float32
-    assert (A**2).sum() / (4 * 2000) == pytest.approx(0.01, rel=0.05)  # A = ½r orthonormal directions of 2000 numbers
-    assert (B**2).sum() / (4 * 3000) == pytest.approx(0.01, rel=0.05)
 
 
 # --- Targets ---

@@ -5,52 +5,30 @@ And beside that, what distinguishes the small ones: bottleneck adapters, BitFit,
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.method_laws import (
+    METHODS,
     adapted,
     has_exact_gradients,
-    is_read_back_exactly,
     merges_exactly,
     starts_as_the_base,
     trains_what_it_names_and_nothing_else,
 )
-from support.strategies import QV, TINY, batches, configs, random_weights, seeds
+from support.strategies import TINY, batches, configs, random_weights, seeds
 
 from minilora.adapters.merging import merged_parameters
 from minilora.data.batches import Batch
-from minilora.formats.adapters import read_method, write_method
 from minilora.methods.bitfit import BitFit
 from minilora.methods.bottleneck import Bottleneck, bottleneck
-from minilora.methods.full import Full
-from minilora.methods.lora import LoRA
-from minilora.methods.method import Method
 from minilora.methods.random_subset import RandomSubset
 from minilora.methods.targets import projections
-from minilora.methods.whole_modules import WholeModules
 from minilora.model.base import base_model
 from minilora.model.config import Config
 
-EMBEDDED = LoRA(2, target_modules=("q_proj", "embed_tokens", "lm_head"), modules_to_save=("norm",))
-METHODS: dict[str, Method] = {
-    "full": Full(),
-    "lora": LoRA(2, target_modules=QV),
-    "lora on embedding and head": EMBEDDED,
-    "bottleneck": Bottleneck(3),
-    "bitfit": BitFit(),
-    "bitfit with norms": BitFit(train_norms=True),
-    "head": WholeModules(("lm_head",)),
-    "embedding": WholeModules(("embed_tokens",)),
-    "random subset": RandomSubset(0.1),
-}
 MERGEABLE = [name for name in METHODS if name != "bottleneck"]
-WRITTEN = [name for name in METHODS if name != "full"]
 some = settings(max_examples=25)
 each = pytest.mark.parametrize("name", METHODS)
 
@@ -93,36 +71,6 @@ def test_what_is_not_linear_is_not_merged() -> None:
     base, model, _ = adapted(TINY, Bottleneck(2), 0)
     with pytest.raises(ValueError, match="o_proj: a BottleneckSite is not linear"):
         list(merged_parameters(base, model))
-
-
-@pytest.mark.parametrize("name", WRITTEN)
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_method_is_read_back_from_its_folder_exactly(tmp_path: Path, name: str, tied: bool) -> None:
-    config = replace(TINY, tie_word_embeddings=tied)
-    method = is_read_back_exactly(tmp_path, METHODS[name], config)
-    if name != "lora on embedding and head":  # its dataclass holds mappings, which compare as they are
-        assert method == METHODS[name]
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("bottleneck", {"size": "3"}, "size is '3', expected int"),
-        ("bottleneck", {"size": 4}, "wrong shape: .*adapter_down"),
-        ("bitfit", {"norms": None}, "norms is None, expected bool"),
-        ("head", {"modules_to_save": ["c_attn"]}, "c_attn"),
-        ("random subset", {"share": 0.2}, "wrong shape: .*values"),
-    ],
-)
-def test_a_folder_that_does_not_fit_is_refused_by_name(
-    tmp_path: Path, name: str, change: dict[str, object], message: str
-) -> None:
-    base, _, trainable = adapted(TINY, METHODS[name], 5)
-    write_method(tmp_path, METHODS[name], trainable, TINY, "some/base")
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ValueError, match=message):
-        read_method(tmp_path, base)
 
 
 # --- Each of the small ones ---

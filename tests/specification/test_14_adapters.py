@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import tracemalloc
-import warnings
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support.commands import CONFIG, assert_refused, contents, good, run
-from support.strategies import QV, ROLES, TINY, VOCAB, configs, normal, random_adapter, random_weights, seeds
+from support.adapter_folders import outcome, summed, tensors, tokens_of
+from support.strategies import ROLES, TINY, VOCAB, configs, normal, random_weights, seeds
 
 from minilora.adapters.combination import (
     Factors,
@@ -27,15 +23,9 @@ from minilora.adapters.combination import (
     truncate,
 )
 from minilora.adapters.mixed import mixed
-from minilora.formats import checkpoint
-from minilora.formats.checkpoint import write_checkpoint
-from minilora.formats.library import load_adapters, named_adapters
-from minilora.formats.load import load_model
-from minilora.formats.peft import read_adapter, write_adapter
 from minilora.lora import delta
 from minilora.methods.dora import DoRA
-from minilora.methods.lora import LoRA, LoRALinear
-from minilora.methods.lora_embedding import adapter_names
+from minilora.methods.lora import LoRA
 from minilora.methods.prefix import PrefixTuning
 from minilora.methods.prompt import PromptTuning
 from minilora.methods.targets import every_module
@@ -43,15 +33,8 @@ from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.generation import complete
 from minilora.model.model import Model, backward, forward
-from minilora.model.names import EMBED, HEAD
 
 some = settings(max_examples=30)
-DENSE = Config.from_dict(CONFIG)
-SETTINGS = {  # what folders of adapters are made with
-    "a": LoRA(4, 8.0, target_modules=QV),
-    "b": LoRA(2, 8.0, target_modules=("v_proj", "up_proj"), rslora=True, rank_pattern={"up_proj": 3}),
-    "c": LoRA(2, 4.0, target_modules=("o_proj",), layers_to_transform=(1,)),
-}
 loras = st.builds(
     LoRA,
     rank=st.integers(1, 4),
@@ -64,66 +47,6 @@ loras = st.builds(
     rank_pattern=st.sampled_from([{}, {"v_proj": 2}, {r"layers\.0\..*": 3}]),
     alpha_pattern=st.sampled_from([{}, {"mlp.*": 2.0}]),
 )
-
-
-def tensors(method: LoRA, base: Model, seed: int, dtype: Any = np.float64) -> dict[str, np.ndarray]:
-    """An adapter as after some training."""
-    trained = random_adapter(method.start(base, np.random.default_rng(seed), dtype), seed)
-    return {name: tensor.astype(dtype) for name, tensor in trained.items()}
-
-
-def outcome(model: Model, tokens: np.ndarray) -> np.ndarray:
-    """Logits (B, T, V)."""
-    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    hidden = forward(model, tokens, positions, np.ones_like(tokens), keep=False)[0]
-    return np.asarray(model.sites[HEAD].forward(hidden)[0]).reshape(*tokens.shape, -1)
-
-
-def tokens_of(seed: int, rows: int, length: int = 4, vocab: int = VOCAB) -> np.ndarray:
-    return np.random.default_rng(seed).integers(vocab, size=(rows, length))
-
-
-# --- switching ---
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, and adapters on it that PEFT and minilora read."""
-    folder = tmp_path_factory.mktemp("adapters")
-    write_checkpoint(folder / "base", CONFIG, checkpoint.random_weights(DENSE, seed=0, std=0.3))
-    base, _ = load_model(folder / "base")
-    for seed, (name, method) in enumerate(SETTINGS.items()):
-        write_adapter(folder / name, method, tensors(method, base, seed, np.float32), DENSE, str(folder / "base"))
-    return folder
-
-
-def test_adapters_share_the_frozen_weights_of_their_base_and_leave_them_as_they_are(folder: Path) -> None:
-    base, _ = load_model(folder / "base")
-    before = {name: site.weight.dense().copy() for name, site in base.sites.items() if hasattr(site, "weight")}
-    models = load_adapters(base, named_adapters([str(folder / name) for name in SETTINGS]))
-    assert list(models) == ["base", "a", "b", "c"] and models["base"] is base
-    tokens = tokens_of(0, 2, vocab=DENSE.vocab_size)
-    first = {name: outcome(model, tokens) for name, model in models.items()}
-    for name in ("c", "a", "base", "b"):  # whatever ran before
-        assert outcome(models[name], tokens).tobytes() == first[name].tobytes()
-    assert len({logits.tobytes() for logits in first.values()}) == 4
-    for model in models.values():
-        for name, site in model.sites.items():
-            frozen = site.base if isinstance(site, LoRALinear) else site
-            assert frozen is base.sites[name]
-    assert all(base.sites[name].weight.dense().tobytes() == weight.tobytes() for name, weight in before.items())
-
-
-def test_another_adapter_costs_the_memory_of_its_own_numbers_only() -> None:
-    config = replace(TINY, hidden_size=512, intermediate_size=512, head_dim=256)
-    base = base_model(config, random_weights(config, 0))
-    method = LoRA(2, target_modules=("all-linear",))
-    trained = [tensors(method, base, seed, np.float32) for seed in range(5)]
-    tracemalloc.start()
-    models = [method.attach(base, each) for each in trained]
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert len(models) == 5 and peak < 100_000 < base.sites[HEAD].weight.dense().nbytes * 10
 
 
 # --- combining: the mathematics ---
@@ -208,17 +131,6 @@ def test_the_written_settings_mean_these_ranks_and_the_scale_one(
         assert all("." not in name for name in (*found.target_modules, *found.rank_pattern))
 
 
-def summed(config: Config, weights: dict[str, np.ndarray], parts: Sequence[tuple[Summand, float]]) -> Model:
-    """The oracle: a model whose every matrix is W + Σ w ΔW, formed."""
-    changed = dict(weights)
-    for adapter, w in parts:
-        for module, place in adapter.method.places(config).items():
-            A, B = (adapter.tensors[name] for name in adapter_names(module))
-            dW = w * delta(A, B, place.scale)
-            changed[f"{module}.weight"] = changed[f"{module}.weight"] + (dW.T if module == EMBED else dW)
-    return base_model(config, changed, np.float64)
-
-
 @some
 @given(config=configs(), seed=seeds, chosen=st.lists(loras, min_size=2, max_size=3), cut=st.sampled_from([None, 20, 1]))
 def test_the_combined_adapter_computes_what_weights_with_all_changes_compute(
@@ -240,190 +152,6 @@ def test_the_combined_adapter_computes_what_weights_with_all_changes_compute(
     changed = [set(adapter.method.places(config)) for adapter in adapters]
     assert set(combination.overlapping) == {m for m in set.union(*changed) if sum(m in each for each in changed) > 1}
     assert combination.truncations.keys() == (set() if cut is None else set.union(*changed))
-
-
-# --- combining: the command ---
-
-
-def combined(folder: Path, out: Path, *flags: object) -> str:
-    return good("combine", "--adapter", folder / "a", "--adapter-path", folder / "b", "--out", out, *flags)
-
-
-def peft_logits(folder: Path, adapter: Path, tokens: np.ndarray) -> np.ndarray:
-    torch, transformers, peft = (pytest.importorskip(each) for each in ("torch", "transformers", "peft"))
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # between PEFT and transformers
-        model = peft.PeftModel.from_pretrained(base, adapter)
-    with torch.no_grad():
-        return np.asarray(model(torch.tensor(tokens)).logits)
-
-
-def oracle_logits(folder: Path, weights: dict[str, float], tokens: np.ndarray) -> np.ndarray:
-    config, _ = checkpoint.read_config(folder / "base")
-    plain = {name: w.astype(np.float64) for name, w in checkpoint.read_weights(folder / "base", config).items()}
-    parts = [(Summand(name, *read_adapter(folder / name, config)[:2]), w) for name, w in weights.items()]
-    return outcome(summed(config, plain, parts), tokens)
-
-
-def test_peft_loads_the_combined_adapter_and_computes_the_weighted_sum(folder: Path, tmp_path: Path) -> None:
-    tokens = tokens_of(0, 2, vocab=DENSE.vocab_size)
-    combined(folder, tmp_path / "out", "--weights", 0.7, -0.3)
-    expected = oracle_logits(folder, {"a": 0.7, "b": -0.3}, tokens)
-    np.testing.assert_allclose(peft_logits(folder, tmp_path / "out", tokens), expected, rtol=1e-4, atol=1e-4)
-    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert written["base_model_name_or_path"] == str(folder / "base")
-    assert written["rank_pattern"] == written["alpha_pattern"]
-    assert not np.allclose(expected, oracle_logits(folder, {"a": 0.7}, tokens), atol=1e-2)
-
-
-def test_peft_combines_two_adapters_of_one_shape_to_the_same(folder: Path, tmp_path: Path) -> None:
-    torch, transformers, peft = (pytest.importorskip(each) for each in ("torch", "transformers", "peft"))
-    base, _ = load_model(folder / "base")
-    for seed, name in enumerate(("one", "two")):
-        method = LoRA(3, 6.0 + seed, target_modules=("q_proj", "down_proj"))
-        write_adapter(tmp_path / name, method, tensors(method, base, seed, np.float32), DENSE, str(folder / "base"))
-    tokens = tokens_of(0, 2, vocab=DENSE.vocab_size)
-    both = ["--adapter", tmp_path / "one", "--adapter", tmp_path / "two", "--weights", 0.6, 0.9]
-    theirs = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(folder / "base"), tmp_path / "one", "one"
-    )
-    theirs.load_adapter(tmp_path / "two", "two")
-    for kind, flags in (("cat", []), ("svd", ["--combination-type", "svd", "--svd-rank", 2])):
-        good("combine", *both, *flags, "--out", tmp_path / kind)
-        theirs.add_weighted_adapter(["one", "two"], [0.6, 0.9], kind, combination_type=kind, svd_rank=2)
-        theirs.set_adapter(kind)
-        with torch.no_grad():
-            expected = theirs(torch.tensor(tokens)).logits
-        found = peft_logits(folder, tmp_path / kind, tokens)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def change_of(folders: Sequence[Path], module: str) -> np.ndarray:
-    """The sum of the adapters' ΔW at a module, formed."""
-    total = np.zeros(())
-    for method, trained, *_ in (read_adapter(folder, DENSE) for folder in folders):
-        if place := method.places(DENSE).get(module):
-            total = total + delta(*(trained[name] for name in adapter_names(module)), place.scale)
-    return total
-
-
-def test_a_lower_rank_reports_the_error_that_it_has(folder: Path, tmp_path: Path) -> None:
-    printed = combined(folder, tmp_path / "out", "--combination-type", "svd", "--rank", 2)
-    report = json.loads((tmp_path / "out" / "combine.json").read_text())
-    lost = whole = 0.0
-    for module, error in report["relative_error_by_module"].items():
-        dW = change_of([folder / "a", folder / "b"], module)
-        off = np.linalg.norm(dW - change_of([tmp_path / "out"], module))
-        assert 0.01 < error == pytest.approx(off / np.linalg.norm(dW), rel=1e-4)
-        lost, whole = lost + off**2, whole + np.linalg.norm(dW) ** 2
-    assert report["relative_error"] == pytest.approx(np.sqrt(lost / whole), rel=1e-4)
-    assert f"{report['relative_error']:.2%}" in printed and "6 modules of rank 2" in printed
-
-
-def test_the_rank_is_that_of_the_largest_adapter_unless_told_otherwise(folder: Path, tmp_path: Path) -> None:
-    assert "rank 3 to 4" in combined(folder, tmp_path / "out", "--combination-type", "svd")
-    report = json.loads((tmp_path / "out" / "combine.json").read_text())
-    at_q, at_v = (report["relative_error_by_module"][f"model.layers.0.self_attn.{end}"] for end in ("q_proj", "v_proj"))
-    assert at_q < 1e-6 < 0.01 < at_v  # of rank 4, and of 4 + 2
-
-
-def test_modules_that_several_adapters_change_are_named(folder: Path, tmp_path: Path) -> None:
-    printed = combined(folder, tmp_path / "out")
-    report = json.loads((tmp_path / "out" / "combine.json").read_text())
-    assert report["overlapping_modules"] == [f"model.layers.{layer}.self_attn.v_proj" for layer in (0, 1)]
-    assert "2 of them are changed by more than one adapter" in printed and "v_proj" in printed
-    assert [(each["name"], each["weight"]) for each in report["adapters"]] == [("a", 1.0), ("b", 1.0)]
-    printed = good("combine", "--adapter", folder / "a", "--adapter", folder / "c", "--out", tmp_path / "apart")
-    assert "no module is changed by more than one adapter" in printed
-
-
-def copy_of(source: Path, target: Path, **changes: Any) -> Path:
-    """An adapter whose config says something else."""
-    target.mkdir(parents=True)
-    for name, content in contents(source).items():
-        (target / name).write_bytes(content)
-    path = target / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return target
-
-
-@pytest.mark.parametrize(
-    ("change", "fits"),
-    [
-        ({"base_model_name_or_path": "other/base"}, False),
-        ({"revision": "an-older-one"}, False),
-        ({"revision": None}, True),
-        ({"base_model_name_or_path": None}, True),
-        ({}, True),
-    ],
-)
-def test_adapters_that_name_different_bases_are_not_combined_unless_forced(
-    folder: Path, tmp_path: Path, change: dict[str, Any], fits: bool
-) -> None:
-    one = copy_of(folder / "a", tmp_path / "one", revision="abc")
-    other = copy_of(folder / "b", tmp_path / "other", **{"revision": "abc"} | change)
-    flags = ["--adapter", one, "--adapter", other, "--out", tmp_path / "out", "--model", folder / "base"]
-    result = run("combine", *flags)
-    if fits:
-        assert result.code == 0
-    else:
-        assert_refused(result, "one was trained on", "--force")
-        assert not (tmp_path / "out").exists()
-        good("combine", *flags, "--force")
-    assert read_adapter(tmp_path / "out", DENSE).method.scale == 1
-
-
-def test_a_path_written_two_ways_is_one_base(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    copy_of(folder / "b", tmp_path / "other", base_model_name_or_path="./base/")
-    good("combine", "--adapter", folder / "a", "--adapter", tmp_path / "other", "--out", tmp_path / "out")
-
-
-def test_what_cannot_be_combined_is_named(folder: Path, tmp_path: Path) -> None:
-    base, _ = load_model(folder / "base")
-    for name, method in {
-        "saved": LoRA(2, modules_to_save=("norm",), target_modules=QV),
-        "dora": DoRA(2, target_modules=QV),
-    }.items():
-        write_adapter(
-            tmp_path / name, method, method.start(base, np.random.default_rng(0)), DENSE, str(folder / "base")
-        )
-    copy_of(folder / "a", tmp_path / "prefix", peft_type="PREFIX_TUNING")
-    for name, named in {"saved": "modules_to_save (norm)", "dora": "dora", "prefix": "prefix"}.items():
-        flags = ["--adapter", folder / "a", "--adapter", tmp_path / name, "--out", tmp_path / "out"]
-        assert_refused(run("combine", *flags), named, name)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        (["--adapter", "a"], "--adapter is given 1 times"),
-        (["--adapter", "a", "--adapter", "b", "--weights", "1"], "--weights 1"),
-        (["--adapter", "a", "--adapter", "b", "--weights", "1", "nan"], "--weights 1 nan"),
-        (["--adapter", "a", "--adapter", "b", "--rank", "2"], "--rank 2 goes with --combination-type svd"),
-        (["--adapter", "a", "--adapter", "b", "--rank", "-1", "--combination-type", "svd"], "--rank -1"),
-        (["--adapter", "a", "--adapter", "a"], "'a' is taken"),
-        (["--adapter", "base=a", "--adapter", "b"], "'base' is that of the model"),
-        (["--adapter", "=a", "--adapter", "b"], "is empty"),
-        (["--adapter", "a", "--adapter", "nowhere"], "nowhere: no such folder"),
-        (["--adapter", "a", "--adapter", "b", "--out", "a"], "--out a exists"),
-        (["--adapter", "a", "--adapter", "b", "--model", "nowhere"], "nowhere"),
-    ],
-)
-def test_a_mistake_in_combining_is_told_in_one_line(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], named: str
-) -> None:
-    monkeypatch.chdir(folder)
-    assert_refused(run("combine", "--out", "new", *flags), named)
-    assert not (folder / "new").exists()
-
-
-def test_names_are_chosen_or_those_of_the_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    assert named_adapters(["a", "mine=a", "./b/"]) == {"a": Path("a"), "mine": Path("a"), "b": Path("./b/")}
 
 
 # --- one batch, several adapters ---

@@ -8,13 +8,19 @@ from typing import Any
 import numpy as np
 from support.complex_step import check_gradients
 from support.models import logits_of
-from support.strategies import random_weights
+from support.strategies import QV, random_weights
 
 from minilora.adapters.merging import merged_parameters
 from minilora.data.batches import Batch, count_labels
 from minilora.formats.adapters import read_method, write_method
+from minilora.methods.bitfit import BitFit
+from minilora.methods.bottleneck import Bottleneck
+from minilora.methods.full import Full
+from minilora.methods.lora import LoRA
 from minilora.methods.method import Method
+from minilora.methods.random_subset import RandomSubset
 from minilora.methods.targets import projections
+from minilora.methods.whole_modules import WholeModules
 from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.model import Model, backward, forward, head_loss
@@ -99,3 +105,18 @@ def is_read_back_exactly(folder: Path, method: Method, config: Config) -> Method
     read, arrays = read_method(folder, base)
     assert arrays.keys() == tensors.keys() and all(np.array_equal(arrays[key], tensors[key]) for key in tensors)
     return read
+
+
+EMBEDDED = LoRA(2, target_modules=("q_proj", "embed_tokens", "lm_head"), modules_to_save=("norm",))
+METHODS: dict[str, Method] = {
+    "full": Full(),
+    "lora": LoRA(2, target_modules=QV),
+    "lora on embedding and head": EMBEDDED,
+    "bottleneck": Bottleneck(3),
+    "bitfit": BitFit(),
+    "bitfit with norms": BitFit(train_norms=True),
+    "head": WholeModules(("lm_head",)),
+    "embedding": WholeModules(("embed_tokens",)),
+    "random subset": RandomSubset(0.1),
+}
+WRITTEN = [name for name in METHODS if name != "full"]

@@ -76,3 +76,9 @@ def assert_same(one: tuple[Any, Gradients], other: tuple[Any, Gradients]) -> Non
     assert gradients.keys() == other_gradients.keys()
     for name in gradients:
         np.testing.assert_allclose(gradients[name], other_gradients[name], rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def trained(start: Arrays, seed: int) -> dict[str, np.ndarray]:
+    """As after some training: everything has moved from where it started."""
+    rng = np.random.default_rng([seed, 24])
+    return {name: p + 0.3 * rng.normal(size=p.shape) for name, p in start.items()}

@@ -55,3 +55,10 @@ def train(model: Path, data: Path, tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / out
 
     return train
+
+
+@pytest.fixture(scope="session")
+def merged(tmp_path_factory: pytest.TempPathFactory, model: Path, adapter: Path) -> Path:
+    folder = tmp_path_factory.mktemp("merged") / "float32"
+    good("merge", "--model", model, "--adapter", adapter, "--out", folder)
+    return folder

@@ -31,6 +31,7 @@ from minilora.formats.checkpoint import write_checkpoint
 from minilora.formats.load import load_model
 from minilora.methods.dora import DoRA
 from minilora.methods.lora import LoRA
+from minilora.methods.targets import saved_module_names
 from minilora.model.config import Config
 from minilora.model.model import Model, forward
 from minilora.model.names import EMBED, HEAD
@@ -254,7 +255,7 @@ def load_without_a_warning(case: Case, base: Any, folder: Path) -> Any:
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # between PEFT and transformers
         if case.config.tie_word_embeddings and {EMBED, HEAD} & {
             *case.lora.places(case.config),
-            *case.lora.saved(case.config),
+            *saved_module_names(case.config, case.lora.modules_to_save),
         }:
             warnings.filterwarnings("ignore", TIED)
         return peft.PeftModel.from_pretrained(base, folder)
