@@ -1,1 +1,1 @@
-"""The command line: flags, other tools' names for them, config files, and how a mistake is told."""
+"""The command line: flags, other tools' names for them, config files, and how mistakes are reported."""

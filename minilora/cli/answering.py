@@ -1,4 +1,4 @@
-"""The common part of generate and chat: flags, models by name, and words that appear as they are made."""
+"""The common part of generate and chat: flags, models by name, and text that appears as it is generated."""
 
 from __future__ import annotations
 
@@ -21,53 +21,65 @@ from minilora.model.model import Model
 
 
 def add_flags(parser: argparse.ArgumentParser, max_tokens: int) -> None:
-    """Add the flags that name models and say how to sample; `max_tokens` is the default of that flag."""
+    """Add the flags that name models and say how to sample. `max_tokens` is the default of `--max-tokens`."""
     add_model_flags(parser)
     parser.add_argument(
         *flags("adapter"),
         action="append",
         default=[],
         metavar="[NAME=]ADAPTER",
-        help="folder of an adapter, or its id on the hub, under a name of your own; may be given several times",
+        help="the folder of an adapter, or its id on the hub, with a name of your choice; may be given several times",
     )
-    parser.add_argument("--system-prompt", default="", metavar="TEXT", help="said to the model before a conversation")
+    parser.add_argument(
+        "--system-prompt", default="", metavar="TEXT", help="the system message at the start of a conversation"
+    )
     parser.add_argument(
         *flags("max_tokens"),
         metavar="N",
         type=int,
         default=max_tokens,
-        help="at most this many new tokens (%(default)s)",
+        help="the most new tokens (%(default)s)",
     )
     parser.add_argument(
-        *flags("temp"), metavar="X", type=float, default=0.0, help="temperature; 0 takes the best token (%(default)s)"
+        *flags("temp"),
+        metavar="X",
+        type=float,
+        default=0.0,
+        help="temperature; 0 takes the most probable token (%(default)s)",
     )
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k best tokens only; 0: all (%(default)s)")
     parser.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the fewest tokens that reach p (%(default)s)"
+        "--top-k", type=int, default=0, help="draw only from the k most probable tokens; 0: all (%(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
     parser.add_argument(
-        "--extra-eos-token", nargs="+", default=[], metavar="TOKEN", help="ends an answer, beside the model's own"
+        "--top-p", type=float, default=1.0, help="draw from the fewest tokens whose probabilities reach p (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the draws (%(default)s)")
+    parser.add_argument(
+        "--extra-eos-token",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help="a token that ends an answer, beside the model's own",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--frozen", choices=FROZEN, default="widened", help="how weights are held")
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raise ValueError naming the flag whose value makes no sense."""
-    for name, fine in (
+    """Raise ValueError, naming the flag, if a value makes no sense."""
+    for name, sensible in (
         ("max_tokens", args.max_tokens >= 1),
         ("temp", args.temp >= 0),
         ("top_k", args.top_k >= 0),
         ("top_p", 0 < args.top_p <= 1),
         ("seed", args.seed >= 0),
     ):
-        if not fine:
+        if not sensible:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} makes no sense: see --help")
 
 
 class Loaded(NamedTuple):
-    """Models, tokenizer and sampler."""
+    """The models with their tokenizer and sampler."""
 
     models: dict[str, Model]  # "base" first, then the adapters on it
     tokenizer: Tokenizer
@@ -76,12 +88,12 @@ class Loaded(NamedTuple):
 
     @property
     def adapters(self) -> list[str]:
-        """The adapters that the user named; the base if there are none."""
+        """The adapters that the user named, or the base if there are none."""
         return [name for name in self.models if name != BASE] or [BASE]
 
 
 def load(args: argparse.Namespace) -> Loaded:
-    """The base, the adapters on it, and the rest. Adapters that name different bases are remarked upon."""
+    """Load the base, the adapters on it, and the tokenizer. Prints a remark if adapters name different bases."""
     use(args.device)
     folder = find_model(args.model, args.revision).folder
     adapters = named_adapters(args.adapter)
@@ -104,7 +116,7 @@ def extra_stops(texts: list[str], tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def room(model: Model, length: int) -> int:
-    """How many tokens may follow a prompt of this length. ValueError if none."""
+    """The number of tokens that fit after a prompt of this length. ValueError if none does."""
     most = model.config.max_position_embeddings - model.virtual_tokens
     if length >= most:
         raise ValueError(f"the prompt has {length} tokens, the model sees {most}")
@@ -112,7 +124,7 @@ def room(model: Model, length: int) -> int:
 
 
 def pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """The text of the tokens, as soon as it is certain: bytes of a character that is not whole yet are held back."""
+    """The text of the tokens, as they come. The bytes of an incomplete character are held back until it is complete."""
     seen: list[int] = []
     done = ""
     for token in tokens:

@@ -1,4 +1,4 @@
-"""Settings in a file, by any of the names that flags have: .yaml as mlx-lm takes it, .toml or .json."""
+"""Settings from a file, under any of the flags' names: .yaml as for mlx-lm, .toml or .json."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ else:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-5, which has no point, for a text. People mean the number."""
+    """Reads 1e-5 as a number. YAML 1.1 reads it as a text, since it has no decimal point."""
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), [*"-+0123456789"])
 
 
 def read_flags_file(path: Path) -> dict[str, Any]:
-    """Names and values, names with _ for -. What is null is left out, and mlx-lm's nested keys are laid flat."""
+    """The names, with _ for -, and their values. Null values are dropped, and mlx-lm's nested keys are flattened."""
     where = f"--config {path}"
     values = _names(_parse(path), where)
     keys = ("lora_parameters", "optimizer_config", "lr_schedule")
     lora, optimizers, schedule = (_names(values.pop(key, {}), f"{where}: {key}") for key in keys)
     optimizer = _names(optimizers.get(str(values.get("optimizer")), {}), f"{where}: optimizer_config")
     if schedule:
-        values.pop("learning_rate", None)  # as in mlx-lm, where the schedule has its own
+        values.pop("learning_rate", None)  # as in mlx-lm, where the schedule has its own rate
         schedule = _mlx_schedule(schedule, values, f"{where}: lr_schedule")
     for nested in (lora, optimizer, schedule):
         for name in nested.keys() & values.keys():
@@ -65,7 +65,7 @@ def _names(raw: Any, where: str) -> dict[str, Any]:
 
 
 def _mlx_schedule(schedule: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """mlx-lm's name, warmup and arguments as ours. Our decay takes all steps after the warm-up, and ends at 0."""
+    """mlx-lm's schedule as settings of ours. Our decay takes all steps after the warm-up, and ends at 0."""
     end: Any = 0
     match schedule.get("name"), schedule.get("arguments"):
         case "cosine_decay", [peak, decay]:
@@ -90,5 +90,5 @@ def _mlx_schedule(schedule: Mapping[str, Any], values: Mapping[str, Any], where:
         raise ValueError(
             f"{where} decays over {decay} updates; here it is over all of them: leave it out or make it so"
         )
-    others = {name: value for name, value in schedule.items() if name not in ("name", "warmup", "arguments")}
-    return {"schedule": name, "warmup": warmup, "learning_rate": peak, **others}
+    further_settings = {name: value for name, value in schedule.items() if name not in ("name", "warmup", "arguments")}
+    return {"schedule": name, "warmup": warmup, "learning_rate": peak, **further_settings}

@@ -1,4 +1,4 @@
-"""The common frame of all commands: a user's mistake ends in one line, not in a traceback."""
+"""The frame of every command: a user's mistake ends in one line, not in a traceback."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ OUT_OF_MEMORY = (
 
 
 def is_free(folder: Path) -> bool:
-    """Whether `folder` is new or empty: writing to it mixes with nothing and replaces nothing."""
+    """Whether `folder` is new or empty, so that writing to it replaces nothing."""
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def run(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
-    """Run a command: 0 if it went well, 2 and one line if the user can mend it (MINILORA_DEBUG=1: the traceback)."""
+    """Run a command and return its exit status: 0, or 2 after one line on an error that the user can mend.
+
+    MINILORA_DEBUG=1 shows the traceback instead of the line.
+    """
     try:
         command(argv)
     except KeyboardInterrupt:
@@ -34,5 +37,5 @@ def run(command: Callable[[list[str] | None], None], argv: list[str] | None) -> 
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory did not suffice, the machine's or the GPU's."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # CuPy's
+    """Whether the machine or the GPU ran out of memory."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # the second is CuPy's

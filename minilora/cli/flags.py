@@ -1,6 +1,6 @@
-"""Names that users bring from mlx-lm, TRL, transformers and PEFT: beside our own as flags and in config files.
+"""The names that mlx-lm, TRL, transformers and PEFT have for our settings, taken as flags and in config files.
 
-Where theirs means something else than ours, `in_our_unit` converts it, or says what to give instead.
+If another tool counts in another unit, `in_our_unit` converts the value, or raises an error that says what to give.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from minilora.methods.method import known_methods
 from minilora.methods.setting import flag
 from minilora.runs.settings import all_settings
 
-TO_TRAIN: dict[str, tuple[str, ...]] = {  # flags of train that are no settings: ours → theirs
+TO_TRAIN: dict[str, tuple[str, ...]] = {  # flags of train that are no settings: our name → other tools' names
     "out": ("adapter_path", "output_dir"),
     "resume": ("resume_from_checkpoint",),
 }
-OTHER_COMMANDS: dict[str, tuple[str, ...]] = {  # of generate, merge and evaluate: ours → theirs
+OTHER_COMMANDS: dict[str, tuple[str, ...]] = {  # flags of generate, merge and evaluate: our name → other tools' names
     "model": ("model_name_or_path",),
     "revision": ("model_revision",),
     "adapter": ("adapter_path",),
@@ -34,7 +34,7 @@ OTHER_COMMANDS: dict[str, tuple[str, ...]] = {  # of generate, merge and evaluat
     "batch_size": ("per_device_eval_batch_size",),
     "max_length": ("max_seq_length",),
 }
-NEEDLESS = {  # what train does anyway: taken, and told where it may surprise
+NEEDLESS = {  # flags for what train does anyway → the remark printed if the user may expect something else
     "train": "",
     "test": "the held-out part is always judged",
     "use_peft": "an adapter is the default",
@@ -49,30 +49,30 @@ NEEDLESS = {  # what train does anyway: taken, and told where it may surprise
 @cache
 def ours() -> dict[str, str]:
     """Our name for every name of another tool."""
-    names = {name: one.declaration.aliases for name, one in all_settings().items()} | TO_TRAIN
-    return {theirs: mine for mine, others in names.items() for theirs in others}
+    names = {name: declared.declaration.aliases for name, declared in all_settings().items()} | TO_TRAIN
+    return {alias: name for name, aliases in names.items() for alias in aliases}
 
 
 def flags(name: str, aliases: Mapping[str, tuple[str, ...]] = OTHER_COMMANDS) -> list[str]:
     """A flag and its other names, for `add_argument`."""
-    return [flag(one) for one in (name, *aliases.get(name, ()))]
+    return [flag(spelling) for spelling in (name, *aliases.get(name, ()))]
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """`--model` and `--revision`, as `find_model` takes them."""
-    help = "folder of the model, or its id on the Hugging Face Hub (default: tinysmol)"
+    help = "the folder of the model, or its id on the Hugging Face Hub (default: tinysmol)"
     parser.add_argument(*flags("model"), default=str(SHIPPED_MODEL), metavar="MODEL", help=help)
-    parser.add_argument(*flags("revision"), default="", metavar="NAME", help="branch, tag or commit of that id")
+    parser.add_argument(*flags("revision"), default="", metavar="NAME", help="the branch, tag or commit of that id")
 
 
 def dashed(argv: list[str] | None) -> list[str]:
-    """The command line with `--lora_r` written `--lora-r`; values stay as they are."""
+    """The command line with `--lora_r` written as `--lora-r`. Values stay as they are."""
     argv = sys.argv[1:] if argv is None else argv
     return [re.sub(r"^--\w[\w-]*", lambda name: name[0].replace("_", "-"), word) for word in argv]
 
 
 class AsWritten(argparse.Action):
-    """Stores a value under the name by which the user gave it: only `choose` knows what that name means."""
+    """Stores a value under the name that the user wrote. `choose_settings` decides what that name means."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
@@ -81,7 +81,7 @@ class AsWritten(argparse.Action):
 
 
 class Written(NamedTuple):
-    """A value, and by what name it was given: `--lora-r`, or `--config run.yaml: lora_r`."""
+    """A value, the name it was written under, and the place: `--lora-r`, or `--config run.yaml: lora_r`."""
 
     name: str
     value: Any
@@ -100,24 +100,26 @@ def by_setting(values: Mapping[str, Any], where: Callable[[str], str]) -> dict[s
             if NEEDLESS[name]:
                 print(f"{where(name)} changes nothing: {NEEDLESS[name]}")
             continue
-        mine = ours().get(name, name)
+        our_name = ours().get(name, name)
         if (
-            mine == "mixed_precision"
-            and mine in by_name
-            and "false" in (str(value).lower(), str(by_name[mine].value).lower())
+            our_name == "mixed_precision"
+            and our_name in by_name
+            and "false" in (str(value).lower(), str(by_name[our_name].value).lower())
         ):
             if str(value).lower() != "false":  # a configuration often has both bf16 and fp16, one of them false
-                by_name[mine] = Written(name, value, where(name))
+                by_name[our_name] = Written(name, value, where(name))
             continue
-        if mine in by_name:
-            raise ValueError(f"{where(name)} and {by_name[mine].where} are two names for one setting: give one of them")
-        by_name[mine] = Written(name, value, where(name))
+        if our_name in by_name:
+            raise ValueError(
+                f"{where(name)} and {by_name[our_name].where} are two names for one setting: give one of them"
+            )
+        by_name[our_name] = Written(name, value, where(name))
     return by_name
 
 
 @cache
 def switches() -> dict[str, str]:
-    """The method that another tool's switch asks for: `use_dora`."""
+    """Switches of other tools, such as `use_dora`, and the methods that they ask for."""
     return {cls.switch: name for name, cls in known_methods().items() if cls.switch}
 
 
@@ -129,15 +131,15 @@ def in_our_unit(written: Written, setting: Callable[[str], Any]) -> Any:
     match name, value:
         case (("iters" | "steps_per_eval"), int()) if value > 0:  # mlx-lm counts micro-batches
             return max(1, value // setting("grad_accumulation"))
-        case "num_layers", -1:  # mlx-lm's word for all
+        case "num_layers", -1:  # mlx-lm writes -1 for all layers
             return 0
-        case "max_steps", int():  # -1: as many as the epochs have
+        case "max_steps", int():  # transformers writes -1 for as many as the epochs have
             return max(0, value)
-        case (("scale" | "lora_scale"), int() | float()):  # mlx-lm's is the factor itself: s = α/r, or α/√r
+        case (("scale" | "lora_scale"), int() | float()):  # mlx-lm's scale is the factor itself: s = α/r, or α/√r
             return float(value * (math.sqrt(setting("rank")) if setting("rslora") else setting("rank")))
         case "warmup_ratio", int() | float() if value >= 1:
             raise ValueError(f"{where} {value} is not below 1: for a number of steps, give --warmup")
-        case "mask_prompt", True | "true" | "True":  # mlx-lm's: of a chat, the last message only
+        case "mask_prompt", True | "true" | "True":  # mlx-lm then trains on the last message of a chat only
             return "last-turn"
         case (("completion_only_loss" | "assistant_only_loss"), True | "true" | "True"):
             return "all-turns"
@@ -146,7 +148,7 @@ def in_our_unit(written: Written, setting: Callable[[str], Any]) -> Any:
         case "lr_scheduler_type", "constant_with_warmup":
             return "constant"
         case "optim", "adamw_torch" | "adamw_torch_fused" | "adamw_hf" | "paged_adamw" | "paged_adamw_32bit":
-            return "adamw"  # paged: the same numbers, kept where a GPU may swap them out
+            return "adamw"  # paged optimisers hold the same numbers in memory that a GPU can swap out
         case "optim", "adamw_bnb_8bit" | "paged_adamw_8bit":
             return "adamw_8bit"
         case "optim", "lion_32bit" | "paged_lion_32bit":
@@ -157,7 +159,7 @@ def in_our_unit(written: Written, setting: Callable[[str], Any]) -> Any:
             return "nf4" if str(value).lower() == "true" else all_settings()["frozen"].default
         case (("bf16" | "fp16"), True | "true" | "True"):
             return name
-        case (("mixed_precision" | "bf16" | "fp16"), False | "false" | "False"):  # YAML's "no", too
+        case (("mixed_precision" | "bf16" | "fp16"), False | "false" | "False"):  # YAML reads "no" as False
             return "no"
         case "init_lora_weights", True | "true" | "True":  # PEFT's default
             return "kaiming"

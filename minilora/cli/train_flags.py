@@ -1,4 +1,4 @@
-"""The command line of train: every setting, under our name and others', from flags and from a file."""
+"""The command line of train: every setting, under our name and other tools' names, from flags and from a file."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from minilora.runs.settings import (
 
 
 def parse(argv: list[str] | None, description: str | None = None) -> argparse.Namespace:
-    """The flags that were given; those that were not are absent, so that --config and the defaults can speak."""
+    """The flags on the command line. Absent flags have no attribute, so that --config or the default decides."""
     parser = argparse.ArgumentParser(
         prog="python -m minilora.train",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
-        epilog="Names of mlx-lm, TRL and PEFT are taken too, with - or _; the defaults are those shown here.",
+        epilog="Names of mlx-lm, TRL and PEFT are taken too, with - or _. The defaults are the ones shown here.",
     )
 
     groups: dict[str, Any] = {}
@@ -41,15 +41,17 @@ def parse(argv: list[str] | None, description: str | None = None) -> argparse.Na
         names = flags(name, {name: declared.declaration.aliases})
         groups[title].add_argument(*names, action=AsWritten, **options_of(declared))
     group = groups[DATA]
-    group.add_argument("--show-batch", action="store_true", help="print the first batch token by token, and do nothing")
+    group.add_argument(
+        "--show-batch", action="store_true", help="print the first batch token by token, and do not train"
+    )
     out, resume = flags("out", TO_TRAIN), flags("resume", TO_TRAIN)
-    group.add_argument(*out, type=Path, metavar="FOLDER", help="folder of the run (default: runs/NAME-1, -2, …)")
-    group.add_argument(*resume, type=Path, metavar="RUN", help="go on with a run that was cut off; no other flag")
+    group.add_argument(*out, type=Path, metavar="FOLDER", help="the folder of the run (default: runs/NAME-1, -2, …)")
+    group.add_argument(*resume, type=Path, metavar="RUN", help="resume a run that was cut off; takes no other flag")
     group.add_argument(
         *("-c", "--config"),
         type=Path,
         metavar="FILE",
-        help="a .yaml, .toml or .json file of flags; those given here win",
+        help="a .yaml, .toml or .json file of flags; the command line overrides it",
     )
     for name in NEEDLESS:
         parser.add_argument(flag(name), nargs="?", const="true", help=argparse.SUPPRESS)
@@ -82,19 +84,21 @@ def yes_or_no(text: str) -> bool:
 
 def choose_settings(args: argparse.Namespace) -> tuple[Settings, Path, bool]:
     """The settings, the run's folder, and whether it is resumed."""
-    given = vars(args).copy()
-    config = given.pop("config", None)
-    given.pop("show_batch", None)  # a question about the run, not a setting of it
-    written = by_setting(given, flag)
+    values = vars(args).copy()
+    config = values.pop("config", None)
+    values.pop("show_batch", None)  # it asks about the run, and is no setting of it
+    written = by_setting(values, flag)
     if "resume" in written:
         if len(written) > 1 or config:
             raise ValueError("--resume takes its settings from the run: give no other flag")
         return read_settings(written["resume"].value), written["resume"].value, True
-    adapter_settings = [name for name, one in settings_of(DEFAULT_METHOD).items() if not one.declaration.of_training]
+    adapter_settings = [
+        name for name, declared in settings_of(DEFAULT_METHOD).items() if not declared.declaration.of_training
+    ]
     fixed = [written[name].where for name in adapter_settings if name in written]
     if config:
         written = _in_file(config) | written
-    settings = settings_from({name: one for name, one in written.items() if name in all_settings()})
+    settings = settings_from({name: entry for name, entry in written.items() if name in all_settings()})
     if settings.adapter and fixed:
         raise ValueError(f"{fixed[0]} is decided by the adapter that --adapter starts from: leave it out")
     if "out" in written:
@@ -110,24 +114,26 @@ def choose_settings(args: argparse.Namespace) -> tuple[Settings, Path, bool]:
 
 def _in_file(config: Path) -> dict[str, Written]:
     written = by_setting(read_flags_file(config), lambda name: f"--config {config}: {name}")
-    for ours, one in written.items():
-        if ours not in (*all_settings(), "out"):
-            raise ValueError(f"--config {config}: {one.name!r} is not a setting; there are {', '.join(all_settings())}")
+    for name, entry in written.items():
+        if name not in (*all_settings(), "out"):
+            raise ValueError(
+                f"--config {config}: {entry.name!r} is not a setting; there are {', '.join(all_settings())}"
+            )
     return written
 
 
 def settings_from(written: Mapping[str, Written]) -> Settings:
-    """The values that were written, converted and checked. The built-in task has defaults of its own."""
+    """The settings with the written values, converted and checked. The built-in task has defaults of its own."""
     known = all_settings()
     defaults = DEFAULT_JOB if "data" not in written or not written["data"].value else {}
 
     def value(name: str) -> Any:
         if name not in written:
             return defaults.get(name, known[name].default)
-        given = typed(known[name], in_our_unit(written[name], value), written[name].where)
-        if name in ("model", "data", "adapter") and given and not is_hub_id(given):
-            return str(Path(given).resolve())  # so that --resume finds it from any folder
-        return given
+        converted = typed(known[name], in_our_unit(written[name], value), written[name].where)
+        if name in ("model", "data", "adapter") and converted and not is_hub_id(converted):
+            return str(Path(converted).resolve())  # so that --resume finds it from any folder
+        return converted
 
     return make_settings(defaults | {name: value(name) for name in written})
 
