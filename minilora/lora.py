@@ -28,6 +28,77 @@ from minilora.backend import Array, to_device, xp
 from minilora.frozen.weight import FrozenWeight
 
 
+class LoRACache(NamedTuple):
+    x: Array  # (N, in), the branch's input, after dropout
+    h: Array  # (N, r)
+    mask: Array | None  # (N, in)
+
+
+def lora(x: Array, W: FrozenWeight, A: Array, B: Array, s: float, mask: Array | None = None) -> tuple[Array, LoRACache]:
+    """y = x Wᵀ + s (x̃ Aᵀ) Bᵀ with x̃ = mask ⊙ x: (N, in) → (N, out). (docs: L3, L13, L14)
+
+    The mask is dropout's, on the branch only; without one x̃ = x. Nothing is saved for W, and h has only r columns.
+    """
+    xW = W.forward(x)
+    if mask is not None:
+        x = x * mask
+    h = x @ A.T
+    # y = xW + s * h @ B.T
+    y = (s * h) @ B.T
+    y += xW
+    return y, LoRACache(x, h, mask)
+
+
+def lora_backward(
+    dy: Array, W: FrozenWeight, A: Array, B: Array, s: float, cache: LoRACache
+) -> tuple[Array, Array, Array]:
+    """dx (N, in), dA (r, in), dB (out, r). There is no dW: W is frozen, its gradient never formed. (docs: L4, L13)
+
+    Forward was y = x Wᵀ + s h Bᵀ and h = x̃ Aᵀ. Going back through it, from y to h and from h to A and x:
+        dB = s dyᵀ h        dh = s dy B        dA = dhᵀ x̃        dx = dy W + mask ⊙ (dh A).
+    At the start B = 0, so dh = 0 and dA = 0: the first step moves B alone. (docs: L8)
+    """
+    x, h, mask = cache
+    dB = s * (dy.T @ h)
+    dh = s * (dy @ B)
+    dA = dh.T @ x
+    # dx = W.backward(dy) + mask * (dh @ A)
+    dx = dh @ A
+    if mask is not None:
+        dx *= mask
+    dx += W.backward(dy)
+    return dx, dA, dB
+
+
+def delta(A: Array, B: Array, s: float) -> Array:
+    """ΔW = s B A, (out, in): what the adapter adds to W. Its rank is at most r. (docs: L1, L14)"""
+    return s * (B @ A)
+
+
+class Merged(NamedTuple):
+    W: Array  # (out, in), W + ΔW
+    original: Array  # (out, in), W itself, untouched
+
+
+def merge(W: Array, A: Array, B: Array, s: float) -> Merged:
+    """W' = W + s B A, after which a forward costs what it did before LoRA. (docs: L11)
+
+    The original is kept: floating-point addition rounds, so W' − ΔW would give back nearly W, not W.
+    """
+    return Merged(W + delta(A, B, s), W)
+
+
+def unmerge(merged: Merged) -> Array:
+    """The very bytes of W. (docs: L12)"""
+    return merged.original
+
+
+def dropout_mask(shape: tuple[int, ...], p: float, rng: Any, dtype: Any = np.float32) -> Array:
+    """Zero with probability p, 1/(1 − p) elsewhere: multiplying by it changes no expectation. (docs: L10)"""
+    keep: Array = rng.random(shape, dtype=np.float32) >= p
+    return keep.astype(dtype) / (1 - p)
+
+
 def init_kaiming(
     rank: int, shape: tuple[int, int], rng: np.random.Generator, dtype: Any = np.float32
 ) -> tuple[Array, Array]:
@@ -63,72 +134,3 @@ def init_orthogonal(
     A = Q[0::2].T @ rng.standard_normal((rank // 2, in_features)) / 10
     B = rng.standard_normal((out_features, rank // 2)) @ Q[1::2] / 10
     return to_device(A.astype(dtype)), to_device(B.astype(dtype))
-
-
-def dropout_mask(shape: tuple[int, ...], p: float, rng: Any, dtype: Any = np.float32) -> Array:
-    """Zero with probability p, 1/(1 − p) elsewhere: multiplying by it changes no expectation. (docs: L10)"""
-    keep: Array = rng.random(shape, dtype=np.float32) >= p
-    return keep.astype(dtype) / (1 - p)
-
-
-class LoRACache(NamedTuple):
-    x: Array  # (N, in), the branch's input, after dropout
-    h: Array  # (N, r)
-    mask: Array | None  # (N, in)
-
-
-def lora(x: Array, W: FrozenWeight, A: Array, B: Array, s: float, mask: Array | None = None) -> tuple[Array, LoRACache]:
-    """y = x Wᵀ + s (x̃ Aᵀ) Bᵀ with x̃ = mask ⊙ x: (N, in) → (N, out). (docs: L3, L13, L14)
-
-    The mask is dropout's, on the branch only; without one x̃ = x. Nothing is saved for W, and h has only r columns.
-    """
-    frozen = W.forward(x)
-    if mask is not None:
-        x = x * mask
-    h = x @ A.T
-    y = (s * h) @ B.T
-    y += frozen
-    return y, LoRACache(x, h, mask)
-
-
-def lora_backward(
-    dy: Array, W: FrozenWeight, A: Array, B: Array, s: float, cache: LoRACache
-) -> tuple[Array, Array, Array]:
-    """dx (N, in), dA (r, in), dB (out, r). There is no dW: W is frozen, its gradient never formed. (docs: L4, L13)
-
-    Forward was y = x Wᵀ + s h Bᵀ and h = x̃ Aᵀ. Going back through it, from y to h and from h to A and x:
-        dB = s dyᵀ h        dh = s dy B        dA = dhᵀ x̃        dx = dy W + mask ⊙ (dh A).
-    At the start B = 0, so dh = 0 and dA = 0: the first step moves B alone. (docs: L8)
-    """
-    x, h, mask = cache
-    dB = s * (dy.T @ h)
-    dh = s * (dy @ B)
-    dA = dh.T @ x
-    dx = dh @ A
-    if mask is not None:
-        dx *= mask
-    dx += W.backward(dy)
-    return dx, dA, dB
-
-
-def delta(A: Array, B: Array, s: float) -> Array:
-    """ΔW = s B A, (out, in): what the adapter adds to W. Its rank is at most r. (docs: L1, L14)"""
-    return s * (B @ A)
-
-
-class Merged(NamedTuple):
-    W: Array  # (out, in), W + ΔW
-    original: Array  # (out, in), W itself, untouched
-
-
-def merge(W: Array, A: Array, B: Array, s: float) -> Merged:
-    """W' = W + s B A, after which a forward costs what it did before LoRA. (docs: L11)
-
-    The original is kept: floating-point addition rounds, so W' − ΔW would give back nearly W, not W.
-    """
-    return Merged(W + delta(A, B, s), W)
-
-
-def unmerge(merged: Merged) -> Array:
-    """The very bytes of W. (docs: L12)"""
-    return merged.original
