@@ -226,7 +226,7 @@ def test_nothing_trains_in_a_mixed_batch_and_a_batch_of_one_model_is_that_model(
     model, tokens = mixed([one, two]), tokens_of(0, 2)
     positions = np.broadcast_to(np.arange(4), tokens.shape)
     hidden, _, cache = forward(model, tokens, positions, np.ones_like(tokens))
-    assert backward(model, np.ones_like(hidden), cache) == {} and not cache.blocks
+    assert backward(model, np.ones_like(hidden), cache) == {} and not cache.layers.blocks
 
 
 def test_models_that_cannot_share_a_batch_are_refused() -> None:
