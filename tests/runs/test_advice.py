@@ -140,13 +140,13 @@ def test_validation_that_rises_while_training_falls_is_told_as_overfitting(
     valid = {5 * i: level * (1 + abs(i - best) * (rise - 1) / (10 - best)) for i in range(1, 11)}
     (said,) = advise(lines(falling(50, 2 * level, level / 10), valid), DEFAULT, 3 * level, level)
     assert said.startswith(f"Overfitting: the validation loss was lowest, {level:.3g}, at step {5 * best} and rose to ")
-    assert f"rose to {valid[50]:.3g} at step 50" in said and f"What was kept is step {5 * best}." in said
+    assert f"rose to {valid[50]:.3g} at step 50" in said and f"The weights of step {5 * best} were kept." in said
     assert "--patience 2 (now never)" in said and f"--steps {5 * best}" in said and "--dropout 0.1 (now 0)" in said
 
 
 def test_the_training_loss_that_overfitting_is_told_with_is_that_of_the_best_step_and_of_the_last() -> None:
     (said,) = advise(lines([3.0] * 25 + [2.0] * 20 + [1.0] * 5, {25: 2.0, 50: 4.0}), DEFAULT)
-    assert "while the training loss went from 3 to 1. What was kept is step 25." in said
+    assert "while the training loss went from 3 to 1. The weights of step 25 were kept." in said
 
 
 @pytest.mark.parametrize(("lowest", "end", "told"), [(4, 4.9, False), (4, 5.1, True), (0.02, 0.06, False)])

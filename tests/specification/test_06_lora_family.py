@@ -176,7 +176,7 @@ def test_orthogonal_and_pissa_start_as_the_base_but_for_rounding(
 
 @pytest.mark.parametrize("init", ["orthogonal", "pissa"])
 def test_with_both_A_and_B_not_zero_both_move_in_the_first_step(init: str) -> None:
-    """With B = 0 the first gradient of A is zero: test_lora.py."""
+    """With B = 0 the first gradient of A is zero: test_05_lora.py."""
     base = base_model(TINY, random_weights(TINY, 0), np.float64)
     method = LoRA(2, init=init, target_modules=("all-linear",))
     trainable = method.start(base, np.random.default_rng(0), np.float64)

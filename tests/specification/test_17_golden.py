@@ -1,7 +1,7 @@
 """The outside world, without installing it: values that transformers, PEFT and PyTorch's AdamW wrote down.
 
 `make_golden.py` wrote the files of `golden/`, with peers in float64 throughout, so that ten digits can be compared.
-test_peers.py asks the peers themselves, about many more configurations, where they are installed.
+tests/peers asks the peers themselves, about many more configurations, where they are installed.
 """
 
 from __future__ import annotations
