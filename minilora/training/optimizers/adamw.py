@@ -39,12 +39,12 @@ class AdamW:
 
     def update(self, parameters: Arrays, gradients: Arrays, learning_rate: float) -> None:
         self.steps += 1
-        for name, p in parameters.items():
-            self.move(p, gradients[name], self.m[name], self.v[name], learning_rate * self.factors[name])
-
-    def move(self, p: Array, g: Array, m: Array, v: Array, rate: float) -> None:
-        """Step t for one parameter: p, m and v change in place."""
         t = int(self.steps)
+        for name, p in parameters.items():
+            self.move(p, gradients[name], self.m[name], self.v[name], learning_rate * self.factors[name], t)
+
+    def move(self, p: Array, g: Array, m: Array, v: Array, rate: float, t: int) -> None:
+        """Step t for one parameter: p, m and v change in place."""
         m_weight = 1 - self.beta1**t
         v_scale = 1 / math.sqrt(1 - self.beta2**t)
         m += (1 - self.beta1) * (g - m)

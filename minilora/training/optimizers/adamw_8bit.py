@@ -61,9 +61,10 @@ class AdamW8bit:
 
     def update(self, parameters: Arrays, gradients: Arrays, learning_rate: float) -> None:
         self.adamw.update(self.others(parameters), gradients, learning_rate)
+        t = int(self.adamw.steps)
         for name in self.m:
             m, v = self.m[name].read(), self.v[name].read()
-            self.adamw.move(parameters[name], gradients[name], m, v, learning_rate * self.factors[name])
+            self.adamw.move(parameters[name], gradients[name], m, v, learning_rate * self.factors[name], t)
             self.m[name].write(m)
             self.v[name].write(v)
 
