@@ -1,1 +1,1 @@
-"""`python -m minilora.plan`: what a training run takes, before it begins."""
+"""`python -m minilora.plan`: the memory and the arithmetic of a training run, before it begins."""

@@ -1,11 +1,11 @@
-"""Count what a training run takes before it is begun: memory, the adapter's file, arithmetic. Nothing is allocated.
+"""Count the memory, the file size and the arithmetic of a training run before it begins. Nothing is allocated.
 
-Put `plan` in the place of `train` and leave the flags as they are:
+Replace `train` by `plan` and keep the flags:
 
     python -m minilora.plan --model SmolLM2-135M --data rows.jsonl --batch-size 8 --max-length 512
 
---model may also be a config.json, or a known shape such as SmolLM2-135M or GPT-3. Every row is taken to have
---max-length tokens, so this is the most that a step of the run can take. No data is read.
+--model may also be a config.json, or a known shape such as SmolLM2-135M or GPT-3. Every row counts as
+--max-length tokens, so the figures are the most that a step can take. No data is read.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from minilora.plan.report import comparison, flops_table, heading, memory_table
 def plan_command(argv: list[str] | None = None) -> None:
     """Parse, count, perhaps measure, print."""
     run, args = read_run(argv, __doc__)
-    interpreter = peak_memory_bytes()  # this process has the libraries that train has
-    found = run_figures(run) | {"interpreter": interpreter}
+    interpreter = peak_memory_bytes()  # this process has imported the same libraries as train
+    figures = run_figures(run) | {"interpreter": interpreter}
     if args.measure:
-        found["measured"] = measure(sys.argv[1:] if argv is None else argv, run, found["this"]["memory"]["total"])
+        figures["measured"] = measure(sys.argv[1:] if argv is None else argv, run, figures["this"]["memory"]["total"])
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(figures, indent=2))
         return
-    print(*heading(run, found), "", *memory_table(run, found), "", *flops_table(found), sep="\n")
+    print(*heading(run, figures), "", *memory_table(run, figures), "", *flops_table(figures), sep="\n")
     if args.measure:
-        print("", *comparison(found["this"]["memory"], found["measured"]), sep="\n")
+        print("", *comparison(figures["this"]["memory"], figures["measured"]), sep="\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,7 +21,7 @@ MEMORY = (
 
 
 def run_figures(run: PlannedRun) -> dict[str, Any]:
-    """The figures of the run, and beside them those of full fine-tuning on the same rows."""
+    """The figures of the run, and those of full fine-tuning on the same rows."""
     return {
         "model": run.name,
         "settings": run.settings.values(),
@@ -34,9 +34,9 @@ def run_figures(run: PlannedRun) -> dict[str, Any]:
 
 
 def method_figures(run: PlannedRun, method: Method) -> dict[str, Any]:
-    """Bytes, FLOPs and calls of a step of such a method, and the bytes of the file that it leaves."""
+    """The bytes, FLOPs and calls of a step of a method, and the bytes of the file it saves."""
     settings, storage = run.settings, run.storage
-    if not method.freezes_base:  # nothing is held in 4 bits, or multiplied in 16
+    if not method.freezes_base:  # no weight is held in 4 bits or multiplied in 16
         held = "stored" if storage.frozen == "nf4" else storage.frozen
         storage = storage._replace(frozen=held, mixed_precision="no")
     on_cpu = settings.device != "cuda"

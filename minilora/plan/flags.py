@@ -16,11 +16,17 @@ def parse(argv: list[str] | None, description: str | None) -> tuple[argparse.Nam
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="All flags of python -m minilora.train are taken; its --help explains them.",
+        epilog="All flags of python -m minilora.train are accepted; its --help explains them.",
     )
-    parser.add_argument("--labelled", type=float, default=1.0, metavar="SHARE", help="of the tokens, up to 1 (default)")
+    parser.add_argument(
+        "--labelled",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="the share of tokens with a label, up to 1 (default)",
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object, with sizes in bytes")
-    parser.add_argument("--measure", action="store_true", help="take such a step on the CPU too, and compare")
+    parser.add_argument("--measure", action="store_true", help="also run one such step on the CPU, and compare")
     return parser.parse_known_args(dashed(argv))
 
 

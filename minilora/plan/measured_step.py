@@ -1,7 +1,7 @@
-"""One training step in a process of its own, and the memory it took: what `plan --measure` holds its count against.
+"""One training step in a process of its own, and the memory it took. `plan --measure` compares its count with it.
 
-python -m minilora.plan.measured_step FOLDER takes the weights from there and the flags of `plan`; it prints JSON, in
-bytes.
+python -m minilora.plan.measured_step FOLDER … reads the weights in FOLDER and takes the flags of `plan`. It prints
+JSON, in bytes.
 """
 
 from __future__ import annotations
@@ -41,12 +41,15 @@ def take_step(
 
 
 def measure(run: PlannedRun, folder: Path) -> dict[str, int]:
-    """`imported`: before anything is made, by the system's account. `between_steps` and `peak`: all arrays and objects
-    that are made from then on, by NumPy's and Python's account. `resident`: the most of the whole, by the system's."""
+    """The memory of a step, in bytes.
+
+    `imported` is the process's peak before anything is made, by the system's account. `between_steps` and `peak` cover
+    the arrays and objects made after that, by NumPy's and Python's account. `resident` is its final peak.
+    """
     settings, dtype = run.settings, named_dtype(run.settings.dtype)
     rng = np.random.default_rng(settings.seed)
     warm = np.ones((256, 256), dtype)
-    warm @ warm  # the library of products sets up its threads
+    warm @ warm  # the BLAS sets up its threads
     imported = peak_memory_bytes()
     tracemalloc.start()
     base, _ = load_model(folder, settings.dtype, settings.frozen, settings.mixed_precision)

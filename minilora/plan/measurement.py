@@ -1,4 +1,4 @@
-"""A planned step, taken: in a process of its own, so that the memory it takes is its own."""
+"""Measures a planned step in a process of its own, so that its memory is not mixed with this one's."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from minilora.plan.report import size
 
 
 def measure(flags: Sequence[str], planned: PlannedRun, total: int) -> dict[str, int]:
-    """The measurements of `measured_step` for the same flags; a shape without weights gets random ones.
+    """The measurements of `measured_step` for the same flags. A shape without weights gets random ones.
 
-    ValueError where the machine is too small for it.
+    ValueError if the machine has too little memory.
     """
-    there = facts(1)["memory_bytes"]
-    if there and total > 0.9 * there:
-        raise ValueError(f"--measure: such a step takes {size(total)}, and this machine has {size(there)}")
+    machine_bytes = facts(1)["memory_bytes"]
+    if machine_bytes and total > 0.9 * machine_bytes:
+        raise ValueError(f"--measure: such a step takes {size(total)}, and this machine has {size(machine_bytes)}")
     with tempfile.TemporaryDirectory(prefix="minilora-plan-") as scratch:
         folder = planned.folder or Path(scratch, "model")
         if not planned.folder:
@@ -31,7 +31,7 @@ def measure(flags: Sequence[str], planned: PlannedRun, total: int) -> dict[str, 
 
 
 def run_alone(command: str, *arguments: str) -> str:
-    """The last line that another command prints, in a process of its own, so that the memory it takes is its own."""
+    """Run another command in a process of its own, and return the last line that it prints."""
     done = subprocess.run([sys.executable, "-m", f"minilora.{command}", *arguments], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it ended without a word, perhaps for want of memory"])[-1]

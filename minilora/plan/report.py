@@ -7,7 +7,7 @@ from typing import Any
 from minilora.plan.planned_run import PlannedRun
 
 
-def heading(run: PlannedRun, found: dict[str, Any]) -> list[str]:
+def heading(run: PlannedRun, figures: dict[str, Any]) -> list[str]:
     config, rows_of, k = run.config, run.micro_batch, run.settings.grad_accumulation
     rows = f"{k} × {rows_of.rows}" if k > 1 else str(rows_of.rows)
     held, mixed = run.storage.frozen, run.storage.mixed_precision
@@ -15,19 +15,23 @@ def heading(run: PlannedRun, found: dict[str, Any]) -> list[str]:
         held = f"{held if held == 'nf4' else mixed}, products with them in {mixed}"
     return [
         f"{run.name}: {config.num_hidden_layers} layers of width {config.hidden_size}, "
-        f"{found['parameters']:,} parameters, {size(found['checkpoint_file'])} in {run.storage.file}",
+        f"{figures['parameters']:,} parameters, {size(figures['checkpoint_file'])} in {run.storage.file}",
         f"{rows} × {rows_of.length} tokens, {k * rows_of.labelled:,} with a label; "
         f"computed in {run.storage.dtype}, frozen weights {held}",
     ]
 
 
-def memory_table(run: PlannedRun, found: dict[str, Any]) -> list[str]:
+def memory_table(run: PlannedRun, figures: dict[str, Any]) -> list[str]:
     """The bytes that live between steps, the bytes that a step adds at each moment, and the peak."""
-    this, full, method = found["this"], found["full"], run.method.name
-    share = this["trainable_parameters"] / found["parameters"]
+    planned, full, method = figures["this"], figures["full"], run.method.name
+    share = planned["trainable_parameters"] / figures["parameters"]
     lines = [
         row("", method, "full", f"full / {method}"),
-        row("parameters that train", *(f"{one['trainable_parameters']:,}" for one in (this, full)), f"{share:.3%}"),
+        row(
+            "parameters that train",
+            *(f"{column['trainable_parameters']:,}" for column in (planned, full)),
+            f"{share:.3%}",
+        ),
     ]
 
     def add(name: str, a: int | None, b: int | None, marks: tuple[str, str] = ("", "")) -> None:
@@ -36,7 +40,7 @@ def memory_table(run: PlannedRun, found: dict[str, Any]) -> list[str]:
 
     named = {
         "frozen weights": "weights",
-        "what trains": "trainable",
+        "trained parameters": "trainable",
         f"state of {run.settings.optimizer}": "optimizer",
         "between steps": "between_steps",
         "gradients": "gradients",
@@ -44,34 +48,34 @@ def memory_table(run: PlannedRun, found: dict[str, Any]) -> list[str]:
         "a chunk of the loss": "loss_chunk",
     }
     for name, key in named.items():
-        add(name, this["memory"][key], full["memory"][key])
+        add(name, planned["memory"][key], full["memory"][key])
     lines.append("a step adds")
-    for moment in this["memory"]["moments"] | full["memory"]["moments"]:
-        a, b = (one["memory"]["moments"].get(moment) for one in (this, full))
-        first, second = ("→ " if one["memory"]["fullest"] == moment else "" for one in (this, full))
+    for moment in planned["memory"]["moments"] | full["memory"]["moments"]:
+        a, b = (column["memory"]["moments"].get(moment) for column in (planned, full))
+        first, second = ("→ " if column["memory"]["fullest"] == moment else "" for column in (planned, full))
         add(f"  at {moment}", a, b, (first, second))
-    add("the most at any time", this["memory"]["total"], full["memory"]["total"])
-    lines.append(row("interpreter and libraries, about", *[size(found["interpreter"])] * 2, ""))
-    add("the file that is left", this["saved_file"], full["saved_file"])
+    add("the most at any time", planned["memory"]["total"], full["memory"]["total"])
+    lines.append(row("interpreter and libraries, about", *[size(figures["interpreter"])] * 2, ""))
+    add("the saved file", planned["saved_file"], full["saved_file"])
     return lines
 
 
-def flops_table(found: dict[str, Any]) -> list[str]:
+def flops_table(figures: dict[str, Any]) -> list[str]:
     """FLOPs of a step by what they are for, and its calls."""
-    this, full = found["this"], found["full"]
-    ways = [one["flops"][way] for one in (this, full) for way in ("forward", "backward")]
+    planned, full = figures["this"], figures["full"]
+    ways = [column["flops"][way] for column in (planned, full) for way in ("forward", "backward")]
     lines = [row("FLOPs of a step", "forward", "backward", "full: forward", "backward")]
     for part, name in (
         ("weights", "frozen products"),
-        ("trained", "because of what trains"),
+        ("trained", "products for training"),
         ("attention", "attention"),
         ("head", "head"),
     ):
         lines.append(row(name, *(f"{way[part]:.3g}" for way in ways)))
     lines.append(row("sum", *(f"{sum(way.values()):.3g}" for way in ways)))
-    lines.append(row("calls", f"{this['calls']:,}", "", f"{full['calls']:,}", ""))
+    lines.append(row("calls", f"{planned['calls']:,}", "", f"{full['calls']:,}", ""))
     lines.append(
-        f"{this['flops']['total']:.4g} in all, full {full['flops']['total']:.4g}; head {this['head_share']:.1%}"
+        f"{planned['flops']['total']:.4g} in all, full {full['flops']['total']:.4g}; head {planned['head_share']:.1%}"
     )
     return lines
 

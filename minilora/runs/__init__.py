@@ -1,1 +1,1 @@
-"""One run on disk: its settings, its data, its folder, and how it is judged."""
+"""One run on disk: its settings, its data, its folder and its evaluation."""

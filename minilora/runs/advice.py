@@ -1,7 +1,7 @@
-"""Advice where it is needed: sentences made of this run's own figures, for its end and for when it has to stop.
+"""Advice at the end of a run, or when it has to stop: sentences made from the figures of the run.
 
-What is said when stands in the constants below, and nowhere else. Single batches are noisy, so the training loss is
-always a mean over a tenth of the run; held-out losses are of the same rows each time and are taken as they are.
+The constants below are the only thresholds. Single batches are noisy, so the training loss is always a mean over a
+tenth of the run. Held-out losses are measured on the same rows each time, and are taken as they are.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from minilora.methods.setting import settings_of, values_of
 from minilora.methods.targets import ALL_LINEAR
 from minilora.runs.settings import Settings
 
-LEAST_STEPS = 20  # a shorter run is a trial, of which nothing is said
-SMALL = 0.05  # nats per token: a smaller loss has nothing left to fall, and a smaller rise is no harm
-FLAT = 0.02  # the loss is flat if neither in training nor held out it surely fell by more than this share of itself
-DOUBT = 0.05  # … or, where nothing is held out, if in training it surely fell by less than this share
-RISE = 0.25  # training goes wrong if its loss ends higher above its lowest than this share of it …
-NOISE = 4  # … and than so many standard errors of the difference; for a fall, half as many are "surely"
-GAP = 0.05  # overfitting: the validation loss ends higher above its lowest than this share, and training fell meanwhile
+LEAST_STEPS = 20  # a shorter run is a trial and gets no advice
+SMALL = 0.05  # nats per token: a smaller loss is low enough, and a smaller rise does no harm
+FLAT = 0.02  # the loss is flat if neither the training nor the held-out loss surely fell by more than this share
+DOUBT = 0.05  # if nothing is held out, it is flat if the training loss surely fell by less than this share
+RISE = 0.25  # training goes wrong if its loss ends above its lowest by more than this share of the lowest …
+NOISE = 4  # … and by more than this many standard errors of the difference; a fall is sure from half as many on
+GAP = 0.05  # a run overfits if its validation loss ends above its lowest by more than this share, and training fell
 
 
 class Span(NamedTuple):
@@ -33,16 +33,16 @@ class Span(NamedTuple):
     error: float  # the standard error of the mean
 
     @property
-    def told(self) -> str:
+    def in_words(self) -> str:
         return f"{self.mean:.3g} in steps {self.steps.start} to {self.steps.stop - 1}"
 
 
 def advise(
     lines: Sequence[dict[str, Any]], settings: Settings, base_loss: float = math.nan, adapted_loss: float = math.nan
 ) -> list[str]:
-    """Advice after a run, in sentences drawn from metrics.jsonl; none if all went well.
+    """Advice after a run, in sentences, from the lines of metrics.jsonl; none if all went well.
 
-    base_loss and adapted_loss are held out, before and after; NaN where nothing is.
+    base_loss and adapted_loss are the held-out losses before and after training, or NaN if nothing is held out.
     """
     spans = _spans(lines)
     if not spans:
@@ -82,7 +82,7 @@ def out_of_memory(settings: Settings, longest: int) -> str:
 
 
 def _spans(lines: Sequence[dict[str, Any]]) -> list[Span]:
-    """Every tenth of the run, step by step along it; none for a short run."""
+    """Every tenth of the run: a window that slides along it step by step. Empty for a short run."""
     steps, losses = [], []
     for line in lines:
         if line.get("loss") is not None:
@@ -104,8 +104,8 @@ def _rose(spans: Sequence[Span], settings: Settings) -> str:
     if last.mean - lowest.mean <= max(SMALL, RISE * lowest.mean, noise):
         return ""
     return (
-        f"The training loss rose: {lowest.told}, {last.told}. It was close to diverging. What usually helps, in this "
-        f"order: {_calmer(settings)}."
+        f"The training loss rose: {lowest.in_words}, {last.in_words}. It was close to diverging. What usually "
+        f"helps, in this order: {_calmer(settings)}."
     )
 
 
@@ -116,7 +116,7 @@ def _flat(spans: Sequence[Span], settings: Settings, base_loss: float, adapted_l
         fell = fall > max(FLAT * first.mean, noise) or base_loss - adapted_loss > FLAT * base_loss
     else:
         fell = fall + noise > DOUBT * first.mean
-    rose = -fall > RISE * first.mean  # another matter
+    rose = -fall > RISE * first.mean  # `_rose` reports it
     if fell or rose or last.mean < SMALL:
         return ""
     held_out = f"; held out {base_loss:.3g} before, {adapted_loss:.3g} after" if math.isfinite(base_loss) else ""
@@ -126,8 +126,8 @@ def _flat(spans: Sequence[Span], settings: Settings, base_loss: float, adapted_l
         f"more steps (now {last.steps.stop - 1})",
     ]
     return (
-        f"The training loss hardly fell: {first.told}, {last.told}{held_out}. What usually helps, in this order: "
-        f"{'; '.join(ways)}. With --show-batch you see what is trained."
+        f"The training loss hardly fell: {first.in_words}, {last.in_words}{held_out}. What usually helps, in this "
+        f"order: {'; '.join(ways)}. With --show-batch you see what is trained."
     )
 
 
@@ -138,8 +138,8 @@ def _gap(lines: Sequence[dict[str, Any]], spans: Sequence[Span], settings: Setti
     (lowest, best_step), (end, end_step) = min(valid), valid[-1]
     if end - lowest <= max(SMALL, GAP * lowest):
         return ""
-    then, now = min(spans, key=lambda span: abs(span.steps.stop - 1 - best_step)), spans[-1]  # that ends at best_step
-    if now.mean >= then.mean:
+    at_best, last = min(spans, key=lambda span: abs(span.steps.stop - 1 - best_step)), spans[-1]
+    if last.mean >= at_best.mean:
         return ""
     ways = [
         "more rows, or more varied ones",
@@ -148,13 +148,13 @@ def _gap(lines: Sequence[dict[str, Any]], spans: Sequence[Span], settings: Setti
     ]
     return (
         f"Overfitting: the validation loss was lowest, {lowest:.3g}, at step {best_step} and rose to {end:.3g} at step "
-        f"{end_step}, while the training loss went from {then.mean:.3g} to {now.mean:.3g}. What was kept is step "
-        f"{best_step}. What usually helps: {'; '.join(ways)}."
+        f"{end_step}, while the training loss went from {at_best.mean:.3g} to {last.mean:.3g}. The weights of step "
+        f"{best_step} were kept. What usually helps: {'; '.join(ways)}."
     )
 
 
 def _calmer(settings: Settings, warmup: float | None = None) -> str:
-    """Ways to smaller steps, with the settings as they are."""
+    """Ways to make smaller steps, with the current settings."""
     ways = [
         f"a lower --learning-rate (now {settings.learning_rate:g})",
         f"a longer --warmup (now {settings.warmup if warmup is None else f'{warmup} steps'})",
@@ -168,7 +168,7 @@ def _calmer(settings: Settings, warmup: float | None = None) -> str:
 
 
 def _more(settings: Settings) -> list[str]:
-    """Ways to train more numbers."""
+    """Ways to train more parameters."""
     targets = " ".join(_chosen(settings).get("target_modules", [ALL_LINEAR]))
     more = [] if targets == ALL_LINEAR else [f"more --target-modules (now {targets})"]
     return [*more, *_capacity(settings, "higher")]
@@ -181,9 +181,9 @@ def _less(settings: Settings) -> list[str]:
 
 
 def _capacity(settings: Settings, direction: str) -> list[str]:
-    """The flags that set how many numbers the method trains, and their values; those that can go that way."""
+    """The flags that set how many parameters the method trains, and their values, if they can go in `direction`."""
     declared, chosen = settings_of(type(settings.method)), _chosen(settings)
-    flags = {name: one.flag for name, one in declared.items() if one.declaration.capacity and name in chosen}
+    flags = {name: known.flag for name, known in declared.items() if known.declaration.capacity and name in chosen}
     return [
         f"a {direction} {flag} (now {chosen[name]:g})"
         for name, flag in flags.items()
@@ -192,5 +192,5 @@ def _capacity(settings: Settings, direction: str) -> list[str]:
 
 
 def _chosen(settings: Settings) -> dict[str, Any]:
-    """The method's settings; none where training takes up an adapter, which has its own."""
+    """The method's settings; empty if training starts from an adapter, which has settings of its own."""
     return {} if settings.adapter else values_of(settings.method)

@@ -1,4 +1,4 @@
-"""The quality of a model: loss, exact match of generated answers, and drift from the base model."""
+"""The quality of a model: exact match of generated answers, and drift from the base model."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def answers(
     batch_size: int = 64,
     on_batch: Callable[[int], Any] = lambda count: None,
 ) -> list[str]:
-    """The greedy completion of each row's prompt. `on_batch` hears how many more rows are done."""
+    """The greedy completion of each row's prompt. `on_batch` is called with the number of rows in each batch done."""
     prompts = [tokenizer.with_bos(tokenizer.encode(row["prompt"])) for row in rows]
     longest = max(len(tokenizer.encode(row["completion"])) for row in rows)  # no right answer is longer
     texts = [""] * len(rows)
-    asked = [i for i in range(len(rows)) if prompts[i]]  # nothing can be asked by an empty prompt
+    asked = [i for i in range(len(rows)) if prompts[i]]  # an empty prompt asks nothing
     order = sorted(asked, key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
@@ -48,7 +48,7 @@ def exact_match(texts: Sequence[str], rows: Sequence[Row]) -> float:
 
 
 def can_be_matched(rows: Sequence[Row]) -> bool:
-    """Exact match is asked of rows that give a prompt and one right completion, both as text."""
+    """Whether the exact match is defined: every row gives a prompt and one right completion, both as text."""
     return bool(rows) and all(
         isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str) for row in rows
     )
@@ -57,8 +57,8 @@ def can_be_matched(rows: Sequence[Row]) -> bool:
 def drift(base: Model, adapted: Model, batches: Sequence[Batch], chunk: int = 512) -> float:
     """KL(base ‖ adapted) = Σ_v p_v (log p_v − log q_v), in nats, as the mean over all tokens of the batches. (docs: T9)
 
-    p is the base's and q the adapted model's distribution of the next token. On text outside the task it tells how far
-    fine-tuning has moved the model where nobody asked it to.
+    p is the base's and q the adapted model's distribution of the next token. On text outside the task, the drift is an
+    unwanted effect of fine-tuning.
     """
     total, count = 0.0, 0
     for batch in batches:
@@ -73,15 +73,15 @@ def drift(base: Model, adapted: Model, batches: Sequence[Batch], chunk: int = 51
 
 
 def largest_logit_difference(
-    one: Model, other: Model, batches: Sequence[Batch], chunk: int = 512
+    model: Model, other: Model, batches: Sequence[Batch], chunk: int = 512
 ) -> tuple[float, float]:
-    """The largest |difference| of two models' logits over all tokens of the batches; and `one`'s largest |logit|."""
+    """The largest |difference| of two models' logits over all tokens of the batches, and `model`'s largest |logit|."""
     difference = largest = 0.0
     for batch in batches:
         real = xp.flatnonzero(to_device(batch.segments).reshape(-1))
-        hidden, other_hidden = hidden_states(one, batch)[0][real], hidden_states(other, batch)[0][real]
+        hidden, other_hidden = hidden_states(model, batch)[0][real], hidden_states(other, batch)[0][real]
         for start in range(0, len(real), chunk):
-            logits = one.sites[HEAD].forward(hidden[start : start + chunk])[0]
+            logits = model.sites[HEAD].forward(hidden[start : start + chunk])[0]
             other_logits = other.sites[HEAD].forward(other_hidden[start : start + chunk])[0]
             difference = max(difference, float(xp.abs(logits - other_logits).max()))
             largest = max(largest, float(xp.abs(logits).max()))
@@ -95,7 +95,7 @@ def _log_softmax(logits: Array) -> Array:
 
 
 def outside_text(tokenizer: Tokenizer, texts: int = 16, length: int = 128) -> list[Batch]:
-    """Text outside any task, at hand wherever Python is: the beginnings of its language reference's topics."""
+    """Text outside any task that every Python has: the beginnings of the topics of its language reference."""
     topics = pydoc_data.topics.topics
     names = sorted(topics)[:: max(1, len(topics) // texts)][:texts]
     examples = []

@@ -24,7 +24,7 @@ def train_in(
     on_save: Callable[[State], None] = lambda state: None,
     report_to: str = "none",
 ) -> None:
-    """`train`, leaving in `folder` what resuming needs; `on_save` may write more beside it.
+    """Run `train` and keep in `folder` all that resuming needs. `on_save` may write more beside it.
 
     Raises Diverged, leaving the last saved state in place.
     """

@@ -21,8 +21,8 @@ def load(
 ) -> tuple[Model, Tokenizer]:
     """The base model of a folder, or of an id of the Hugging Face Hub, and its tokenizer.
 
-    `frozen` says how the weights are held, as the commands' `--frozen` does. `device` is `cpu`, `cuda` or `auto`, and
-    holds for the whole process.
+    `frozen` says how the weights are held, as the commands' `--frozen` does. `device` is `cpu`, `cuda` or `auto`, for
+    the whole process.
     """
     use(device)
     folder = find_model(str(model), revision).folder
@@ -30,8 +30,10 @@ def load(
 
 
 def load_adapter(model: Model, adapter: str | Path) -> Model:
-    """The model with the adapter of a folder (PEFT's layout or mlx-lm's) or of a hub id. `model` itself stays as it is,
-    so several adapters can share it."""
+    """The model with the adapter of a folder (PEFT's layout or mlx-lm's) or of a hub id.
+
+    `model` itself stays as it is, so several adapters can share it.
+    """
     return adapters.load_adapter(model, find_adapter(str(adapter)).folder)
 
 
@@ -58,7 +60,7 @@ def complete(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> str | list[str]:
-    """The continuation of a prompt, or of each prompt of a list, which then are one batch.
+    """The continuation of a prompt, or of each prompt of a list. A list is computed as one batch.
 
     It ends before the model's end-of-text token, after `max_tokens` tokens, or where the model's context is full.
     Temperature 0 takes the most probable token each time. ValueError if a prompt is empty or fills the context.

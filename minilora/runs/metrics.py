@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a line, as training goes; and the same for TensorBoard, where it is asked for.
+"""`metrics.jsonl`: one JSON object per line, written during training, and a copy for TensorBoard if asked for.
 
 In pandas: `pandas.read_json("runs/rows-1/metrics.jsonl", lines=True)`.
 """
@@ -15,11 +15,11 @@ from typing import Any
 from minilora.formats.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
-TENSORBOARD = "tensorboard"  # the folder beside it
+TENSORBOARD = "tensorboard"  # the folder beside METRICS_FILE
 
 
 def check_report_to(report_to: str) -> None:
-    """ValueError if that needs a package which is missing."""
+    """ValueError if the log needs a package that is not installed."""
     if report_to == TENSORBOARD and importlib.util.find_spec("tensorboardX") is None:
         raise ValueError("--report-to tensorboard needs one more package: pip install 'minilora[tensorboard]'")
 
@@ -34,9 +34,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 class MetricsFile:
-    """Appends lines; on resuming, lines of steps that will be run again are dropped first.
+    """Appends lines. On resuming, lines of steps that will be run again are dropped first.
 
-    TensorBoard's files can only grow. So they are written anew from the lines that are left: no step is there twice.
+    TensorBoard's files can only grow, so they are written anew from the lines that remain: no step is in them twice.
     """
 
     def __init__(self, folder: Path, step: int, report_to: str = "none") -> None:
@@ -54,14 +54,14 @@ class MetricsFile:
                 self._show(line)
 
     def write(self, **values: float | int) -> None:
-        """Values of one step. What is no finite number is null in the file: JSON has no NaN."""
+        """Append the values of one step. JSON has no NaN, so numbers that are not finite become null."""
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         self._show(line)
 
     def _show(self, line: Mapping[str, Any]) -> None:
-        """To TensorBoard, under the names that transformers gives: train/loss, eval/loss."""
+        """Log to TensorBoard, under the names that transformers uses: train/loss, eval/loss."""
         if self.board is not None:
             for name, value in line.items():
                 if name != "step" and value is not None:

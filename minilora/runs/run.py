@@ -42,7 +42,7 @@ class Run:
     """The parts of a run. `adapted` shares the arrays of `state.trainable`: training changes it, never `base`."""
 
     settings: Settings
-    source: Source  # of the base model
+    source: Source  # the base model's folder, hub id and revision
     folder: Path
     plan: Plan
     task: Task
@@ -56,7 +56,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Judgement:
-    """How a model does on the held-out part. The exact match is None where the task has no single right answer."""
+    """A model's figures on the held-out part. The exact match is None if rows have no single right answer."""
 
     loss: float
     exact_match: float | None
@@ -64,9 +64,9 @@ class Judgement:
 
 
 def prepare(settings: Settings, folder: Path) -> Run:
-    """Everything up to the first step. ValueError or OSError for what the user can mend."""
+    """Do everything up to the first step. ValueError or OSError for mistakes that the user can mend."""
     source = find_model(settings.model, settings.revision)
-    # pinned: --resume takes the very same
+    # The revision and the day are pinned, so that --resume uses the same ones.
     day = settings.date or date.today().isoformat()
     settings = replace(settings, model=source.hub_id or settings.model, revision=source.revision, date=day)
     model_folder = source.folder
@@ -101,7 +101,7 @@ def prepare(settings: Settings, folder: Path) -> Run:
 
 
 def check_tied(settings: Settings, base: Config, adapted: Config) -> None:
-    """ValueError where the method would part the embedding and the head of a tied model, and nobody asked for it."""
+    """ValueError if the method would untie the embedding and the head of the model without being asked to."""
     if base.tie_word_embeddings and not (adapted.tie_word_embeddings or settings.untie or settings.adapter):
         raise ValueError(
             "embedding and head of this model are one matrix, and this method trains one of them: say --untie to make "
@@ -110,12 +110,12 @@ def check_tied(settings: Settings, base: Config, adapted: Config) -> None:
 
 
 def default_max_length(model: Model) -> int:
-    """`--max-length` where it is not given: what the model was made for, without virtual tokens, but at most 1024."""
+    """The default of `--max-length`: the model's context length less the virtual tokens, but at most 1024."""
     return min(model.config.max_position_embeddings - model.virtual_tokens, 1024)
 
 
 def make_plan(settings: Settings, task: Task) -> Plan:
-    """The settings in numbers of steps."""
+    """The plan of training, in which steps replace epochs, shares and defaults."""
     an_epoch = steps_per_epoch(task.rows, settings.batch_size, settings.grad_accumulation)
     steps = settings.steps or math.ceil(settings.epochs * an_epoch)
     return Plan(
@@ -134,10 +134,10 @@ def make_plan(settings: Settings, task: Task) -> Plan:
 
 
 def train_run(run: Run) -> None:
-    """Train, and leave the outcome in the run folder. Raises Diverged, with advice; the last good state stays there."""
+    """Train, and write the outcome into the run folder. Raises Diverged, with advice, and keeps the last good state."""
 
     def on_save(state: State) -> None:
-        if run.method.freezes_base:  # small: the folder always holds an adapter that can be used
+        if run.method.freezes_base:  # adapters are small, so the folder always holds a usable one
             write_outcome(run, state.best or {name: to_host(p) for name, p in state.trainable.items()})
 
     task, pad_id = run.task, run.tokenizer.pad_id
@@ -150,7 +150,7 @@ def train_run(run: Run) -> None:
 
 
 def write_outcome(run: Run, tensors: dict[str, np.ndarray[Any, Any]]) -> None:
-    """The adapter in the format asked for; after full fine-tuning, a whole checkpoint."""
+    """Write the adapter in the chosen format, or after full fine-tuning a whole checkpoint."""
     if not run.method.freezes_base:
         write_checkpoint(run.folder, run.raw_config, tensors)
         save_tokenizer_files(run.source.folder, run.folder)
@@ -161,7 +161,7 @@ def write_outcome(run: Run, tensors: dict[str, np.ndarray[Any, Any]]) -> None:
 
 
 def judge(run: Run, model: Model) -> Judgement:
-    """Held-out loss; and, where rows have one right answer, the share of them that greedy generation finds."""
+    """The held-out loss and, if rows have one right answer, the share that greedy generation gets right."""
     rows = run.task.held_out_rows[: run.settings.eval_rows]
     loss = mean_loss(model, run.task.held_out) if run.task.held_out else math.nan
     if not can_be_matched(rows):

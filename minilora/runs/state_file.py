@@ -16,7 +16,7 @@ NUMBERS = ("step", "tokens", "seconds", "best_loss", "best_step", "evaluations_w
 
 
 def save_state(state: State, folder: Path) -> None:
-    """Write the state beside the old one, then put it in its place: a kill leaves one or the other, whole."""
+    """Write the state beside the old file, then replace that file: a kill leaves a whole file, the old or the new."""
     tensors = {f"trainable.{name}": to_host(p) for name, p in state.trainable.items()}
     tensors |= {f"optimizer.{name}": to_host(a) for name, a in state.optimizer.state().items()}
     tensors |= {f"best.{name}": a for name, a in state.best.items()}
@@ -33,7 +33,7 @@ def save_state(state: State, folder: Path) -> None:
 
 
 def load_state(state: State, folder: Path) -> None:
-    """Go back to the saved state, in place: the model shares these arrays. ValueError if it is another run's."""
+    """Restore the saved state in place, because the model shares these arrays. ValueError if it is another run's."""
     path = folder / STATE_FILE
     with open_safetensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -49,7 +49,7 @@ def load_state(state: State, folder: Path) -> None:
     state.order.permutation = tensors["order"]
     state.order.epoch, state.order.cursor = json.loads(metadata["order"])
     state.rng.bit_generator.state = json.loads(metadata["rng"])
-    if "loss_scale" in metadata:  # not in states of before there was one
+    if "loss_scale" in metadata:  # states of older versions have none
         state.loss_scale = LossScale(**json.loads(metadata["loss_scale"]))
     state.best = {name.removeprefix("best."): a for name, a in tensors.items() if name.startswith("best.")}
     for name, value in json.loads(metadata["numbers"]).items():

@@ -24,18 +24,18 @@ BUILT_IN_ROWS = {"train": 8000, "valid": 100, "test": 200}
 
 @dataclass(frozen=True)
 class Task:
-    """Rows to train on, batches to validate on, and the held-out rows by which the outcome is judged."""
+    """The rows to train on, the batches to validate on, and the held-out rows that judge the outcome."""
 
     rows: Rows
     valid: list[Batch]
-    held_out: list[Batch]  # test, or valid where there is no test
+    held_out: list[Batch]  # the test part, or valid if there is no test part
     held_out_rows: list[Row]
     figures: dict[str, dict[str, Any]]  # the figures of each part, as in data/report.py
-    report: list[str]  # the same for people
+    report: list[str]  # the same in sentences
 
     @property
     def digest(self) -> str:
-        """A checksum of all tokens that train, and where: a resumed run must find the same."""
+        """A checksum of all training rows and their order: a resumed run must find the same."""
         checksum = 0
         for row in self.rows:
             checksum = zlib.crc32(json.dumps(row).encode(), checksum)
@@ -43,7 +43,7 @@ class Task:
 
 
 def load_task(settings: Settings, tokenizer: Tokenizer, max_length: int) -> Task:
-    """Read, split, encode and (with `packing`) pack the data. ValueError where it cannot be trained on."""
+    """Read, split, encode and (with `packing`) pack the data. ValueError if the data cannot be trained on."""
     data = load_data(settings)
     encoded = {
         name: encode_rows(rows, tokenizer, max_length, settings.train_on)
@@ -90,7 +90,7 @@ def load_data(settings: Settings) -> Dataset:
 
 
 def _an_epoch(rows: Rows, settings: Settings) -> list[Rows]:
-    """The rows of each micro-batch of one epoch, dealt as the training loop deals them, but from a draw of its own."""
+    """The rows of each micro-batch of one epoch, dealt as the training loop does, with a random order of its own."""
     order, rng = Order(len(rows)), np.random.default_rng(settings.seed)
     groups: list[Rows] = []
     step = settings.batch_size * settings.grad_accumulation
