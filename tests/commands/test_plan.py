@@ -181,7 +181,7 @@ def check_memory(
     config: Config,
     method: Method,
     work: Rows,
-    storage: Storage = Storage(),
+    storage: Storage = Storage(),  # noqa: B008
     optimizer: str = "adamw",
     checkpointing: bool = False,
     k: int = 1,
