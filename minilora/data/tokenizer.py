@@ -1,7 +1,8 @@
 """Text to tokens and back, and conversations to text, exactly as a model's own folder says."""
 
+import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, cached_property
@@ -12,7 +13,9 @@ import jinja2
 import tokenizers
 
 from minilora.data.chat_template import compile_template, read_templates
-from minilora.formats.files import read_json
+from minilora.formats.files import read_json, write_json
+from minilora.formats.gguf import is_gguf
+from minilora.formats.gguf_tokenizer import tokenizer_files
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -39,29 +42,23 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path, now: datetime | None = None) -> "Tokenizer":
-        """Read a Hugging Face model folder.
+        """Read a Hugging Face model folder, or a GGUF file.
 
         Whether BOS is added is decided by the post-processor in tokenizer.json, as in transformers 5. `now` is the time
         of loading where it is not given. Raises FileNotFoundError without tokenizer.json, ValueError where a file
         cannot be understood.
         """
         folder = Path(folder)
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} not found; copy it from the model's release")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{file}: not a tokenizer that `tokenizers` can read ({error})") from error
+        read, backend = _reader(folder)
         backend.no_truncation()  # a saved truncation would silently shorten every row
         backend.no_padding()
 
-        config = _read_if_there(folder / "special_tokens_map.json") | _read_if_there(folder / "tokenizer_config.json")
+        config = read("special_tokens_map.json") | read("tokenizer_config.json")
         roles = {role: text for role in ROLES if (text := _token_text(config.get(role)))}
         ids = {role: backend.token_to_id(text) for role, text in roles.items()}
-        stops = _as_list(_read_if_there(folder / "generation_config.json").get("eos_token_id"))
+        stops = _as_list(read("generation_config.json").get("eos_token_id"))
         if ids.get("eos_token") is None:
-            stops = stops or _as_list(_read_if_there(folder / "config.json").get("eos_token_id"))
+            stops = stops or _as_list(read("config.json").get("eos_token_id"))
             if stops:
                 ids["eos_token"] = stops[0]
                 roles["eos_token"] = backend.id_to_token(stops[0]) or ""
@@ -153,9 +150,28 @@ _compiled = cache(compile_template)
 def save_tokenizer_files(source: Path, target: Path) -> None:
     """Copy the tokenizer's files, those that `source` has, so that `target` is a folder to load from."""
     target.mkdir(parents=True, exist_ok=True)
+    if is_gguf(source):
+        for name, value in tokenizer_files(source).items():
+            write_json(target / name, value)
+        return
     for name in TOKENIZER_FILES:
         if (source / name).is_file() and source.resolve() != target.resolve():
             shutil.copyfile(source / name, target / name)
+
+
+def _reader(folder: Path) -> tuple[Callable[[str], dict[str, Any]], tokenizers.Tokenizer]:
+    """What reads a JSON file of the folder, {} if it is not there, and the tokenizer of tokenizer.json."""
+    if is_gguf(folder):
+        files = tokenizer_files(folder)
+        return (lambda name: files.get(name, {})), tokenizers.Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} not found; copy it from the model's release")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{file}: not a tokenizer that `tokenizers` can read ({error})") from error
+    return (lambda name: read_json(folder / name) if (folder / name).is_file() else {}), backend
 
 
 def _prefix(backend: tokenizers.Tokenizer) -> list[int]:
@@ -163,11 +179,6 @@ def _prefix(backend: tokenizers.Tokenizer) -> list[int]:
     plain = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a").ids
     return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
-
-
-def _read_if_there(file: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is no such file."""
-    return read_json(file) if file.is_file() else {}
 
 
 def _token_text(token: Any) -> str | None:

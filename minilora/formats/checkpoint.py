@@ -1,4 +1,7 @@
-"""Hugging Face checkpoints in and out: `config.json` and `model.safetensors`, whole or in shards, read strictly."""
+"""Hugging Face checkpoints in and out: `config.json` and `model.safetensors`, whole or in shards, read strictly.
+
+Where a model is read, a GGUF file may stand for the folder.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import numpy as np
 
 from minilora.backend import HostArray
 from minilora.formats.files import check_shapes, open_safetensors, read_json, write_json, write_safetensors
+from minilora.formats.gguf import gguf_config, gguf_weights, is_gguf
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, Shape, parameter_shapes
 
@@ -29,6 +33,9 @@ MISFIT = "The weights and config.json do not belong together."
 def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
     """The configuration of a checkpoint, parsed and as it stands in the file."""
     folder = Path(folder)
+    if is_gguf(folder):
+        raw = gguf_config(folder)
+        return _parsed(folder, raw), raw
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder}: no such folder. minilora reads local checkpoints: "
@@ -40,8 +47,12 @@ def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
 def read_config_file(path: Path) -> tuple[Config, dict[str, Any]]:
     """The same, from one file."""
     raw = read_json(path)
+    return _parsed(path, raw), raw
+
+
+def _parsed(path: Path, raw: dict[str, Any]) -> Config:
     try:
-        return Config.from_dict(raw), raw
+        return Config.from_dict(raw)
     except (ValueError, TypeError, ArithmeticError) as error:  # the last two: a text or a zero where a number belongs
         raise ValueError(f"{path}: {str(error).removeprefix('config.json: ')}") from error
 
@@ -64,12 +75,14 @@ class Weights(Mapping[str, HostArray]):
         return len(self.places)
 
 
-def read_weights(folder: Path, config: Config) -> Weights:
+def read_weights(folder: Path, config: Config) -> Mapping[str, HostArray]:
     """Every tensor of the configuration, and not one more or less.
 
     Two things that old files hold are passed over: buffers of RoPE, and the head of a tied model if it is a copy.
     """
     folder = Path(folder)
+    if is_gguf(folder):
+        return gguf_weights(folder, config)
     places: dict[str, Path] = {}
     found: dict[str, Shape] = {}
     for path in _weight_files(folder):

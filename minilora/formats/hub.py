@@ -1,4 +1,4 @@
-"""Models and adapters by name: a folder, or a repository of the Hugging Face Hub.
+"""Models and adapters by name: a folder, a GGUF file, or a repository of the Hugging Face Hub.
 
 Repositories are fetched into the cache that all tools share. Without a network, or with HF_HUB_OFFLINE=1, that cache is
 all there is.
@@ -22,7 +22,7 @@ HUB_ID = re.compile(r"[a-zA-Z0-9][\w.-]*/[a-zA-Z0-9][\w.-]*(@.+)?", re.ASCII)
 class Source(NamedTuple):
     """The place of a model or adapter that the user named. `hub_id` and `revision` are empty for a folder."""
 
-    folder: Path
+    folder: Path  # of a model, it may be one file in the GGUF format instead
     hub_id: str = ""
     revision: str = ""  # the commit, whatever branch or tag was asked for
 
@@ -33,8 +33,8 @@ class Source(NamedTuple):
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` is like `owner/name` or `owner/name@revision`. A folder that exists wins."""
-    return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    """Whether `name` is like `owner/name` or `owner/name@revision`. A folder that exists wins; a .gguf is a file."""
+    return HUB_ID.fullmatch(name) is not None and not Path(name).exists() and not name.endswith(".gguf")
 
 
 def find_model(name: str, revision: str = "", files: tuple[str, ...] = MODEL_FILES) -> Source:
@@ -52,6 +52,8 @@ def find_adapter(name: str) -> Source:
 def _find(flag: str, name: str, revision: str, files: tuple[str, ...]) -> Source:
     if not is_hub_id(name):
         if not Path(name).exists():
+            if name.endswith(".gguf"):
+                raise FileNotFoundError(f"{flag} {name}: no such file")
             hint = "and not an id of the Hugging Face Hub, such as HuggingFaceTB/SmolLM2-135M"
             raise FileNotFoundError(f"{flag} {name}: no such folder, {hint}")
         return Source(Path(name))

@@ -1,4 +1,4 @@
-"""A model folder as a Model that runs."""
+"""A model folder, or a GGUF file, as a Model that runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from minilora.formats.checkpoint import read_config, read_weights
+from minilora.formats.gguf import gguf_weights, is_gguf
 from minilora.model.base import base_model
 from minilora.model.model import Model
 
@@ -19,4 +20,5 @@ def load_model(
 ) -> tuple[Model, dict[str, Any]]:
     """The base model of a checkpoint, everything frozen, and its config.json."""
     config, raw = read_config(folder)
-    return base_model(config, read_weights(folder, config), np.dtype(dtype), frozen, mixed_precision), raw
+    weights = gguf_weights(folder, config, blocks=True) if is_gguf(folder) else read_weights(folder, config)
+    return base_model(config, weights, np.dtype(dtype), frozen, mixed_precision), raw

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from minilora.backend import Array, HostArray, narrow, supports, to_device, widen
+from minilora.frozen.gguf import Blocks, BlockWeight
 from minilora.frozen.half import HALVES, HalfWeight
 from minilora.frozen.nf4 import NF4Weight
 from minilora.frozen.stored import StoredWeight
@@ -19,15 +21,20 @@ def widened(array: HostArray, dtype: Any) -> FrozenWeight:
     return DenseWeight(widen(to_device(_portable(array, dtype)), dtype))
 
 
-def stored(array: HostArray, dtype: Any) -> FrozenWeight:
-    """W in bfloat16 or float16 as the checkpoint has it, widened at each use: half the memory, the same results."""
+def stored(array: HostArray | Blocks, dtype: Any) -> FrozenWeight:
+    """W as the checkpoint has it, in bfloat16, float16 or the blocks of a GGUF file, widened at each use: less memory,
+    the same results."""
+    if isinstance(array, Blocks):
+        return BlockWeight(array, dtype)
     if array.dtype.itemsize >= np.dtype(dtype).itemsize:
         return widened(array, dtype)
     return StoredWeight(to_device(_portable(array, dtype)), dtype)
 
 
-def offloaded(array: HostArray, dtype: Any) -> FrozenWeight:
+def offloaded(array: HostArray | Blocks, dtype: Any) -> FrozenWeight:
     """W as the checkpoint has it, in the memory of the host; it is on the GPU only while it is used."""
+    if isinstance(array, Blocks):
+        return BlockWeight(array, dtype)
     return StoredWeight(_portable(array, dtype), dtype)
 
 
@@ -36,12 +43,18 @@ def nf4(array: HostArray, dtype: Any) -> FrozenWeight:
     return NF4Weight(widen(to_device(_portable(array, np.float32)), np.float32), dtype)
 
 
-WAYS = {"widened": widened, "stored": stored, "nf4": nf4, "offloaded": offloaded}
+WAYS: dict[str, Callable[[Any, Any], FrozenWeight]] = {
+    "widened": widened,
+    "stored": stored,
+    "nf4": nf4,
+    "offloaded": offloaded,
+}
 FROZEN = tuple(WAYS)
+AS_IT_IS = ("stored", "offloaded")  # ways in which blocks stay blocks
 MIXED_PRECISION = ("no", *HALVES)
 
 
-def hold(array: HostArray, dtype: Any, frozen: str = "widened", mixed_precision: str = "no") -> FrozenWeight:
+def hold(array: HostArray | Blocks, dtype: Any, frozen: str = "widened", mixed_precision: str = "no") -> FrozenWeight:
     """The matrix W (out, in) of a checkpoint, held in one of the WAYS, for a computation in `dtype`.
 
     With `mixed_precision` bf16 or fp16 the products with W are in 16 bits. Then W is rounded to these 16 bits first,
@@ -51,6 +64,8 @@ def hold(array: HostArray, dtype: Any, frozen: str = "widened", mixed_precision:
     """
     if frozen not in WAYS:
         raise ValueError(f"frozen {frozen!r} is unknown: choose {', '.join(WAYS)}")
+    if isinstance(array, Blocks) and frozen not in AS_IT_IS:
+        array = array.rows()
     if mixed_precision == "no":
         return WAYS[frozen](array, dtype)
     half = HALVES[mixed_precision]
@@ -58,7 +73,7 @@ def hold(array: HostArray, dtype: Any, frozen: str = "widened", mixed_precision:
         raise RuntimeError(
             f"this CuPy has no {mixed_precision}: install CuPy 14 with CUDA 12.2, or later ones, or take fp16"
         )
-    if frozen != "nf4":
+    if frozen != "nf4" and not isinstance(array, Blocks):
         array = array.astype(half, copy=False)
     return HalfWeight(WAYS[frozen](array, half), half, dtype)
 

@@ -13,6 +13,7 @@ from minilora.data.examples import Example
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.adapters import read_layout
 from minilora.formats.checkpoint import DTYPES, read_config, read_config_file
+from minilora.formats.gguf import is_gguf
 from minilora.formats.hub import find_adapter, find_model
 from minilora.formats.known_configs import GPT_3, KNOWN_CONFIGS
 from minilora.formats.load import SHIPPED_MODEL
@@ -82,13 +83,14 @@ def find_shape(settings: Settings) -> tuple[str, Config, dict[str, Any], Path | 
     path = Path(settings.model)
     if path.name in SHAPES and not path.exists():
         return path.name, Config.from_dict(SHAPES[path.name]), SHAPES[path.name], None
-    if path.is_file():
+    if path.is_file() and not is_gguf(path):
         return str(path), *read_config_file(path), None
     try:
         folder = find_model(settings.model, settings.revision, ("config.json",)).folder
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; nor a known shape: {', '.join(SHAPES)}") from error
-    return settings.model, *read_config(folder), folder if any(folder.glob("*.safetensors")) else None
+    whole = is_gguf(folder) or any(folder.glob("*.safetensors"))
+    return settings.model, *read_config(folder), folder if whole else None
 
 
 def find_method(settings: Settings, config: Config) -> Method:
