@@ -1,6 +1,6 @@
 """Talk with a model in the terminal, and switch between its adapters while doing so.
 
-Its words appear as they are made; Ctrl-C stops them. /help tells the commands. What is piped in is read line by line.
+The answer appears as it is generated; Ctrl-C stops it. /help lists the commands. Piped input is read line by line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HELP = """\
 /base           go on without an adapter
 /list           the adapters, and which one answers
 /clear          forget the conversation
-/help           this
+/help           this list
 /quit           leave, as does Ctrl-D; Ctrl-C stops an answer"""
 
 
@@ -33,10 +33,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Chat:
-    """One conversation, answered by whichever adapter is chosen.
+    """One conversation, answered by the chosen adapter.
 
-    Each model has a memory of its own, as keys and values are the model's: coming back to an adapter finds what it
-    had read so far. What a memory holds only saves work; every answer is that to the whole conversation.
+    Keys and values differ from model to model, so each model has a memory (KV cache) of its own, which is still there
+    when the user comes back to an adapter. It only saves work: every answer is to the whole conversation.
     """
 
     def __init__(self, loaded: Loaded, system_prompt: str, max_tokens: int) -> None:
@@ -49,7 +49,7 @@ class Chat:
         self.messages = list(self.first)
 
     def say(self, text: str) -> None:
-        """Answer the user's message, word by word. An answer that is interrupted stays as far as it came."""
+        """Answer the user's message, word by word. The words of an interrupted answer stay in the conversation."""
         tokenizer, memory = self.loaded.tokenizer, self.memories[self.adapter]
         asked = [*self.messages, {"role": "user", "content": text}]
         prompt = tokenizer.encode(tokenizer.chat(asked, add_generation_prompt=True))
@@ -68,12 +68,12 @@ class Chat:
                 print(piece, end="", flush=True)
                 answer += piece
         print()
-        if len(memory.seen.tokens) + 1 == len(prompt) + left:  # the last token said has not been read again
+        if len(memory.seen.tokens) + 1 == len(prompt) + left:  # the model has not read the last token of the answer
             print("(the context is full: /clear begins anew)")
         self.messages = [*asked, {"role": "assistant", "content": answer}]
 
     def obey(self, line: str) -> bool:
-        """Carry out a command; False if it was the last one."""
+        """Carry out a command. Returns False if the chat is to end."""
         command, _, name = line.partition(" ")
         match command, name.strip():
             case "/quit", "":
@@ -102,7 +102,7 @@ def chat_command(argv: list[str] | None = None) -> None:
     chat = Chat(load(args), args.system_prompt, args.max_tokens)
     terminal = sys.stdin.isatty()
     if terminal:
-        with contextlib.suppress(ImportError):  # there is none on Windows
+        with contextlib.suppress(ImportError):  # Windows has no readline
             import readline  # noqa: F401 (input() can then be edited)
         print("/help tells the commands")
     while True:

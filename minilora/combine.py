@@ -1,4 +1,4 @@
-"""Combine LoRA adapters of one base into one: the weighted sum of what they change, as an adapter in PEFT's format."""
+"""Combine LoRA adapters of one base into one: the weighted sum of their changes, as an adapter in PEFT's format."""
 
 from __future__ import annotations
 
@@ -30,21 +30,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="[NAME=]ADAPTER",
-        help="folder of a LoRA adapter, or its id on the hub; given once for each",
+        help="the folder of a LoRA adapter, or its id on the hub; one flag per adapter",
     )
     parser.add_argument(
-        "--weights", nargs="+", type=float, metavar="W", help="one for each adapter, in their order (default: all 1)"
+        "--weights",
+        nargs="+",
+        type=float,
+        metavar="W",
+        help="a weight for each adapter, in their order (default: all 1)",
     )
     parser.add_argument(
         "--combination-type",
         choices=("cat", "svd"),
         default="cat",
-        help="cat is exact, its rank the sum of all ranks; svd is the nearest adapter of --rank (%(default)s)",
+        help="cat: exact, with the sum of all ranks; svd: the nearest adapter of rank --rank (%(default)s)",
     )
     parser.add_argument(
-        "--rank", "--svd-rank", type=int, default=0, metavar="R", help="of svd (default: the largest of the adapters)"
+        "--rank",
+        "--svd-rank",
+        type=int,
+        default=0,
+        metavar="R",
+        help="the rank of svd (default: the largest of the adapters)",
     )
-    parser.add_argument(*flags("out"), type=Path, required=True, metavar="FOLDER", help="to write, new or empty")
+    parser.add_argument(
+        *flags("out"), type=Path, required=True, metavar="FOLDER", help="the folder to write, new or empty"
+    )
     parser.add_argument(
         *flags("model"),
         default="",
@@ -56,13 +67,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def checked_weights(args: argparse.Namespace) -> list[float]:
-    """The weights. ValueError naming the flag that makes no sense."""
+    """The weights. ValueError, naming the flag, if a value makes no sense."""
     if len(args.adapter) < 2:
         raise ValueError(f"--adapter is given {len(args.adapter)} times: it takes two or more adapters to combine")
     weights: list[float] = args.weights or [1.0] * len(args.adapter)
     if len(weights) != len(args.adapter) or not all(map(math.isfinite, weights)):
-        given = " ".join(f"{weight:g}" for weight in weights)
-        raise ValueError(f"--weights {given}: give one number for each of the {len(args.adapter)} adapters")
+        listed = " ".join(f"{weight:g}" for weight in weights)
+        raise ValueError(f"--weights {listed}: give one number for each of the {len(args.adapter)} adapters")
     if args.rank < 0 or (args.rank and args.combination_type == "cat"):
         raise ValueError(f"--rank {args.rank} goes with --combination-type svd, and is at least 1; cat keeps all ranks")
     if not errors.is_free(args.out):
@@ -71,7 +82,7 @@ def checked_weights(args: argparse.Namespace) -> list[float]:
 
 
 def read_linear(name: str, folder: Path, config: Config, model_folder: Path) -> Summand:
-    """An adapter whose update is a product of thin factors. ValueError, naming what it is, for any other."""
+    """An adapter whose update is a product of thin factors. ValueError, naming the method, for any other."""
     adapter = read_adapter(folder, config)
     if not adapter.method.thin_change:
         raise ValueError(f"{folder / CONFIG}: {adapter.method.name}, and only LoRA is linear and can be combined")
@@ -124,7 +135,7 @@ def combination_report(
 
 
 def show(out: Path, combination: Combination, report: dict[str, Any]) -> None:
-    """A few lines for people."""
+    """Print the combination in a few lines."""
     ranks = sorted({len(tensor) for name, tensor in combination.tensors.items() if "_A" in name})
     count, overlapping = len(combination.tensors) // 2, combination.overlapping
     span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"

@@ -32,18 +32,20 @@ from minilora.training.step import mean_loss
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m minilora.evaluate", description=__doc__)
     add_model_flags(parser)
-    adapter = "folder of an adapter, or its id on the hub; drift is measured against the model"
+    adapter = "the folder of an adapter, or its id on the hub; the drift is from the model without it"
     parser.add_argument(*flags("adapter"), metavar="ADAPTER", help=adapter)
-    data = "a file, all of it; or a folder: its test part, else its valid part"
+    data = "the rows to measure on: a file, or a folder's test part, else its valid part"
     parser.add_argument(*flags("data"), type=Path, metavar="PATH", help=data)
-    parser.add_argument(*flags("batch_size"), metavar="N", type=int, default=8, help="rows at a time (%(default)s)")
+    parser.add_argument(*flags("batch_size"), metavar="N", type=int, default=8, help="rows in a batch (%(default)s)")
     for name, feature in FLAGS.items():
         parser.add_argument(feature, dest=name, metavar="KEY", help=f"the key that the rows have instead of {name}")
-    parser.add_argument("--train-on", choices=TRAIN_ON, default=TRAIN_ON[0], help="which tokens count, as in training")
-    shots = "training rows with their answers before each prompt, as many as fit; nothing trains (%(default)s)"
+    parser.add_argument(
+        "--train-on", choices=TRAIN_ON, default=TRAIN_ON[0], help="the part of prompts and answers that counts"
+    )
+    shots = "show up to K training rows with their answers before each prompt; nothing trains (%(default)s)"
     parser.add_argument("--few-shot", metavar="K", type=int, default=0, help=shots)
-    parser.add_argument("--seed", type=int, default=0, help="of their draw (%(default)s)")
-    length = "tokens in a row at most (0: as for training)"
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the draw of these rows (%(default)s)")
+    length = "the most tokens in a row; 0: as for training (%(default)s)"
     parser.add_argument(*flags("max_length"), metavar="N", type=int, default=0, help=length)
     parser.add_argument("--eval-rows", type=int, default=200, help="rows to answer for the exact match (%(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -52,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def held_out_rows(data: Path | None, features: Features) -> list[Row]:
-    """The rows to measure on; without --data, the built-in task's test part."""
+    """The rows to measure on. Without --data they are the test part of the built-in task."""
     if data is None:
         return list(nl2sql_rows("test", BUILT_IN_ROWS["test"]))
     if not data.is_dir():

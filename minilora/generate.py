@@ -1,6 +1,6 @@
-"""Continue prompts with a model, and perhaps adapters. The words of a single prompt appear as they are made.
+"""Continue prompts with a model, and perhaps adapters. The answer to a single prompt appears as it is generated.
 
-Several prompts are answered in batches, as one JSON object a line. Each may have an adapter of its own.
+Several prompts are answered in batches, with one JSON object per line. Each may have an adapter of its own.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help='more of them, one JSON object a line: {"prompt": "…"} or {"messages": […]}, and perhaps '
-        '"adapter": "NAME"; a prompt that names none is answered by every adapter given',
+        help='more prompts, one JSON object per line: {"prompt": "…"} or {"messages": […]}, and perhaps '
+        '"adapter": "NAME"; a prompt without one is answered by every --adapter',
     )
-    parser.add_argument("--chat", action="store_true", help="a prompt is a user's message for the chat template")
-    parser.add_argument(*flags("batch_size"), metavar="N", type=int, default=8, help="prompts at a time (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line, even of a single prompt")
-    parser.add_argument(*flags("out"), type=Path, metavar="FILE", help="write those lines to a file")
+    parser.add_argument(
+        "--chat", action="store_true", help="put each prompt into the chat template as a user's message"
+    )
+    parser.add_argument(*flags("batch_size"), metavar="N", type=int, default=8, help="prompts in a batch (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line, even for a single prompt")
+    parser.add_argument(*flags("out"), type=Path, metavar="FILE", help="write these lines to a file")
     return parser.parse_args(dashed(argv))
 
 
@@ -86,7 +88,7 @@ def generate_command(argv: list[str] | None = None) -> None:
 
 
 def given_prompts(args: argparse.Namespace) -> list[PromptRow]:
-    """All prompts, in their order; texts are messages if `--chat` says so."""
+    """All prompts in order. With `--chat`, texts become messages."""
     texts = args.prompt or ([] if args.prompts else ["-"])
     rows: list[PromptRow] = [{"prompt": sys.stdin.read() if text == "-" else text} for text in texts]
     rows += read_prompts(args.prompts) if args.prompts else []
@@ -116,19 +118,19 @@ def words(request: Request, loaded: Loaded) -> Iterator[str]:
 
 
 def answer_lines(requests: Sequence[Request], loaded: Loaded, batch_size: int) -> Iterator[str]:
-    """A line of JSON for each request, in their order, as batches are done.
+    """A line of JSON for each request, in order, as batches are finished.
 
-    Rows of a batch may use different adapters; only those that cannot (see `shares_batches`) are apart.
+    Rows of a batch may use different adapters. Only models that cannot share a batch (`shares_batches`) are separated.
     """
 
-    def apart(request: Request) -> str:
+    def batch_key(request: Request) -> str:
         shares = shares_batches(loaded.models[request.adapter], loaded.models[BASE])
         return BASE if shares else request.adapter
 
-    for _, group in itertools.groupby(requests, apart):
-        alike = list(group)
-        for start in range(0, len(alike), batch_size):
-            batch = alike[start : start + batch_size]
+    for _, group in itertools.groupby(requests, batch_key):
+        group_requests = list(group)
+        for start in range(0, len(group_requests), batch_size):
+            batch = group_requests[start : start + batch_size]
             model = mixed([loaded.models[request.adapter] for request in batch])
             limit = max(request.limit for request in batch)
             completions = complete(model, [request.ids for request in batch], limit, loaded.stop_ids, loaded.choose)
@@ -137,7 +139,7 @@ def answer_lines(requests: Sequence[Request], loaded: Loaded, batch_size: int) -
 
 
 def as_line(request: Request, tokens: Sequence[int], tokenizer: Tokenizer) -> str:
-    """The row as it was given, and its answer; whether that ended by itself or by length is said as servers say it."""
+    """The row and its answer as JSON. `finish_reason` is "stop" or "length", as in the APIs of model servers."""
     answer = {
         "adapter": request.adapter,
         "generated_text": tokenizer.decode(tokens),

@@ -25,7 +25,7 @@ def random_checkpoint_command(argv: list[str] | None = None) -> None:
     parser.add_argument("config", help=f"a path to a config.json, or {', '.join(KNOWN_CONFIGS)}")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write, new or empty")
     parser.add_argument("--dtype", choices=[name for name in DTYPES if name != "float64"], default="bfloat16")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the weights (%(default)s)")
     parser.add_argument("--tokenizer", type=Path, help="a folder whose tokenizer is copied (default: weights/tinysmol)")
     args = parser.parse_args(argv)
     config, raw = find_config(args.config)
@@ -43,7 +43,7 @@ def random_checkpoint_command(argv: list[str] | None = None) -> None:
 
 
 def tokenizer_files(folder: Path | None) -> list[Path]:
-    """The files to copy. A folder that was asked for must hold a tokenizer; the default one may be absent."""
+    """The files to copy. A folder named by the user must hold a tokenizer; the default folder may be absent."""
     chosen = folder or SHIPPED_MODEL
     if folder and not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder / 'tokenizer.json'}: no such file: --tokenizer names a folder that holds it")

@@ -1,6 +1,6 @@
 """Fine-tune a Llama-style model with LoRA.
 
-Without arguments, the shipped model learns to turn English questions into SQL, and the command shows what it could do
+Without arguments, the shipped model learns to turn English questions into SQL, and the command shows its answers
 before and after. With --data it learns your own rows: {"text"}, {"prompt", "completion"} or {"messages"}, one JSON
 object a line; or a .txt file; or a folder with train, valid and test files of these kinds.
 """
@@ -41,7 +41,7 @@ def train_command(argv: list[str] | None = None) -> None:
         return
     if not resumed:
         folder.mkdir(parents=True, exist_ok=True)
-        save_state(run.state, folder)  # first: a folder with settings can be resumed
+        save_state(run.state, folder)  # saved first, because a folder with settings can be resumed
         run.settings.save(folder)
     describe(run, device)
 
@@ -81,7 +81,7 @@ def describe(run: Run, device: str) -> None:
 
 
 def print_examples(rows: list[Row], before: Judgement, after: Judgement, count: int = 3) -> None:
-    """A few held-out rows: what was asked, what is right, and both models' answers."""
+    """Print a few held-out rows: the prompt, the right answer, and the answers before and after training."""
     for i in range(0, len(after.answers), max(1, len(after.answers) // count))[:count]:
         print(f"\n{rows[i]['prompt']}")
         for name, answer in (
@@ -98,7 +98,7 @@ def _one_line(text: str, width: int = 100) -> str:
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """The figures before and after, and what they cost."""
+    """Print the figures before and after training, and their cost."""
     share = summary["trainable_parameters"] / summary["total_parameters"]
     print(f"\n{'':24}{'before':>10}{'after':>10}")
     print(f"{'held-out loss':24}{summary['base_loss']:>10.3f}{summary['adapted_loss']:>10.3f}   nats per token")

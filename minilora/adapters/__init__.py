@@ -1,1 +1,1 @@
-"""The uses of finished adapters: merging, combining, and batches whose rows use different ones."""
+"""The uses of finished adapters: merging, combining, and batches whose rows use different adapters."""

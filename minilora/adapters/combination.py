@@ -20,7 +20,7 @@ from minilora.model.config import Config
 
 
 class Factors(NamedTuple):
-    """c B A: an adapter at one module."""
+    """The factors of c B A, the change that an adapter makes at one module."""
 
     A: HostArray  # (r, in)
     B: HostArray  # (out, r)
@@ -35,7 +35,7 @@ class Truncation(NamedTuple):
 
     @property
     def lost(self) -> float:
-        """‖ΔW − ΔWᵣ‖², the sum of the squares that were not kept."""
+        """‖ΔW − ΔWᵣ‖², the sum of the squared singular values that were not kept."""
         return float((self.singular_values[self.kept :] ** 2).sum())
 
     @property
@@ -66,8 +66,8 @@ def truncate(A: HostArray, B: HostArray, rank: int) -> tuple[Factors, Truncation
     """The matrix of at most this rank that is nearest to ΔW = B A (Eckart & Young, 1936, doi:10.1007/BF02288367).
 
     B = P R and Aᵀ = Q S with orthonormal columns in P and Q, so ΔW = P (R Sᵀ) Qᵀ has the singular values of the small
-    R Sᵀ = U Σ Vᵀ. The result is (P Uᵣ √Σᵣ) (√Σᵣ Vᵣᵀ Qᵀ), each factor with half of every singular value. In float64
-    inside, in the dtype of A and B outside. (docs: S2)
+    R Sᵀ = U Σ Vᵀ. The result is (P Uᵣ √Σᵣ) (√Σᵣ Vᵣᵀ Qᵀ), each factor with the root of every singular value.
+    Computed in float64, returned in the dtype of A and B. (docs: S2)
     """
     P, R = np.linalg.qr(B.astype(np.float64))
     Q, S = np.linalg.qr(A.T.astype(np.float64))
@@ -96,7 +96,7 @@ class Combination(NamedTuple):
 def combine(
     config: Config, adapters: Sequence[Summand], weights: Sequence[float], rank: int | None = None
 ) -> Combination:
-    """ΔW = Σᵢ wᵢ sᵢ Bᵢ Aᵢ at every module that any of the adapters changes, cut to `rank` if one is given.
+    """ΔW = Σᵢ wᵢ sᵢ Bᵢ Aᵢ at every module that any of the adapters changes, cut to `rank` if that is not None.
 
     Ranks, scales and modules may differ. The result has the ranks Σᵢ rᵢ, or at most `rank`. ValueError, naming the
     adapter, for DoRA and for modules that train whole: their change is no product of two thin factors.
@@ -118,9 +118,9 @@ def combine(
     for module in every_module(config):
         A_name, B_name = adapter_names(module)
         parts = [
-            Factors(adapter.tensors[A_name], adapter.tensors[B_name], weight * here[module].scale)
-            for adapter, weight, here in zip(adapters, weights, places, strict=True)
-            if module in here
+            Factors(adapter.tensors[A_name], adapter.tensors[B_name], weight * own_places[module].scale)
+            for adapter, weight, own_places in zip(adapters, weights, places, strict=True)
+            if module in own_places
         ]
         if not parts:
             continue
@@ -137,7 +137,7 @@ def combine(
 def settings_of_scale_one(config: Config, ranks: Mapping[str, int]) -> LoRA:
     """The settings of an adapter with these ranks, module by module, and α = r: its scale is 1.
 
-    Modules are named by their ends ("q_proj") where that says the same, and by their full names elsewhere.
+    Modules are named by their last parts ("q_proj") if those match exactly the same modules, else by their full names.
     """
     of_end: dict[str, set[int]] = {}
     for module, rank in ranks.items():

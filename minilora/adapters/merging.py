@@ -1,4 +1,4 @@
-"""Merging: the adapted model as plain weights, so that using it costs what the base cost."""
+"""Merging: the adapted model as plain weights, which cost no more to use than the base."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minilora.model.names import HEAD
 
 @runtime_checkable
 class Mergeable(Protocol):
-    """A site whose effect a plain weight can have: LoRA's W + s B A, a trained copy, …"""
+    """A site that a plain weight can replace: LoRA's W + s B A, a trained copy, …"""
 
     def merged(self) -> dict[str, Array]:
         """The parameters of the plain site that computes the same, by name within the module: "weight", "bias"."""
@@ -21,7 +21,7 @@ class Mergeable(Protocol):
 def merged_parameters(base: Model, adapted: Model) -> Iterator[tuple[str, Array]]:
     """Name and value of every parameter that merging changes, in the dtype of the computation, one at a time.
 
-    ValueError for a method that no plain weight can stand for.
+    ValueError for a method that no plain weight can replace.
     """
     if adapted.virtual_tokens:
         raise ValueError("virtual tokens come before every text and are no part of any weight: they cannot be merged")

@@ -1,7 +1,7 @@
-"""One batch whose rows use different adapters. Each row gets what its own model gives it; the base is shared.
+"""One batch whose rows use different adapters. Each row gets the result of its own model; the base is shared.
 
-An adapter is a few thin matrices beside a frozen weight, so the costly product x Wᵀ is one for all rows, and only the
-thin ones are done adapter by adapter (Sheng et al., 2023, S-LoRA, arXiv:2311.03285; Chen et al., 2023, Punica,
+An adapter is a few thin matrices beside a frozen weight, so the costly product x Wᵀ is computed once for all rows, and
+only the thin products adapter by adapter (Sheng et al., 2023, S-LoRA, arXiv:2311.03285; Chen et al., 2023, Punica,
 arXiv:2310.18547).
 """
 
@@ -21,7 +21,7 @@ from minilora.model.sites import FrozenLinear, Gradients, Site
 def mixed(models: Sequence[Model]) -> Model:
     """The model of a batch in which row b is to be computed by models[b], all of them on one base.
 
-    It only computes: nothing in it trains. ValueError where models cannot share a batch, see `shares_batches`.
+    It has no backward. ValueError if the models cannot share a batch (`shares_batches`).
     """
     first = models[0]
     if all(model is first for model in models):
@@ -35,16 +35,16 @@ def mixed(models: Sequence[Model]) -> Model:
 
 
 def shares_batches(model: Model, other: Model) -> bool:
-    """Whether rows of both may stand in one batch.
+    """Whether rows of both models may be in one batch.
 
-    Virtual tokens would shift some rows and not others. The head is given chosen tokens, the last ones or those with a
-    label, from which it cannot be told whose row they are of: it has to be one and the same.
+    Virtual tokens would shift some rows and not others. The head gets only the last tokens or those with a label, which
+    no longer show the row they come from, so both models must have the same head.
     """
     return not model.virtual_tokens and not other.virtual_tokens and model.sites[HEAD] is other.sites[HEAD]
 
 
 def _site(sites: Sequence[Site]) -> Site:
-    """One site for the batch, from that of each row."""
+    """One site for the batch, made from the site of each row."""
     first = sites[0]
     if all(site is first for site in sites):
         return first
@@ -58,7 +58,7 @@ def _site(sites: Sequence[Site]) -> Site:
 class MixedLoRA:
     """A frozen linear map with a LoRA of its own for each row of the batch, or none. There is no dropout.
 
-    For the tokens x of a row with A, B, s: y = x Wᵀ + s (x Aᵀ) Bᵀ. The first term is one product for all. (docs: S4)
+    For the tokens x of a row with A, B, s: y = x Wᵀ + s (x Aᵀ) Bᵀ. One first product serves all rows. (docs: S4)
     """
 
     trains = False
@@ -80,7 +80,7 @@ class MixedLoRA:
 
 
 class MixedSite:
-    """Any sites: the rows of each pass through it together, apart from the others."""
+    """Sites of any kind. The rows of each site pass through it together."""
 
     trains = False
 

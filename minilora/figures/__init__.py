@@ -1,1 +1,1 @@
-"""How figures are shown: tables, plots, and the machine on which they were measured."""
+"""Figures on paper: tables, plots, and the machine on which the figures were measured."""

@@ -1,4 +1,4 @@
-"""The machine and the libraries that figures belong to; and what is missing on it."""
+"""The machine and the libraries that figures were measured with, and the packages that are missing on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PEERS = ("torch", "transformers", "peft")
 
 
 def facts(threads: int) -> dict[str, Any]:
-    """Processor, memory, GPU, versions; None for what is not there."""
+    """Processor, memory, GPU and versions; None for whatever the machine lacks."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]  # type: ignore[index,call-overload,unused-ignore]
     return {
         "processor": _processor(),
@@ -39,12 +39,12 @@ def usable_cores() -> int:
 
 
 def missing_peers() -> list[str]:
-    """The packages without which the peer's side is left out. Nothing is imported to find out."""
+    """The packages that the peer's side needs and that are not installed. Nothing is imported to find out."""
     return [name for name in PEERS if find_spec(name) is None]
 
 
 def gpu_trouble() -> str:
-    """Why there is no GPU to compute on; empty if there is one. Asked in a process of its own, to hold none of it."""
+    """The reason why no GPU can be used, else "". Another process asks, so that this one holds no GPU memory."""
     command = [sys.executable, "-c", "from minilora.backend import use; use('cuda')"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stderr.strip().splitlines()[-1].removeprefix("RuntimeError: ") if done.returncode else ""

@@ -19,7 +19,7 @@ class Table(NamedTuple):
 
 
 def as_text(table: Table) -> str:
-    """Columns under each other, the first to the left and the others to the right."""
+    """The table in aligned columns: the first flush left, the others flush right."""
     lines = [table.head, *table.rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.head))]
     aligned = ("  ".join(_aligned(line, widths)).rstrip() for line in lines)
@@ -42,7 +42,7 @@ def as_markdown(all_tables: Sequence[Table], facts: dict[str, Any], notes: Seque
 
 
 def machine_line(facts: dict[str, Any]) -> str:
-    """On what the figures were taken."""
+    """The machine and the packages of the figures, in one line."""
     packages = [f"{name} {facts[name]}" for name in ("numpy", "torch", "transformers", "peft") if facts.get(name)]
     memory = f", {facts['memory_bytes'] / 1e9:.0f} GB" if facts["memory_bytes"] else ""
     gpu = f", {facts['gpu']}" if facts["gpu"] else ""
@@ -59,7 +59,7 @@ def check_markdown_file(path: Path) -> None:
 
 
 def write_markdown(path: Path, text: str) -> None:
-    """A new file; or, in one that has the two lines, what stands between them."""
+    """Write a new file, or replace the text between the two lines of an existing one."""
     results = f"{BEGIN}\n\n{text}\n{END}"
     whole = path.read_text(encoding="utf-8") if path.exists() else f"{results}\n"
     before, after = whole.split(BEGIN)[0], whole.split(END)[1]
