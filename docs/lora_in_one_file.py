@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 
 # fmt: off
 MODEL = Path(__file__).resolve().parents[1] / "weights" / "tinysmol"
-SITES = ("q_proj", "v_proj")          # the linear maps of each layer that are adapted
+SITES = ("q_proj", "v_proj")          # the maps that `forward` and `backward` send through LoRA: change all three
 RANK, ALPHA = 8, 16                   # r and α
 STEPS, RATE, DECAY = 25, 1e-2, 0.01   # a learning rate this high suits a tiny model and few steps
 ROWS = [
@@ -103,7 +103,7 @@ def attention(q, k, v, angle):
     return y.reshape(T, -1), (q, k, v, P, angle)                             # → (T, H·d)
 
 def attention_backward(dy, cache):
-    """A row of softmax has ∂P_i/∂S_j = P_i (δ_ij − P_j), so dS = P ⊙ (dP − Σ_j dP_j P_j), which is 0 where P is 0."""
+    """A row of softmax has ∂P_i/∂S_j = P_i (δ_ij − P_j), so dS_j = Σ_i dP_i ∂P_i/∂S_j = P_j (dP_j − Σ_i dP_i P_i)."""
     q, k, v, P, angle = cache
     T, K, G, d = q.shape
     dy = dy.reshape(q.shape)                                          # (T, H·d) → (T, K, G, d)
@@ -146,7 +146,7 @@ def forward(model, adapter, tokens):
 def backward(model, adapter, dlogits, cache):
     """The gradient of every A and B. Where x became x + branch, dx goes on unchanged, and dbranch is added to it."""
     caches, c_norm = cache
-    grads = {name: np.empty_like(p) for name, p in adapter.items()}
+    grads = {name: np.zeros_like(p) for name, p in adapter.items()}
     dn = dlogits @ model["lm_head"]                                                # 10. (T, V) → (T, D)
     dx = rmsnorm_backward(dn, c_norm)                                              # 9. (T, D)
     for i in reversed(range(len(caches))):

@@ -29,7 +29,7 @@ from minilora.frozen.weight import FrozenWeight
 
 
 class LoRACache(NamedTuple):
-    x: Array  # (N, in), the branch's input, after dropout
+    x_dropped: Array  # (N, in), x̃, the branch's input after dropout
     h: Array  # (N, r)
     mask: Array | None  # (N, in)
 
@@ -39,14 +39,13 @@ def lora(x: Array, W: FrozenWeight, A: Array, B: Array, s: float, mask: Array | 
 
     The mask is dropout's, on the branch only; without one x̃ = x. Nothing is saved for W, and h has only r columns.
     """
+    x_dropped = x if mask is None else x * mask
+    h = x_dropped @ A.T
+    # y = x Wᵀ + s h Bᵀ, in which x Wᵀ is added last, in place
     xW = W.forward(x)
-    if mask is not None:
-        x = x * mask
-    h = x @ A.T
-    # y = xW + s * h @ B.T
     y = (s * h) @ B.T
     y += xW
-    return y, LoRACache(x, h, mask)
+    return y, LoRACache(x_dropped, h, mask)
 
 
 def lora_backward(
@@ -54,15 +53,19 @@ def lora_backward(
 ) -> tuple[Array, Array, Array]:
     """dx (N, in), dA (r, in), dB (out, r). There is no dW: W is frozen, its gradient never formed. (docs: L4, L13)
 
-    Forward was y = x Wᵀ + s h Bᵀ and h = x̃ Aᵀ. Going back through it, from y to h and from h to A and x:
-        dB = s dyᵀ h        dh = s dy B        dA = dhᵀ x̃        dx = dy W + mask ⊙ (dh A).
+    Forward was y = x Wᵀ + s h Bᵀ and h = x̃ Aᵀ. Entry by entry, y_no = Σ_i x_ni W_oi + s Σ_k h_nk B_ok and
+    h_nk = Σ_i x̃_ni A_ki. A gradient sums, over all that a number enters, its factor there times the gradient there:
+        dB = s dyᵀ h        B_ok enters y_no of every token n, with the factor s h_nk
+        dh = s dy B         h_nk enters y_no for every output o, with the factor s B_ok
+        dA = dhᵀ x̃          A_ki enters h_nk of every token n, with the factor x̃_ni
+        dx = dy W + mask ⊙ (dh A)        x_ni enters all y_no by W_oi and, unless it was dropped, all h_nk by A_ki
     At the start B = 0, so dh = 0 and dA = 0: the first step moves B alone. (docs: L8)
     """
-    x, h, mask = cache
+    x_dropped, h, mask = cache
     dB = s * (dy.T @ h)
     dh = s * (dy @ B)
-    dA = dh.T @ x
-    # dx = W.backward(dy) + mask * (dh @ A)
+    dA = dh.T @ x_dropped
+    # dx = dy W + mask ⊙ (dh A), summed in place
     dx = dh @ A
     if mask is not None:
         dx *= mask

@@ -1,1 +1,4 @@
-"""The command line: flags, other tools' names for them, config files, and how mistakes are reported."""
+"""The command line: flags, other tools' names for them, config files, and how mistakes are reported.
+
+`train_flags.py` makes a flag of every declared setting, `flags.py` knows the names and units of other tools.
+"""

@@ -26,7 +26,7 @@ import numpy as np
 from minilora.backend import Array, random_generator, xp
 from minilora.frozen.weight import FrozenWeight
 from minilora.lora import LoRACache, Merged, delta, dropout_mask, lora, lora_backward
-from minilora.methods.lora import LoRA, Place
+from minilora.methods.lora import LoRA, RankAndScale
 from minilora.methods.method import Variant
 from minilora.model.config import Config
 from minilora.model.names import Shape
@@ -158,21 +158,21 @@ class DoRA(LoRA):
     rivals = (Variant("dora", "LoRA, and a length for each row of W", {"method": "dora"}, (3e-3, 1e-2, 3e-2)),)
 
     @property
-    def for_linear_maps_only(self) -> str:
+    def linear_only_because(self) -> str:
         return "DoRA"
 
     def shapes_at(self, rank: int, shape: Shape) -> dict[str, Shape]:
         return {**super().shapes_at(rank, shape), "lora_magnitude_vector": shape[:1]}
 
     def start_at(
-        self, module: str, W: FrozenWeight, place: Place, rng: np.random.Generator, dtype: Any
+        self, module: str, W: FrozenWeight, place: RankAndScale, rng: np.random.Generator, dtype: Any
     ) -> dict[str, Array]:
         start = super().start_at(module, W, place, rng, dtype)
         A, B = start.values()
         m = first_magnitudes(module, self.frozen_at(W, place), A, B, place.scale)
         return {**start, "lora_magnitude_vector": m.real.astype(dtype)}
 
-    def site_at(self, base: FrozenLinear, parameters: Mapping[str, Array], place: Place, key: int) -> Site:
+    def site_at(self, base: FrozenLinear, parameters: Mapping[str, Array], place: RankAndScale, key: int) -> Site:
         A, B, m = (parameters[name] for name in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"))
         return DoRALinear(base, A, B, m, place.scale, self.dropout, key)
 

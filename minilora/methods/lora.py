@@ -65,8 +65,8 @@ class LoRALinear:
         return {"weight": merge(self.weight.dense(), self.A, self.B, self.scale).W}
 
 
-class Place(NamedTuple):
-    """How a module is adapted."""
+class RankAndScale(NamedTuple):
+    """The r and the s of an adapted module."""
 
     rank: int
     scale: float
@@ -135,24 +135,26 @@ class LoRA(Placed):
     def _scale(self, rank: int, alpha: float) -> float:
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
-    def places(self, config: Config) -> dict[str, Place]:
+    def places(self, config: Config) -> dict[str, RankAndScale]:
         """The adapted modules, in the model's order, each with its rank and scale."""
         places = {}
         for module in self.adapted_modules(config):
             rank = pattern_value(self.rank_pattern, module, self.rank)
-            places[module] = Place(rank, self._scale(rank, pattern_value(self.alpha_pattern, module, self.alpha)))
-        if EMBED in places and self.for_linear_maps_only:
+            places[module] = RankAndScale(
+                rank, self._scale(rank, pattern_value(self.alpha_pattern, module, self.alpha))
+            )
+        if EMBED in places and self.linear_only_because:
             raise ValueError(
-                f"{self.for_linear_maps_only} is for linear maps, not for {EMBED}: leave it out of the target modules"
+                f"{self.linear_only_because} is for linear maps, not for {EMBED}: leave it out of the target modules"
             )
         return places
 
     @property
-    def for_linear_maps_only(self) -> str:
+    def linear_only_because(self) -> str:
         """The setting that excludes the embedding; empty if none does."""
         return f"init {self.init}" if STARTS[self.init].for_linear_maps_only else ""
 
-    def frozen_at(self, W: FrozenWeight, place: Place) -> FrozenWeight:
+    def frozen_at(self, W: FrozenWeight, place: RankAndScale) -> FrozenWeight:
         """The weight beside which A and B stand: W itself, or what a start such as PiSSA's leaves of it."""
         return STARTS[self.init].frozen(W, *place)
 
@@ -163,23 +165,23 @@ class LoRA(Placed):
         return {"lora_A.weight": (rank, in_features), "lora_B.weight": (out_features, rank)}
 
     def start_at(
-        self, module: str, W: FrozenWeight, place: Place, rng: np.random.Generator, dtype: Any
+        self, module: str, W: FrozenWeight, place: RankAndScale, rng: np.random.Generator, dtype: Any
     ) -> dict[str, Array]:
         A, B = STARTS[self.init].A_and_B(W, *place, rng, dtype)
         return {"lora_A.weight": A, "lora_B.weight": B}
 
-    def site_at(self, base: FrozenLinear, parameters: Mapping[str, Array], place: Place, key: int) -> Site:
+    def site_at(self, base: FrozenLinear, parameters: Mapping[str, Array], place: RankAndScale, key: int) -> Site:
         A, B = parameters["lora_A.weight"], parameters["lora_B.weight"]
         return LoRALinear(base, A, B, place.scale, self.dropout, key)
 
     def shapes(self, config: Config) -> dict[str, Shape]:
         """A and B of every target, and the modules that train whole."""
-        weights, shapes = weight_shapes(config), whole_shapes(config, self.modules_to_save)
+        weights = weight_shapes(config)
         adapters: dict[str, Shape] = {}
         for module, place in self.places(config).items():
             shapes_at = lora_embedding_shapes if module == EMBED else self.shapes_at
             adapters |= _within(module, shapes_at(place.rank, weights[f"{module}.weight"]))
-        return adapters | shapes
+        return adapters | whole_shapes(config, self.modules_to_save)
 
     def start(self, model: Model, rng: np.random.Generator, dtype: Any = np.float32) -> dict[str, Array]:
         """Fresh A and B for every target, and copies of the modules that train whole: the model computes as before."""

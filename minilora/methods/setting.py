@@ -2,8 +2,8 @@
 
     rank: int = setting(8, "rank r: the rows of A and columns of B", at_least=1, aliases=("lora_r",))
 
-From this follow the flag `--rank`, the names that other tools have for it, the error for `--rank 0`, the entry of
-`settings.json` and the row in docs/settings.md.
+From this cli/train_flags.py makes the flag `--rank`, its help and the names that other tools have for it (cli/flags.py
+converts their units), `check` the error for `--rank 0`, and runs/settings.py the entry of `settings.json`.
 """
 
 from __future__ import annotations

@@ -124,15 +124,15 @@ def _attend(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, QueryB
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     # 1. S = q kᵀ/√d and 2. S = −∞ where a key is not visible
     S = _scores(q, k, visible)
-    # 3. P = e / z with e = exp(S − largest) and z = Σ e; e takes the place of S, and the division by z waits for pass 4
+    # 3. P = e / Σe with e = exp(S − largest), in the place of S; the division waits for pass 4. log Σ exp(S) is saved
     largest = S.real.max(axis=-1, keepdims=True)
     S -= largest
     e = xp.exp(S, out=S)
-    z = e.sum(axis=-1, keepdims=True)
-    # 4. y = P v = (e v) / z, which divides d columns instead of s
+    sum_e = e.sum(axis=-1, keepdims=True)
+    # 4. y = P v = (e v) / Σe, which divides d columns instead of s
     y = e @ v
-    y /= z
-    return _unstack_group(y, t), QueryBlockCache(q, xp.log(z) + largest)
+    y /= sum_e
+    return _unstack_group(y, t), QueryBlockCache(q, xp.log(sum_e) + largest)
 
 
 def _attend_backward(
@@ -142,7 +142,7 @@ def _attend_backward(
 
     4. Forward was y = P v, so dv = Pᵀ dy and dP = dy vᵀ.
     3. Forward was P = softmax(S), row by row, with ∂P_i/∂S_j = P_i (δ_ij − P_j), so
-           dS = P ⊙ (dP − Σ_j dP_j P_j),    in which Σ_j dP_j P_j = dy · Σ_j P_j v_j = dy · y.
+           dS_j = Σ_i dP_i P_i (δ_ij − P_j) = P_j (dP_j − Σ_i dP_i P_i),    and Σ_i dP_i P_i = dy · Σ_i P_i v_i = dy · y.
     2. Forward was S = −∞ where a key is not visible. There P = 0, so dS = 0 already.
     1. Forward was S = q kᵀ/√d, so dq = dS k/√d and dk = dSᵀ q/√d, where the q saved has the 1/√d already.
 

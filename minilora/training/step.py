@@ -13,7 +13,7 @@ from minilora.model.model import Model, backward, forward, head_loss
 from minilora.model.sites import Gradients, add_gradients
 from minilora.training.parts import on_all_cores
 
-Run = Callable[..., Iterable[Any]]  # `map`, or `on_all_cores`, which gives the same results sooner
+Run = Callable[..., Iterable[Any]]  # `map`, or `on_all_cores`: one result for each part of a batch, with the same sum
 
 
 def loss_and_gradients(
@@ -44,7 +44,7 @@ def accumulate(
     checkpointing: bool = False,
     run: Run = map,
 ) -> tuple[float, Gradients]:
-    """Σ_j L_j over all micro-batches, and the gradients of dloss · Σ_j L_j. (docs: M9)"""
+    """Σ_j L_j over all micro-batches, and the gradients of dloss · Σ_j L_j; dloss = 1/M gives those of the mean. (docs: M9)"""
 
     def micro_batch(batch: Batch, seed: int | None) -> tuple[float, Gradients]:
         return summed_loss(model, batch, dloss, seed, checkpointing)
