@@ -1,7 +1,6 @@
 """The parts of `python -m minilora.benchmark`.
 
-`workloads` says what is measured, `measure` measures it, `report` and `plots` show it. The measured sides are programs
-of their own, each in its own process, which wait for commands (`worker`): `ours`, `peft_side` (the only file of
-minilora that imports PyTorch) and `products`, the matrix products alone. `formula` says how much work and memory there
-has to be.
+`workloads` lists the cases, `measure` measures them, `report` and `plots` show the results. Each measured side is a
+program in a process of its own that waits for commands (`worker`): `ours`, `peft_side` (the only file of minilora that
+imports PyTorch) and `products`, the matrix products alone. `formula` counts the least work and memory a job can take.
 """

@@ -1,8 +1,8 @@
 """Measure minilora and, where they are installed, transformers + PEFT, side by side on the same work.
 
-Both read the same weights, adapter and rows, use as many threads, run in processes of their own and take turns. Beside
-them stands the floor: the time of the matrix products alone, and the bytes that must live. docs/benchmark.md says what
-each workload and each column is.
+Both read the same weights, adapter and rows, use the same number of threads, run in processes of their own and take
+turns. The floor is shown beside them: the time of the matrix products alone, and the bytes that must live.
+docs/benchmark.md explains each workload and each column.
 """
 
 from __future__ import annotations
@@ -43,11 +43,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "W5 growth of time and memory, W6 GPU (default: all)",
     )
     parser.add_argument("--model", help="a known shape, filled with random weights, or a folder (SmolLM2-135M)")
-    parser.add_argument("--repeats", type=int, help="measured steps of a side; generations half, epochs a fifth (5)")
-    parser.add_argument("--threads", type=int, default=usable_cores(), help="of every side (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for W1 to W5; W6 is on the GPU")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and little work: shows that all runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder of the results (%(default)s)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        help="measured steps of each side; half as many generations and a fifth as many epochs (5)",
+    )
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="threads of every side (%(default)s)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="the device of W1 to W5; W6 is on the GPU"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model and little work, to show that everything runs"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/benchmark"), help="the folder of the results (%(default)s)"
+    )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there too")
     args = parser.parse_args(argv)
     args.repeats = args.repeats if args.repeats is not None else 2 if args.quick else 5
@@ -87,7 +97,7 @@ def benchmark_command(argv: list[str] | None = None) -> None:
             outcomes += outcome
             for table in benchmark_tables(outcome):
                 print(f"\n{as_text(table)}", flush=True)
-            write_results(args, machine, outcomes, notes)  # as far as it has come: a run is long
+            write_results(args, machine, outcomes, notes)  # written after each workload, because a run is long
 
     if not outcomes:
         return
@@ -97,13 +107,13 @@ def benchmark_command(argv: list[str] | None = None) -> None:
     failed = [
         side["error"] for o in outcomes for side in o["sides"] if "error" in side and side["program"] != "peft_side"
     ]
-    if failed:  # a peer's failure is a result; one of ours is not
+    if failed:  # a failure of the peer is a result; a failure of ours is an error
         raise RuntimeError(f"{len(failed)} measurements of minilora failed, the first with: {failed[0]}")
     print(f"\n{args.out}: {', '.join(sorted(path.name for path in args.out.glob('*.*')))}")
 
 
 def run_workload(workload: str, plan: Setup, with_peers: bool) -> list[Result]:
-    """All cases of a workload, with a bar that tells which side is at work."""
+    """All cases of a workload, with a progress bar that names the running side."""
     if workload == "W4":
         print("\nW4: python -m minilora.train …", flush=True)
         return [main_job(plan)]
@@ -126,7 +136,7 @@ def run_workload(workload: str, plan: Setup, with_peers: bool) -> list[Result]:
 
 
 def write_results(args: argparse.Namespace, machine: dict[str, Any], outcomes: list[Result], notes: list[str]) -> None:
-    """`benchmark.json`, and the tables in Markdown."""
+    """Write `benchmark.json`, and the tables in Markdown."""
     args.out.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(args, name) for name in ("model", "repeats", "threads", "device", "quick")}
     write_json(
@@ -136,7 +146,7 @@ def write_results(args: argparse.Namespace, machine: dict[str, Any], outcomes: l
 
 
 def draw(folder: Path) -> None:
-    """The pictures, by a process of their own: workers are started by this one, and would inherit its peak memory."""
+    """Draw the pictures in a process of their own: workers inherit the peak memory of this one."""
     done = subprocess.run(
         [sys.executable, "-m", "minilora.benchmark.plots", str(folder)], capture_output=True, text=True
     )

@@ -1,7 +1,7 @@
-"""How much work and memory a job has to take, by counting: no measurement, no array with numbers.
+"""The least work and memory of a job, by counting: nothing is measured, and no array holds numbers.
 
-The prediction that W5 is plotted against, and the floors in every table. Where the answer depends on what the step
-does, the step itself is run on arrays without numbers (`counting`).
+The counts are the prediction for W5 and the floors in every table. If a count depends on the operations of the step,
+the step itself is run on arrays without numbers (`counting`).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from minilora.training.parts import number_of_parts
 
 
 class Pass(NamedTuple):
-    """One forward, and backward when training."""
+    """One forward, and one backward if the job trains."""
 
-    tokens: int  # those that are no padding
+    tokens: int  # without padding
     labelled: int  # rows of logits that are needed
 
 
 def passes_of(job: Job) -> list[Pass]:
-    """A pass for each optimiser step; when generating, one for the prompts and one for each further token."""
+    """A pass for each optimiser step; in generation, one for the prompts and one for each further token."""
     rows = read_job_rows(job)
     if job.kind == "generate":
         prompts = sum(len(row.tokens) for row in rows)
@@ -40,24 +40,23 @@ def passes_of(job: Job) -> list[Pass]:
 
 
 def useful_tokens(job: Job) -> int:
-    """The tokens that tokens per second count: all but padding; in generation, the new ones."""
+    """The tokens in "tokens per second": all but padding; in generation, the new tokens."""
     if job.kind == "generate":
         return len(read_job_rows(job)) * job.new_tokens
-    return sum(one.tokens for one in passes_of(job))
+    return sum(work.tokens for work in passes_of(job))
 
 
 def product_operations(job: Job, config: Config) -> int:
-    """Additions and multiplications of `products`: 2 a weight and token, 4 with the backward."""
+    """The additions and multiplications of `products`: 2 per weight and token, or 4 with the backward."""
     shapes = parameter_shapes(config)
     head = shapes[f"{EMBED}.weight"][0] * shapes[f"{EMBED}.weight"][1]
     linear = sum(shape[0] * shape[1] for name, shape in shapes.items() if "layers" in name and len(shape) == 2)
-    each = 2 if job.kind == "generate" else 4
-    return each * sum(one.tokens * linear + one.labelled * head for one in passes_of(job))
+    per_weight = 2 if job.kind == "generate" else 4
+    return per_weight * sum(work.tokens * linear + work.labelled * head for work in passes_of(job))
 
 
 def operations(job: Job, config: Config) -> int:
-    """All additions and multiplications of the matrix products of training steps: those of the weights, those of the
-    adapters, and attention's."""
+    """The additions and multiplications of all matrix products in training, of weights, adapters and attention."""
     method = read_adapter(Path(job.adapter), config).method
     total = 0
     for rows in steps_of(job, read_job_rows(job)):
@@ -68,12 +67,12 @@ def operations(job: Job, config: Config) -> int:
 
 
 def needed_bytes(job: Job, config: Config) -> dict[str, int]:
-    """The bytes that must live at once, by what they are for.
+    """The bytes that must live at once, by their purpose.
 
-    Training: the frozen weights; A and B, their gradients and AdamW's two moments, in float32; and of the fullest step
-    what the backward reads and cannot cheaply compute again. That is what the forward keeps when only biases train,
-    which need no array of their own: the inputs of both norms, q, k, v, attention's output and its row sums, gate and
-    up. Generation: the weights, and all keys and values.
+    Training: the frozen weights; A and B, their gradients and AdamW's two moments, in float32; and for the fullest step
+    the arrays that the backward reads and cannot cheaply compute again. Since biases need no array of their own, these
+    are the arrays that the forward keeps when only biases train: the inputs of both norms, q, k, v, attention's output
+    and its row sums, gate and up. Generation: the weights, and all keys and values.
     """
     narrow = job.dtype in ("bfloat16", "float16")
     number = 2 if narrow else 4

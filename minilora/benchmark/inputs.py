@@ -34,7 +34,7 @@ TINY = {  # the model of the quick size
 
 
 class Inputs(NamedTuple):
-    """Makes each of them once. The same seed gives the same bytes."""
+    """Makes each input once. The same seed gives the same bytes."""
 
     scratch: Path
     seed: int = 0
@@ -42,8 +42,8 @@ class Inputs(NamedTuple):
     def model(self, name: str, **changes: int) -> str:
         """The folder of a checkpoint: `name` itself if it is one, else random weights of that shape.
 
-        They are written in bfloat16, as SmolLM's are, so that float32 and bfloat16 sides have the very same weights;
-        and by a process of their own, so that this one stays small: its children would inherit its peak memory.
+        They are written in bfloat16, as SmolLM's are, so that float32 and bfloat16 sides have the very same weights.
+        Another process writes them, so that this one stays small: its children inherit its peak memory.
         """
         if Path(name).is_dir() and not changes:
             return name
@@ -72,7 +72,7 @@ class Inputs(NamedTuple):
         return str(folder)
 
     def rows(self, name: str, model: str, lengths: Sequence[int], prompts: Sequence[int]) -> str:
-        """A file of rows of random tokens; of each row the first `prompts` are given."""
+        """A file of rows of random tokens, with the length of each row and of its prompt."""
         config, _ = read_config(Path(model))
         rng = np.random.default_rng(self.seed)
         path = self.scratch / f"{name}.jsonl"

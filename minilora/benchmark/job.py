@@ -1,4 +1,4 @@
-"""A piece of work, written down so that two programs can do the very same: both read these files and numbers."""
+"""A piece of work as files and numbers that two programs read, so that both do the very same."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PAD = 0  # the token that fills up a row; never seen, by either side
+PAD = 0  # the token that fills up a row; both sides mask it
 
 
 class JobRow(NamedTuple):
-    """A row of a data set: its tokens, of which the first `prompt` are given and the others are to be predicted."""
+    """A row of a data set: its tokens. The first `prompt` are given, and the others are to be predicted."""
 
     tokens: list[int]
     prompt: int
@@ -27,12 +27,12 @@ class Job:
     adapter: str  # folder of the adapter, in PEFT's format; "" when generating
     rows: str  # file of rows
     batch_rows: int = 0  # rows of an optimiser step; 0: all
-    new_tokens: int = 0  # to generate for each row
+    new_tokens: int = 0  # tokens to generate for each row
     learning_rate: float = 1e-3  # constant; AdamW without decay, gradients clipped to norm 1
     device: str = "cpu"
     threads: int = 1
     # ----
-    dtype: str = "float32"  # of the peer's model; of the products
+    dtype: str = "float32"  # the dtype of the peer's model, or of the products
     frozen: str = "widened"  # minilora's --frozen: "stored" keeps bfloat16 weights in 16 bits
     mixed_precision: str = "no"  # minilora's --mixed-precision
     grouped: bool = False  # the peer's Trainer gets rows sorted by length
@@ -53,4 +53,4 @@ def steps_of(job: Job, rows: Sequence[JobRow]) -> list[Sequence[JobRow]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-Figures = dict[str, Any]  # what a side tells of a run: "loss", "losses", "final_loss", "answers"
+Figures = dict[str, Any]  # the figures that a side reports for a run: "loss", "losses", "final_loss", "answers"

@@ -19,11 +19,11 @@ Result = dict[str, Any]
 
 
 def measure(case: Case, sides: Sequence[Side], on_run: Callable[[str], Any] = lambda name: None) -> Result:
-    """The figures of each of `sides`. `on_run` hears the name of each side before it is warmed up and run.
+    """The figures of each of `sides`. `on_run` is called with the name of each side before it is warmed up and run.
 
-    All are loaded first, and then measured A B C, A B C, …: what drifts on the machine meets them all alike. With a
-    single turn each side is loaded when its turn comes, and gone before the next: together they may need more memory
-    than there is. A side that fails is told of, and left out from then on.
+    All sides are loaded first, and then measured A B C, A B C, …, so that a drift of the machine's speed meets all
+    alike. If there is a single turn, each side is loaded for its turn and ended before the next, since together they
+    may need too much memory. The error of a side that fails is recorded, and the side is left out from then on.
     """
     jobs = {side.name: replace(case.job, **side.options) for side in sides}
     results: dict[str, Result] = {side.name: {"side": side.name, "program": side.program, "runs": []} for side in sides}
@@ -83,7 +83,7 @@ def measure(case: Case, sides: Sequence[Side], on_run: Callable[[str], Any] = la
 
 
 def summarize(result: Result, tokens: int) -> None:
-    """One side's runs as median, least and most seconds, tokens per second, peak memory, and what came out."""
+    """Replace one side's runs by their seconds, tokens per second, peak memory, and losses or answers."""
     runs = [run for run in result.pop("runs") if run]
     if "error" in result or not runs:
         return
@@ -105,9 +105,9 @@ def summarize(result: Result, tokens: int) -> None:
 
 
 def compare(outcome: Result) -> None:
-    """Each side against the references and against the floor.
+    """Compare each side with the references and with the floor.
 
-    `speed_against` and `memory_against` are by name of the reference; a reference without a figure is left out.
+    `speed_against` and `memory_against` have a ratio for each reference; a reference without a figure is left out.
     `times_floor_seconds` is the time over that of the matrix products alone, `times_floor_bytes` the peak over the
     bytes that must live. Of generated text, `same_tokens` is the share that the first reference generated too.
     """
@@ -137,7 +137,7 @@ def compare(outcome: Result) -> None:
 
 
 def predict(outcomes: Sequence[Result]) -> None:
-    """W5: operations at the speed of the matrix products alone; what `plan` counts on top of what the imports hold."""
+    """Predict the seconds of W5 at the speed of the matrix products alone, its bytes as imports + `plan`'s count."""
     growing = [outcome for outcome in outcomes if outcome["workload"] == "W5"]
     floors = [(o, s) for o in growing for s in o["sides"] if s["program"] == "products" and "seconds" in s]
     if not floors:

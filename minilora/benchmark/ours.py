@@ -34,11 +34,11 @@ class Training:
         self.optimizer = AdamW(trainable)
 
     def warm_up(self) -> None:
-        """A step on all rows, which is one of many; before an epoch, on its two shortest rows."""
+        """Take one step: on all rows if steps are measured, or on the two shortest rows before an epoch."""
         self.step(self.rows if self.job.kind == "step" else sorted(self.rows, key=lambda row: len(row.tokens))[:2])
 
     def reset(self) -> None:
-        """Every epoch begins with the same adapter; steps follow each other."""
+        """Restore the adapter, so that every epoch begins with the same one. Steps go on from each other."""
         if self.job.kind == "epoch":
             for name, p in self.trainable.items():
                 p[...] = self.start[name]
@@ -74,7 +74,7 @@ class Generation:
         complete(self.model, self.prompts, min(4, self.job.new_tokens), frozenset())
 
     def reset(self) -> None:
-        """Nothing: a run leaves no trace."""
+        """Do nothing, because a run changes nothing."""
 
     def run(self) -> Figures:
         return {"answers": complete(self.model, self.prompts, self.job.new_tokens, frozenset())}
@@ -84,7 +84,7 @@ class Generation:
 
 
 def load(job: Job) -> Work:
-    """The model of the job, and perhaps its adapter."""
+    """Load the model of the job and, for training, its adapter."""
     use(job.device)
     model, _ = load_model(Path(job.model), frozen=job.frozen, mixed_precision=job.mixed_precision)
     if job.kind == "generate":

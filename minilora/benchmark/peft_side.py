@@ -24,7 +24,7 @@ IGNORE = -100  # the label of a token that is not trained
 
 
 class InOrder(transformers.Trainer):  # type: ignore[misc,unused-ignore]
-    """The Trainer, taking rows in the order given, as the other side does, where it would shuffle them."""
+    """The Trainer without shuffling: it takes the rows in their order, as the other side does."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         rows: Any = self.train_dataset
@@ -50,7 +50,7 @@ class Training:
         self.step(self.rows if self.job.kind == "step" else sorted(self.rows, key=lambda row: len(row.tokens))[:2])
 
     def reset(self) -> None:
-        """Every epoch begins with the same adapter and a Trainer of its own; steps follow each other."""
+        """Restore the adapter and make a new Trainer, so that all epochs begin alike. Steps go on from each other."""
         if self.job.kind == "epoch":
             with torch.no_grad():
                 for p, start in zip(self.parameters, self.start, strict=True):
@@ -79,8 +79,8 @@ class Training:
     def make_trainer(self) -> Any:
         """The Trainer with its ordinary collator, and the optimiser that the other side has.
 
-        Grouping is done here. The Trainer's own sorts by length within 50 batches, but of a few rows it groups nothing;
-        with all rows sorted, the peer has here what it would have on a large data set.
+        Rows are grouped by length here. The Trainer's own grouping sorts within 50 batches, and so hardly groups a few
+        rows; sorting all rows gives the peer the advantage that it has on a large data set.
         """
         rows = sorted(self.rows, key=lambda row: -len(row.tokens)) if self.job.grouped else self.rows
         arguments = transformers.TrainingArguments(
@@ -122,7 +122,7 @@ class Generation:
         self.generate(min(4, self.job.new_tokens))
 
     def reset(self) -> None:
-        """Nothing: a run leaves no trace."""
+        """Do nothing, because a run changes nothing."""
 
     def run(self) -> Figures:
         answers = self.generate(self.job.new_tokens)
@@ -171,7 +171,7 @@ def load(job: Job) -> Work:
 
 
 def wait(job: Job) -> None:
-    """Until the GPU is done."""
+    """Wait until the GPU has finished."""
     if job.device == "cuda":
         torch.cuda.synchronize()
 

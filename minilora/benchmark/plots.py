@@ -40,7 +40,7 @@ def plot_bars(outcomes: Sequence[Result], path: Path) -> Path:
         *(len(outcomes), 2), figsize=(12, sum(heights)), squeeze=False, height_ratios=heights, layout="constrained"
     )
     for (left, right), outcome in zip(axes, outcomes, strict=True):
-        sides = [side for side in outcome["sides"] if "seconds" in side][::-1]  # the first on top
+        sides = [side for side in outcome["sides"] if "seconds" in side][::-1]  # the first side is drawn on top
         names = [side["side"] for side in sides]
         left.set_title(f"{outcome['workload']}: {outcome['title']}", loc="left", fontsize=9)
         seconds = [side["median_seconds"] for side in sides]
@@ -69,7 +69,7 @@ def draw_bars(
     ends: Sequence[float],
     labels: Sequence[str],
 ) -> None:
-    """A bar for each side, and beyond its end what is told of it."""
+    """Draw a bar for each side, with its label beyond the end."""
     axes.barh(names, values, height=0.7, color=[COLOURS[side["program"]] for side in sides])
     for i, (end, text) in enumerate(zip(ends, labels, strict=True)):
         axes.annotate(text, (end, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
@@ -79,9 +79,9 @@ def draw_bars(
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _against(side: Result, what: str, words: str) -> str:
-    """The ratio to the first reference, which itself has none to show."""
-    ratios = list(side.get(f"{what}_against", {}).items())[:1]
+def _against(side: Result, figure: str, words: str) -> str:
+    """The ratio to the first reference; empty for that reference itself."""
+    ratios = list(side.get(f"{figure}_against", {}).items())[:1]
     return "".join(f"  ({ratio:.2f}× {words})" for name, ratio in ratios if name != side["side"])
 
 
@@ -91,7 +91,7 @@ def _megabytes(side: Result) -> str:
 
 
 def plot_growth(outcomes: Sequence[Result], path: Path) -> Path:
-    """W5: seconds above and peak memory below, against what grows; dots are measured, lines are counted."""
+    """W5: seconds above and peak memory below, against the growing size. Dots are measured, lines are counted."""
     points = [(o, o["sides"][0]) for o in outcomes if o.get("axis") and "predicted_seconds" in o["sides"][0]]
     names = list(dict.fromkeys(outcome["axis"] for outcome, _ in points))
     figure, axes = plt.subplots(

@@ -1,4 +1,4 @@
-"""The floor: the matrix products with frozen weights that a job cannot do without, and nothing else.
+"""The floor: only the matrix products with frozen weights that a job cannot do without.
 
 A LoRA step needs x Wᵀ forwards and dy W backwards for every frozen matrix, and no dW: 4 operations for each weight and
 token; the head only where there is a label. Generation needs the forward product alone. Each weight is an array of its
@@ -19,11 +19,11 @@ from minilora.formats.checkpoint import read_config
 from minilora.model.config import Config
 from minilora.model.names import EMBED, parameter_shapes
 
-MOST_HEAD_ROWS = 1024  # logits of more rows at once would be no faster, and large
+MOST_HEAD_ROWS = 1024  # more rows at once are no faster, and their logits are large
 
 
 class Products:
-    """Random matrices of the model's shapes, and room for what goes in and comes out."""
+    """Random matrices of the model's shapes, and arrays for the inputs and outputs of the products."""
 
     def __init__(self, job: Job, config: Config) -> None:
         self.backward = job.kind != "generate"
@@ -33,8 +33,8 @@ class Products:
         head = matrices.pop(f"{EMBED}.weight")
         self.head = self._random(rng, head, job.dtype)
         self.weights = [self._random(rng, shape, job.dtype) for name, shape in matrices.items() if "layers" in name]
-        rows = max(one.tokens for one in self.passes)
-        head_rows = min(MOST_HEAD_ROWS, max(one.labelled for one in self.passes))
+        rows = max(work.tokens for work in self.passes)
+        head_rows = min(MOST_HEAD_ROWS, max(work.labelled for work in self.passes))
         widths = {width for W in self.weights for width in W.shape}
         self.given = {width: self._random(rng, (rows, width), job.dtype) for width in widths}
         self.result = {width: xp.empty_like(x) for width, x in self.given.items()}
@@ -53,18 +53,18 @@ class Products:
         """Nothing: a run leaves no trace."""
 
     def run(self) -> Figures:
-        for one in self.passes:
-            self.once(one)
+        for work in self.passes:
+            self.once(work)
         to_host(self.logits[:1, :1])  # a GPU is done when it has handed over the last result
         return {}
 
-    def once(self, one: Pass) -> None:
+    def once(self, work: Pass) -> None:
         """The products of one forward, and one backward if there is one."""
-        N = one.tokens
+        N = work.tokens
         for W in self.weights:
             xp.matmul(self.given[W.shape[1]][:N], W.T, out=self.result[W.shape[0]][:N])
-        for start in range(0, one.labelled, MOST_HEAD_ROWS):
-            M = min(MOST_HEAD_ROWS, one.labelled - start)
+        for start in range(0, work.labelled, MOST_HEAD_ROWS):
+            M = min(MOST_HEAD_ROWS, work.labelled - start)
             hidden = self.head.shape[1]
             xp.matmul(self.given[hidden][:M], self.head.T, out=self.logits[:M])
             if self.backward:

@@ -43,7 +43,7 @@ def case_table(outcome: Result) -> Table:
 
 
 def growth_table(outcomes: Sequence[Result]) -> Table:
-    """W5: measured and counted, side by side."""
+    """W5: the measured and the counted figures, side by side."""
     head = ["what grows", "step", "seconds", "counted", "ratio", "peak MB", "counted", "ratio"]
     rows, notes = [], []
     for outcome in outcomes:
@@ -60,8 +60,8 @@ def growth_table(outcomes: Sequence[Result]) -> Table:
     return Table("W5: how time and memory grow, against what counting says", head, rows, notes)
 
 
-def _ratios(side: Result, what: str, references: Iterable[str]) -> list[str]:
-    return [_times(side.get(what, {}).get(name)) for name in references]
+def _ratios(side: Result, figure: str, references: Iterable[str]) -> list[str]:
+    return [_times(side.get(figure, {}).get(name)) for name in references]
 
 
 def _megabytes(count: int) -> str:

@@ -1,4 +1,4 @@
-"""A measured side: a process that loads once and then computes only when it is told to.
+"""A measured side: a process that loads once and then computes only on command.
 
 The measuring process writes one line of JSON, the worker answers with one line. Between commands a worker waits in a
 read and takes no processor time, so that several can stay loaded and be measured in turns. Its peak memory is its own.
@@ -23,22 +23,22 @@ class Work(Protocol):
     """A loaded job."""
 
     def warm_up(self) -> None:
-        """A little of the work, so that what happens only once is not measured."""
+        """Do a little of the work, so that one-time costs are not measured."""
 
     def reset(self) -> None:
-        """Before each run, untimed: what a run must find as the run before found it."""
+        """Restore, untimed, the state that every run must start from."""
 
     def run(self) -> Figures:
-        """The work itself, timed. It returns when the device, too, has finished."""
+        """Do the work, timed. Returns when the device, too, has finished."""
 
     def judge(self) -> Figures:
-        """After a run, untimed: what came out of it."""
+        """Judge the outcome of a run, untimed."""
 
 
 def serve(load: Callable[[Job], Work], peak_bytes: Callable[[], int]) -> None:
     """Answer commands from standard input until it ends: "load" with a job, "warm_up", "measure"."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not come between the answers
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output of libraries must not come between the answers
     work: Work | None = None
     for line in sys.stdin:
         command = json.loads(line)
@@ -62,14 +62,14 @@ def serve(load: Callable[[Job], Work], peak_bytes: Callable[[], int]) -> None:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """The variables of a process that computes with so many threads, whichever library it is built on."""
+    """The environment of a process that computes with this number of threads, whichever library it is built on."""
     names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
     return os.environ | dict.fromkeys(names, str(threads)) | quiet
 
 
 class WorkerError(RuntimeError):
-    """A worker has ended before it answered; the message says what it said last."""
+    """A worker has ended before it answered. The message is its last line of output."""
 
 
 class Worker:
@@ -95,7 +95,7 @@ class Worker:
             self.process.stdin.write(json.dumps(command) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # `answer` tells why
+            pass  # `answer` raises the reason
 
     def answer(self) -> Figures:
         """Wait for the answer to the last command. Raises WorkerError."""
@@ -111,7 +111,7 @@ class Worker:
         return self.answer()
 
     def close(self) -> None:
-        """End the process. It has nothing to lose."""
+        """End the process, which holds nothing that must be saved."""
         self.process.kill()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.log):

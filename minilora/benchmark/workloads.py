@@ -29,7 +29,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Case:
-    """A job and who does it. `references` are the sides that the others are compared with."""
+    """A job and the sides that do it. `references` are the sides that the others are compared with."""
 
     workload: str
     title: str
@@ -37,13 +37,13 @@ class Case:
     sides: tuple[Side, ...]
     repeats: int
     references: tuple[str, ...] = ()
-    axis: str = ""  # in W5: what grows, and its value in this case
+    axis: str = ""  # in W5: the name of the growing size, and its value in this case
     value: int = 0
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large the workloads are."""
+    """The sizes of the workloads."""
 
     dense: tuple[int, int]  # rows, tokens
     instructions: int  # rows
@@ -180,7 +180,7 @@ def generation(plan: Setup) -> Iterator[Case]:
 
 
 def growth(plan: Setup) -> Iterator[Case]:
-    """W5: one thing grows at a time, the others stay as in W1. The first case tells how fast products are here."""
+    """W5: one size grows at a time, the others stay as in W1. The first case measures the speed of products here."""
     inputs, (rows, tokens) = plan.inputs, plan.size.dense
     total = rows * tokens
 
@@ -190,16 +190,16 @@ def growth(plan: Setup) -> Iterator[Case]:
         title = f"{count} × {length} tokens, rank {rank}"
         return Case("W5", title, job, sides, min(3, plan.repeats), axis=axis, value=value)
 
-    base, ours = inputs.model(plan.model), OURS[:1]
-    yield case("", 0, 8, tokens, rows, base, (*ours, PRODUCTS))
+    base, our_side = inputs.model(plan.model), OURS[:1]
+    yield case("", 0, 8, tokens, rows, base, (*our_side, PRODUCTS))
     for value in plan.size.growth["tokens"]:
-        yield case("tokens", value, 8, min(tokens, value), max(1, value // tokens), base, ours)
+        yield case("tokens", value, 8, min(tokens, value), max(1, value // tokens), base, our_side)
     for value in plan.size.growth["rank"]:
-        yield case("rank", value, value, tokens, rows, base, ours)
+        yield case("rank", value, value, tokens, rows, base, our_side)
     for value in plan.size.growth["layers"]:
-        yield case("layers", value, 8, tokens, rows, inputs.model(plan.model, num_hidden_layers=value), ours)
+        yield case("layers", value, 8, tokens, rows, inputs.model(plan.model, num_hidden_layers=value), our_side)
     for value in plan.size.growth["context"]:
-        yield case("context", value, 8, value, total // value, base, ours)
+        yield case("context", value, 8, value, total // value, base, our_side)
 
 
 def gpu(plan: Setup) -> Iterator[Case]:

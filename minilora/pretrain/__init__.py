@@ -1,1 +1,1 @@
-"""`python -m minilora.pretrain`: how the shipped model was made."""
+"""`python -m minilora.pretrain`: the making of the shipped model."""

@@ -79,7 +79,7 @@ def python_split() -> tuple[list[str], list[str]]:
 def packed_rows(documents: Iterable[str], tokenizer: Tokenizer, tokens: int) -> Rows:
     """`tokens` tokens of documents, each closed by <|endoftext|>, end to end in rows of CONTEXT tokens.
 
-    What does not fit goes on in the next row as a segment of its own, so that no row holds any padding.
+    The part of a document that does not fit goes on in the next row as a segment of its own, so no row has padding.
     """
     rows: list[list[Example]] = [[]]
     room = CONTEXT
@@ -117,7 +117,7 @@ def stage_rows(
 
 
 def copying_rows(tokens: int, rng: np.random.Generator) -> Rows:
-    """Exercises in copying: random tokens, said once and then again and again. Only the repetitions are trained.
+    """Exercises in copying: random tokens, once and then repeated. Only the repetitions are trained.
 
     From text alone a model this small takes millions of tokens to discover that it can look up what followed the last
     time (an "induction head": Olsson et al., 2022, arXiv:2209.11895). Here nothing else helps, and once text has given
@@ -142,21 +142,23 @@ def _encoded(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[in
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m minilora.pretrain", description=__doc__)
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/pretrain/tinysmol"), help="folder of the model (%(default)s)"
+        "--out", type=Path, default=Path("runs/pretrain/tinysmol"), help="the folder of the model (%(default)s)"
     )
-    parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="folder of the training run")
-    parser.add_argument("--tokens", type=float, default=23.7e6, help="how many tokens to train on (%(default)g)")
+    parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="the folder of the training run")
+    parser.add_argument("--tokens", type=float, default=23.7e6, help="the number of tokens to train on (%(default)g)")
     parser.add_argument("--batch-size", type=int, default=8, help=f"rows of {CONTEXT} tokens a step (%(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak, cosine to 0 (%(default)s)")
-    parser.add_argument("--weight-decay", type=float, default=0.1, help="(%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the order (%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="the peak learning rate (%(default)s)")
+    parser.add_argument("--weight-decay", type=float, default=0.1, help="weight decay of matrices (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the weights and the order (%(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--resume", action="store_true", help="go on where a run that was cut off last saved")
+    parser.add_argument(
+        "--resume", action="store_true", help="resume a run that was cut off, from its last saved state"
+    )
     return parser.parse_args(argv)
 
 
 def pretrain_command(argv: list[str] | None = None) -> None:
-    """Tokenizer, rows, weights; text, copying, both; and the checkpoint with its held-out perplexity."""
+    """Make tokenizer, rows and weights; train on text, copying and both; write checkpoint and held-out perplexity."""
     args = parse(argv)
     print(f"device: {use(args.device)}")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ def python_documents() -> Iterator[str]:
 
 
 def _docstrings(source: str) -> Iterator[str]:
-    """Yield the docstrings of a module, dedented, each after the name of what it describes."""
+    """Yield the docstrings of a module, dedented, each after the name of its class or function."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node)
@@ -74,10 +74,10 @@ def story(rng: random.Random) -> str:
     facts = []
     for person in people[: rng.randint(2, 4)]:
         thing = f"{rng.choice(words.ADJECTIVES)} {_noun(rng)}"
-        told, asked, answer = rng.choice(_FACTS)
+        statement, question, answer = rng.choice(_FACTS)
         other = rng.choice([name for name in people if name != person])
         slots = {"p": person, "x": thing, "y": rng.choice(words.PLACES), "z": other}
-        facts.append([pattern.format_map(slots) for pattern in (told, asked, answer)])
+        facts.append([pattern.format_map(slots) for pattern in (statement, question, answer)])
     text = " ".join(fact[0] for fact in facts)
     rng.shuffle(facts)
     if rng.random() < 0.5:
