@@ -1,4 +1,4 @@
-"""The training run that flags ask for, as far as its size is concerned."""
+"""The training run that the flags describe, with all that decides its size."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class MicroBatch(NamedTuple):
     """The rows that go through the model together."""
 
     rows: int
-    length: int  # tokens of each
+    length: int  # tokens in each row
     labelled: int  # tokens with a label, in all rows
 
     def draw(self, config: Config, rng: np.random.Generator) -> Batch:
-        """Full rows of random tokens, of which the last so many have a label."""
+        """Full rows of random tokens. The last tokens of each row have labels, `labelled` of them in all."""
         tokens = rng.integers(config.vocab_size, size=(self.rows, self.length)).tolist()
-        each, more = divmod(self.labelled, self.rows)
-        counts = [each + (row < more) for row in range(self.rows)]
+        per_row, more = divmod(self.labelled, self.rows)
+        counts = [per_row + (row < more) for row in range(self.rows)]
         return collate(
             [
                 [Example(row, [i >= self.length - count for i in range(self.length)])]
@@ -46,19 +46,19 @@ class MicroBatch(NamedTuple):
 
 
 class PlannedRun(NamedTuple):
-    """A training run, as far as its size is concerned."""
+    """A training run, with all that decides its size."""
 
-    name: str  # of the model, for people
+    name: str  # the model's name, for output
     settings: Settings
     config: Config
-    folder: Path | None  # of the checkpoint, where there is one
+    folder: Path | None  # the checkpoint's folder; None for a shape without weights
     method: Method
     micro_batch: MicroBatch
     storage: Storage
 
 
 def plan_run(settings: Settings, labelled: float) -> PlannedRun:
-    """Full rows, of whose tokens the share `labelled` has a label. ValueError or OSError where flags make no sense."""
+    """A run on full rows, with labels on the share `labelled` of their tokens. ValueError or OSError for bad flags."""
     if not 0 < labelled <= 1:
         raise ValueError(f"--labelled {labelled} is not above 0 and at most 1")
     name, config, raw, folder = find_shape(settings)
@@ -94,7 +94,7 @@ def find_shape(settings: Settings) -> tuple[str, Config, dict[str, Any], Path | 
 
 
 def find_method(settings: Settings, config: Config) -> Method:
-    """The method; of an adapter that training starts from, its own."""
+    """The method of the settings, or of the adapter that training starts from."""
     if settings.adapter:
         return read_layout(find_adapter(settings.adapter).folder, config).method
     words = Tokenizer.load(SHIPPED_MODEL)  # for --init-text, which says where virtual tokens start, not how many
