@@ -1,4 +1,7 @@
-"""Merge an adapter into its base model: a complete Hugging Face folder that costs no more than the base to run."""
+"""Merge an adapter into its base model: a complete model that costs no more than the base to run.
+
+It is a Hugging Face folder, or a GGUF file for llama.cpp and Ollama.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,22 @@ import numpy as np
 from tqdm import tqdm
 
 from minilora.adapters.merging import merged_parameters
-from minilora.backend import Array, to_host, use
+from minilora.backend import Array, HostArray, to_host, use
 from minilora.cli import errors
 from minilora.cli.flags import add_model_flags, dashed, flags
 from minilora.data.tokenizer import Tokenizer, save_tokenizer_files
 from minilora.formats.adapters import load_adapter
 from minilora.formats.checkpoint import DTYPES, as_dtype, read_config, read_weights, write_checkpoint
 from minilora.formats.files import write_json
+from minilora.formats.gguf_tokenizer import tokenizer_fields
+from minilora.formats.gguf_write import GGUF_DTYPES, Q8_0, check_free, rounded, write_gguf
 from minilora.formats.hub import find_adapter, find_model
 from minilora.model.base import base_model
 from minilora.model.names import EMBED, HEAD
 from minilora.runs.evaluation import largest_logit_difference, outside_text
 
 MERGE_FILE = "merge.json"
+GGUF, FOLDER = "gguf", "huggingface"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -32,12 +38,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         *flags("adapter"), required=True, metavar="ADAPTER", help="folder of the adapter, or its id on the hub"
     )
-    parser.add_argument(*flags("out"), type=Path, required=True, metavar="FOLDER", help="to write, new or empty")
+    parser.add_argument(
+        *flags("out"), type=Path, required=True, metavar="PATH", help="a folder, new or empty; FILE.gguf"
+    )
+    parser.add_argument("--format", choices=(FOLDER, GGUF), default=FOLDER, help="to write (%(default)s)")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=GGUF_DTYPES,
         default="float32",
-        help="of the written weights (%(default)s); the smaller two round, and how much of the update is lost is told",
+        help="of the written weights (%(default)s); the smaller ones round, and how much of the update is lost is "
+        f"told; {Q8_0} goes with --format {GGUF}",
     )
     parser.add_argument(
         "--untie",
@@ -75,7 +85,11 @@ class Rounding:
 
 def merge_command(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if not errors.is_free(args.out):
+    if args.format == GGUF:
+        check_free(args.out, whole_model=True)
+    elif args.dtype not in DTYPES:
+        raise ValueError(f"--dtype {args.dtype} goes with --format {GGUF}")
+    elif not errors.is_free(args.out):
         raise ValueError(f"--out {args.out} exists and is not an empty folder: choose another")
     if not args.max_shard_size > 0:
         raise ValueError(f"--max-shard-size {args.max_shard_size} is not a size")
@@ -93,13 +107,16 @@ def merge_command(argv: list[str] | None = None) -> None:
             )
         weights[f"{HEAD}.weight"] = weights[f"{EMBED}.weight"]
 
-    dtype = DTYPES[args.dtype]
-    rounding, written = Rounding(), {name: as_dtype(name, weight, dtype) for name, weight in weights.items()}
+    def as_written(name: str, tensor: HostArray) -> HostArray:
+        return rounded(name, tensor, args.dtype) if args.format == GGUF else as_dtype(name, tensor, DTYPES[args.dtype])
+
+    rounding, written = Rounding(), {name: as_written(name, weight) for name, weight in weights.items()}
     for name, merged in tqdm(merged_parameters(base, adapted), desc="merging", unit="tensor"):
-        written[name] = as_dtype(name, to_host(merged), dtype)
+        written[name] = as_written(name, to_host(merged))
         before = weights.get(name)  # a bias that BitFit has added was not there
         rounding.add(np.zeros(merged.shape) if before is None else before.astype(np.float32), merged, written[name])
-    texts = outside_text(Tokenizer.load(source))
+    tokenizer = Tokenizer.load(source)
+    texts = outside_text(tokenizer)
     plain = base_model(adapted.config, written, frozen="stored")
     difference, largest = largest_logit_difference(adapted, plain, texts)
     report = {
@@ -109,9 +126,13 @@ def merge_command(argv: list[str] | None = None) -> None:
         "largest_logit": largest,
     }
     ways = {name: getattr(adapted.config, name) for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
-    write_checkpoint(args.out, {**raw_config, **ways}, written, args.dtype, int(args.max_shard_size * 1e9))
-    save_tokenizer_files(source, args.out)
-    write_json(args.out / MERGE_FILE, report)
+    if args.format == GGUF:
+        fields, kind = tokenizer_fields(tokenizer, config.vocab_size), raw_config.get("model_type", "llama")
+        write_gguf(args.out, kind, adapted.config, written, args.dtype, fields, tokenizer.stop_texts)
+    else:
+        write_checkpoint(args.out, {**raw_config, **ways}, written, args.dtype, int(args.max_shard_size * 1e9))
+        save_tokenizer_files(source, args.out)
+        write_json(args.out / MERGE_FILE, report)
     tell(report, args.out)
 
 

@@ -95,6 +95,11 @@ class Tokenizer:
         """The texts that are read as one special token wherever they stand."""
         return tuple(t.content for t in self.backend.get_added_tokens_decoder().values() if t.special)
 
+    @property
+    def stop_texts(self) -> list[str]:
+        """The tokens that end a generation, written out."""
+        return [text for id in sorted(self.stop_ids) if (text := self.backend.id_to_token(id))]
+
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`, nothing added; special tokens written out in it are recognised."""
         return self.backend.encode(text, add_special_tokens=False).ids

@@ -143,12 +143,18 @@ def _post_processor(tokens: list[str], around: list[str], first: str | None) -> 
 class TokenizerOfFolder(Protocol):
     """What is to be known of a loaded tokenizer (`data/tokenizer.py`) to write it."""
 
-    folder: Path
-    roles: dict[str, str]
-    templates: dict[str, str]
-    eos_id: int | None
-    stop_ids: frozenset[int]
-    backend: Any
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def roles(self) -> Mapping[str, str]: ...
+    @property
+    def templates(self) -> Mapping[str, str]: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def stop_ids(self) -> frozenset[int]: ...
+    @property
+    def backend(self) -> Any: ...
 
 
 def tokenizer_fields(tokenizer: TokenizerOfFolder, vocab_size: int) -> dict[str, Any]:
