@@ -26,6 +26,7 @@ from minilora import backend
 from minilora.adapters.mixed import mixed
 from minilora.backend import narrow, random_generator, read_only, to_device, to_host, widen, xp
 from minilora.data.batches import Batch
+from minilora.frozen.half import HALVES
 from minilora.frozen.weight import DenseWeight
 from minilora.methods.dora import DoRA
 from minilora.methods.full import full_model
@@ -295,3 +296,28 @@ def test_however_many_rows_go_in_however_large_pieces_the_product_is_the_same(
     np.testing.assert_allclose(y, x @ W.astype(ml_dtypes.bfloat16).astype(np.float64).T, atol=1e-12)
     assert y.flags.c_contiguous
     np.testing.assert_allclose(DenseWeight(W).forward(x), x @ W.T, atol=1e-12)
+
+
+def test_an_array_module_without_bfloat16_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minilora.frozen.hold.supports", lambda dtype: False)
+    with pytest.raises(RuntimeError, match=r"this CuPy has no bf16: install CuPy 14 with CUDA 12\.2, or later"):
+        base_model(TINY, random_weights(TINY, 0), np.float32, "stored", "bf16")
+
+
+def test_a_dtype_is_supported_if_the_module_can_multiply_matrices_of_it() -> None:
+    class Old:
+        """It makes such arrays, and cannot multiply them."""
+
+        class ones(np.ndarray):
+            def __new__(cls, shape: tuple[int, int], dtype: Any) -> Any:
+                return np.ones(shape, dtype).view(cls)
+
+            def __matmul__(self, other: Any) -> Any:
+                raise RuntimeError("no kernel for these")
+
+    assert all(backend.supports(half) for half in HALVES.values())
+    previous = backend.use_module(Old())
+    try:
+        assert not backend.supports(ml_dtypes.bfloat16)
+    finally:
+        backend.use_module(previous)

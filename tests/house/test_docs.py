@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.pages import DOCS, LINK, ROOT, TABLE, anchors, definitions, displayed, file_of, prose, table
-from tools import mutation, settings_page
+from tools import mutation, settings_page, specification
 
 PAGES = [*sorted(DOCS.glob("*.md")), *filter(Path.is_file, (ROOT / "README.md", ROOT / "weights" / "README.md"))]
 MATHEMATICS = [
@@ -69,9 +69,10 @@ def test_every_page_is_linked_from_the_first_one() -> None:
 
 
 def test_every_test_file_is_in_the_order_of_reading() -> None:
-    page = DOCS / "testing.md"
-    linked = {file_of(page, target) for _, target in LINK.findall(prose(page))}
+    pages = (DOCS / "testing.md", DOCS / "specification.md")
+    linked = {file_of(page, target) for page in pages for _, target in LINK.findall(prose(page))}
     assert set((ROOT / "tests").rglob("test_*.py")) <= linked
+    assert {path for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"} <= linked
 
 
 # --- The table of equations ---
@@ -167,4 +168,10 @@ def test_inline_mathematics_is_closed_on_its_line_and_survives_markdown(page: Pa
 def test_the_page_of_settings_says_what_the_declarations_say() -> None:
     assert settings_page.PAGE.read_text(encoding="utf-8") == settings_page.page(), (
         "docs/settings.md is stale: run python tests/tools/settings_page.py"
+    )
+
+
+def test_the_page_of_the_specification_says_what_the_tests_say() -> None:
+    assert specification.PAGE.read_text(encoding="utf-8") == specification.page(), (
+        "docs/specification.md is stale: run python tests/tools/specification.py"
     )

@@ -1,4 +1,4 @@
-"""The operations of a transformer, one chapter each: what must hold of their forwards and backwards, for all inputs."""
+"""The operations of a transformer, one section each: what must hold of their forwards and backwards, for all inputs."""
 
 from __future__ import annotations
 
@@ -175,6 +175,8 @@ def test_every_backward_is_the_exact_derivative_of_its_forward(operation: str, d
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
 @given(data=st.data())
 def test_the_dtype_that_goes_in_comes_out(operation: str, dtype: str, data: st.DataObject) -> None:
+    """float32 stays float32, so that no hidden conversion costs memory; complex128 stays complex, so that the check
+    works."""
     case = data.draw(OPERATIONS[operation])
     y, cache = case.forward(**{name: x.astype(dtype) for name, x in case.inputs.items()})
     gradients = case.backward(y, cache)
@@ -202,6 +204,7 @@ def test_nothing_that_an_operation_is_given_is_written_to(operation: str, data: 
 
 @given(linear_case())
 def test_linear_is_the_sum_over_inputs_plus_the_bias(case: Case) -> None:
+    """The definition, written out in plain Python."""
     x, W, b = case.inputs.values()
     y, _ = linear(x, W, b)
     expected = [[sum(row * W[o]) + b[o] for o in range(len(W))] for row in x]
@@ -223,12 +226,14 @@ def test_rmsnorm_divides_each_row_by_its_root_mean_square(case: Case, eps: float
 
 @given(rmsnorm_case(), st.sampled_from([1e-3, 0.5, 1e4]))
 def test_rmsnorm_does_not_see_the_scale_of_its_input_when_eps_is_zero(case: Case, scale: float) -> None:
+    """x and c·x have the same direction, and only the direction is left."""
     x, gain = case.inputs.values()
     np.testing.assert_allclose(rmsnorm(scale * x, gain, 0.0)[0], rmsnorm(x, gain, 0.0)[0], **rounding())
 
 
 @given(rmsnorm_case(), seeds)
 def test_rmsnorm_passes_no_gradient_along_its_input_when_eps_is_zero(case: Case, seed: int) -> None:
+    """The output does not change along x, so the gradient is orthogonal to it: Σ x·dx = 0."""
     x, gain = case.inputs.values()
     y, cache = rmsnorm(x, gain, 0.0)
     dx, _ = rmsnorm_backward(normal(seed, *y.shape, stream=5), cache)
@@ -250,6 +255,7 @@ def test_rope_is_orthogonal(case: Case) -> None:
 def test_rope_lets_a_query_and_a_key_see_only_the_difference_of_their_positions(
     seed: int, half: int, m: int, n: int, shift: int
 ) -> None:
+    """Two rotations, by m and by n, leave the angle m − n between them."""
     q, k = normal(seed, 2, 1, 1, 1, 2 * half)
 
     def score(query_at: int, key_at: int) -> float:
@@ -264,6 +270,7 @@ def test_rope_lets_a_query_and_a_key_see_only_the_difference_of_their_positions(
 
 @given(rope_case())
 def test_the_backward_of_rope_is_the_rotation_by_the_opposite_angle(case: Case) -> None:
+    """The transpose of a rotation is its inverse."""
     x = case.inputs["x"]
     y, cache = case.forward(x)
     np.testing.assert_allclose(case.backward(y, cache), x, **rounding(10))
@@ -290,13 +297,13 @@ def test_rope_angles_are_exact_in_float32_at_large_positions() -> None:
 
 
 @given(sizes, st.sampled_from([1e4, 1e5]), st.floats(1, 32))
-def test_linear_scaling_divides_every_position(half: int, theta: float, factor: float) -> None:
+def test_linear_scaling_of_rope_divides_every_position(half: int, theta: float, factor: float) -> None:
     scaled = rope_frequencies(2 * half, theta, {"factor": factor})
     np.testing.assert_allclose(scaled * factor, rope_frequencies(2 * half, theta), **rounding())
 
 
 @given(st.integers(1, 64), st.sampled_from([1e2, 1e4, 5e5]), st.sampled_from([16.0, 8192.0]), st.floats(1, 32))
-def test_llama3_scaling_keeps_short_waves_stretches_long_ones_and_interpolates_between(
+def test_llama3_scaling_of_rope_keeps_short_waves_stretches_long_ones_and_interpolates_between(
     half: int, theta: float, context: float, factor: float
 ) -> None:
     scaling = {**LLAMA3, "factor": factor, "original_max_position_embeddings": context}
@@ -355,6 +362,7 @@ def test_plain_attention_keeps_the_dtype(dtype: str, case: Case) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=6))
 def test_a_query_sees_the_keys_of_its_own_segment_that_do_not_come_after_it(tokens: list[tuple[int, int]]) -> None:
+    """This is the causal mask, and each query sees at least itself."""
     segments, positions = (np.array([column]) for column in zip(*tokens, strict=True))
     visible = visible_keys(positions, segments, positions, segments)
     for t, (segment, position) in enumerate(tokens):
@@ -364,6 +372,7 @@ def test_a_query_sees_the_keys_of_its_own_segment_that_do_not_come_after_it(toke
 
 @given(attention_case())
 def test_attention_rows_sum_to_one(case: Case) -> None:
+    """The weights of a query are probabilities, also when only their logarithms were kept."""
     _, cache = case.forward(**case.inputs)
     for block, block_cache in zip(cache.blocks, cache.caches, strict=True):
         k = cache.k[:, block.keys].transpose(0, 2, 1, 3)
@@ -373,6 +382,7 @@ def test_attention_rows_sum_to_one(case: Case) -> None:
 
 @given(attention_case(), st.integers(1, 3))
 def test_attention_in_blocks_of_queries_equals_attention_at_once(case: Case, queries: int) -> None:
+    """The block size is a matter of memory and speed; results do not depend on it."""
     whole, whole_cache = case.forward(**case.inputs)
     dy = normal(0, *whole.shape, stream=9)
     with pytest.MonkeyPatch.context() as patch:
@@ -395,6 +405,7 @@ def test_attention_in_blocks_of_queries_equals_attention_at_once(case: Case, que
 
 @given(seeds, st.integers(2, 6), st.data())
 def test_changing_the_future_changes_no_byte_of_the_past(seed: int, time: int, data: st.DataObject) -> None:
+    """Causality: a model that saw the answer in training would learn nothing of it."""
     now = data.draw(st.integers(1, time - 1), label="the first token of the future")
     q, k, v, dy = normal(seed, 4, 1, time, 2, 4)
     k2, v2 = k.copy(), v.copy()
@@ -409,6 +420,7 @@ def test_changing_the_future_changes_no_byte_of_the_past(seed: int, time: int, d
 
 @given(seeds, sizes, sizes)
 def test_segments_do_not_see_each_other(seed: int, first: int, second: int) -> None:
+    """Examples packed into one row must not read one another."""
     q, k, v, dy = normal(seed, 4, 1, first + second, 2, 4)
     together, cache = attention(q, k, v, causal(np.array([[1] * first + [2] * second])))
     gradients = attention_backward(dy, cache)
@@ -445,6 +457,7 @@ def test_grouped_queries_are_multi_head_attention_with_repeated_keys(case: Case,
 
 
 def test_huge_scores_do_not_overflow() -> None:
+    """The largest score is subtracted before the exponential."""
     q, k, v = 1e200 * normal(0, 1, 3, 2, 4), normal(1, 1, 3, 2, 4), normal(2, 1, 3, 2, 4)
     y, _ = attention(q, k, v, causal(np.ones((1, 3), int)))
     assert np.isfinite(y).all()
@@ -504,24 +517,28 @@ def test_cross_entropy_is_minus_the_log_of_the_labels_probability_summed_over_la
 
 @given(cross_entropy_case(), st.floats(-1e3, 1e3))
 def test_cross_entropy_does_not_see_a_shift_of_a_rows_logits(case: Case, shift: float) -> None:
+    """Softmax divides a common factor away."""
     logits = case.inputs["logits"]
     assert float(case.forward(logits + shift)[0]) == pytest.approx(float(case.forward(logits)[0]), abs=1e-10)
 
 
 @given(st.integers(1, 50), st.floats(-100, 100))
 def test_uniform_logits_have_the_loss_log_V(vocab: int, logit: float) -> None:
+    """A model that knows nothing pays the logarithm of the size of its vocabulary."""
     loss, _ = cross_entropy(np.full((1, vocab), logit), np.array([vocab - 1]))
     assert float(loss) == pytest.approx(math.log(vocab), abs=1e-14)
 
 
 @given(cross_entropy_case())
 def test_the_gradient_of_the_logits_sums_to_zero_over_the_vocabulary(case: Case) -> None:
+    """The gradient is p minus one at the label, and both sum to one."""
     _, cache = case.forward(**case.inputs)
     np.testing.assert_allclose(cross_entropy_backward(1.0, cache).sum(axis=-1), 0, atol=1e-14)
 
 
 @given(cross_entropy_case())
 def test_rows_without_a_label_have_no_loss_and_a_gradient_of_exactly_zero(case: Case) -> None:
+    """Prompts and padding teach nothing."""
     logits = case.inputs["logits"]
     loss, cache = case.forward(logits)
     unlabelled = cache.labels == IGNORE
@@ -540,6 +557,7 @@ def test_the_gradient_of_the_logits_is_proportional_to_that_of_the_loss(case: Ca
 
 
 def test_huge_logits_do_not_overflow() -> None:
+    """The largest logit is subtracted before the exponential."""
     loss, cache = cross_entropy(np.array([[1e300, 0.0, -1e300], [-1e300, 0.0, 5.0]]), np.array([0, 2]))
     assert float(loss) == pytest.approx(math.log1p(math.exp(-5)))
     assert np.isfinite(cross_entropy_backward(1.0, cache)).all()

@@ -26,6 +26,7 @@ from minilora.model.names import EMBED
 def test_a_weight_stored_in_16_bits_gives_the_very_bytes_of_the_widened_one(
     half: str, dtype: Any, seed: int, n: int, inner: int, outer: int
 ) -> None:
+    """Storing in 16 bits what was released in 16 bits costs no digit."""
     W = normal(seed, outer, inner)
     narrow_weight = stored(half, W, dtype)
     wide_weight = DenseWeight(W.astype(STORED[half]).astype(dtype))
@@ -45,6 +46,7 @@ def test_a_weight_stored_in_16_bits_gives_the_very_bytes_of_the_widened_one(
 def test_a_frozen_weight_multiplies_by_its_transpose_forwards_and_by_itself_backwards(
     seed: int, n: int, inner: int, outer: int
 ) -> None:
+    """y = x Wᵀ, hence dx = dy W; a dW is never formed."""
     W, x, dy = normal(seed, outer, inner), normal(seed, n, inner, stream=1), normal(seed, n, outer, stream=2)
     weight = DenseWeight(W)
     np.testing.assert_allclose(weight.forward(x), np.einsum("ni,oi->no", x, W), atol=1e-12)
@@ -52,6 +54,7 @@ def test_a_frozen_weight_multiplies_by_its_transpose_forwards_and_by_itself_back
 
 
 def test_writing_to_a_frozen_weight_raises() -> None:
+    """Frozen is a fact that NumPy enforces, not a promise."""
     for weight in (DenseWeight(np.ones((2, 3))), stored("bfloat16", np.ones((2, 3)), np.float32)):
         with pytest.raises(ValueError, match="read-only"):
             weight.W[0, 0] = 0
@@ -79,6 +82,7 @@ def test_nothing_goes_backwards_into_a_frozen_embedding() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_widening_is_exact_for_every_bfloat16_there_is(dtype: Any) -> None:
+    """A bfloat16 is the upper half of a float32."""
     every = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16)
     with np.errstate(invalid="ignore"):  # some of them are signalling NaNs
         wide, expected = widen(narrow(every), dtype), every.astype(dtype)

@@ -82,6 +82,7 @@ def arrays_of(weight: NF4Weight) -> dict[str, np.ndarray]:
 
 
 def test_the_values_of_nf4_are_those_that_bitsandbytes_publishes() -> None:
+    """So the same codes mean the same weights elsewhere."""
     assert NF4.dtype == np.float32
     assert NF4.tobytes() == float32(*PUBLISHED_VALUES).tobytes()
 
@@ -95,6 +96,7 @@ def test_the_values_of_nf4_are_quantiles_at_even_steps_of_probability() -> None:
 
 
 def test_the_dynamic_values_are_the_middles_of_ever_finer_parts_of_seven_decades() -> None:
+    """They hold the largest of each block, which differ by powers of ten."""
     middles = [10.0 ** (i - 6) * (0.1 + 0.9 * (j + 0.5) / 2**i) for i in range(7) for j in range(2**i)]
     assert DYNAMIC.dtype == np.float32 and DYNAMIC.size == len(set(DYNAMIC.tolist())) == 256
     np.testing.assert_allclose(DYNAMIC, sorted([0, 1, *middles, *(-m for m in middles)]), rtol=2e-7)
@@ -105,6 +107,7 @@ def test_the_dynamic_values_are_the_middles_of_ever_finer_parts_of_seven_decades
 
 @pytest.mark.parametrize("code", range(15))
 def test_a_code_ends_at_the_published_threshold_which_still_belongs_to_it(code: int) -> None:
+    """bitsandbytes decides ties so."""
     at = np.float32(PUBLISHED_THRESHOLDS[code])
     block = float32(1, np.nextafter(at, np.float32(-2)), at, np.nextafter(at, np.float32(2)))
     codes, absmax = quantize(block, NF4, 64)
@@ -121,15 +124,17 @@ def test_the_quotient_is_rounded_as_bitsandbytes_rounds_it() -> None:
 
 @each_table
 @given(x=weights())
-def test_every_code_is_that_of_the_nearest_value_in_units_of_its_blocks_largest(
+def test_every_weight_has_the_code_of_the_nearest_value_in_units_of_the_largest_of_its_block(
     table: np.ndarray, block: int, x: np.ndarray
 ) -> None:
+    """A block of 64 weights is divided by its largest, and each quotient rounded to the nearest of 16 values."""
     for found, expected in zip(quantize(x, table, block), reference(x, table, block), strict=True):
         assert found.dtype == expected.dtype and found.tolist() == expected.tolist()
 
 
 @given(weights())
-def test_a_weight_is_quantised_and_then_its_as_less_their_mean(W: np.ndarray) -> None:
+def test_the_largest_of_each_block_less_their_mean_is_quantised_too(W: np.ndarray) -> None:
+    """This is QLoRA's double quantisation: the scales of the blocks take 8 bits instead of 32."""
     weight = NF4Weight(W)
     codes, absmax = reference(W, NF4, 64)
     absmax_codes, scales = reference(absmax - absmax.mean(), DYNAMIC, 256)
@@ -138,7 +143,7 @@ def test_a_weight_is_quantised_and_then_its_as_less_their_mean(W: np.ndarray) ->
     assert weight.dense().dtype == np.float32
 
 
-def test_the_as_of_256_blocks_share_a_scale_and_the_next_ones_have_their_own() -> None:
+def test_the_largest_of_256_blocks_share_one_scale() -> None:
     W = normal(0, 257, 64).astype(np.float32)
     W[256] *= 100
     weight = NF4Weight(W)
@@ -148,6 +153,7 @@ def test_the_as_of_256_blocks_share_a_scale_and_the_next_ones_have_their_own() -
 
 
 def test_of_two_weights_the_first_has_the_high_half_of_their_byte() -> None:
+    """bitsandbytes packs them in this order."""
     assert NF4Weight(float32(1, -1).reshape(1, 2)).codes.tolist() == [0xF0]
     assert NF4Weight(float32(-1, 0, 1).reshape(3, 1)).codes.tolist() == [0x07, 0xF7]  # 7 is zero
 
@@ -177,7 +183,7 @@ def test_four_weights_with_a_pencil() -> None:
 
 @each_table
 @given(x=weights())
-def test_what_was_quantised_once_is_quantised_again_without_loss(table: np.ndarray, block: int, x: np.ndarray) -> None:
+def test_quantising_a_dequantised_weight_again_loses_nothing(table: np.ndarray, block: int, x: np.ndarray) -> None:
     """Where the largest of a block is met exactly, as NF4's ±1 always do, and the dynamic values 1 but not −1."""
     x = x if table is NF4 else abs(x)
     codes, absmax = quantize(x, table, block)
@@ -189,6 +195,7 @@ def test_what_was_quantised_once_is_quantised_again_without_loss(table: np.ndarr
 @each_table
 @given(x=weights())
 def test_no_weight_is_off_by_more_than_half_the_widest_gap(table: np.ndarray, block: int, x: np.ndarray) -> None:
+    """Rounding to the nearest value is off by at most half the distance of two neighbours."""
     half_gap = HALF_GAP["nf4" if table is NF4 else "dynamic"]
     assert np.diff(table).max() / 2 == pytest.approx(half_gap, rel=1e-5)
     codes, absmax = quantize(x, table, block)
@@ -197,7 +204,7 @@ def test_no_weight_is_off_by_more_than_half_the_widest_gap(table: np.ndarray, bl
 
 
 @given(weights())
-def test_double_quantisation_adds_no_more_than_half_the_widest_gap_of_the_as(W: np.ndarray) -> None:
+def test_double_quantisation_adds_an_error_of_no_more_than_half_the_widest_gap(W: np.ndarray) -> None:
     absmax = reference(W, NF4, 64)[1]
     spread = abs(absmax - absmax.mean()).max()
     bound = HALF_GAP["nf4"] * np.repeat(absmax, 64)[: W.size] + HALF_GAP["dynamic"] * spread
@@ -206,6 +213,7 @@ def test_double_quantisation_adds_no_more_than_half_the_widest_gap_of_the_as(W: 
 
 @given(weights())
 def test_zeros_stay_exactly_zero(W: np.ndarray) -> None:
+    """Zero is one of the 16 values, so padding and pruned weights survive."""
     assert not NF4Weight(W).dense()[W == 0].any()
 
 
@@ -248,7 +256,8 @@ def test_twice_the_weight_has_the_same_codes_and_is_twice_what_it_was(W: np.ndar
     assert (one.dense() * np.float32(2.0**power)).tolist() == other.dense().tolist()
 
 
-def test_normal_weights_lose_less_than_with_sixteen_even_steps() -> None:
+def test_normal_weights_lose_less_in_nf4_than_in_sixteen_even_steps() -> None:
+    """Its values are where normally distributed weights are."""
     W = normal(0, 256, 256).astype(np.float32)
 
     def loss(table: np.ndarray) -> float:
@@ -271,6 +280,7 @@ def test_a_weight_takes_4_bits_and_an_eighth() -> None:
 
 
 def test_nothing_of_the_dequantised_weight_outlives_its_use() -> None:
+    """Otherwise the memory that 4 bits save would be spent after all."""
     weight = NF4Weight(normal(0, 256, 256).astype(np.float32))
     x, before = np.ones((2, 256), np.float32), {name: a.copy() for name, a in arrays_of(weight).items()}
     tracemalloc.start()
@@ -298,6 +308,7 @@ def test_writing_to_the_codes_raises() -> None:
 def test_lora_on_4_bits_is_lora_on_the_dequantised_weight_to_the_last_bit(
     dtype: Any, seed: int, W: np.ndarray, n: int, rank: int
 ) -> None:
+    """QLoRA is LoRA whose frozen weight is held in another way."""
     outer, inner = W.shape
     x, dy = normal(seed, n, inner).astype(dtype), normal(seed, n, outer, stream=1).astype(dtype)
     A, B = normal(seed, rank, inner, stream=2).astype(dtype), normal(seed, outer, rank, stream=3).astype(dtype)
@@ -354,6 +365,7 @@ def test_a_model_in_4_bits_is_the_model_with_the_dequantised_weights(config: Con
 
 @given(configs(), seeds)
 def test_only_the_linear_maps_of_the_layers_are_in_4_bits(config: Config, seed: int) -> None:
+    """Embedding, head and norms stay as they were, as in QLoRA."""
     bf16 = {name: w.astype(ml_dtypes.bfloat16) for name, w in random_weights(config, seed).items()}
     sites = base_model(config, bf16, frozen="nf4").sites
     linear = {layer_module(layer, role) for layer in range(config.num_hidden_layers) for role in LINEAR}

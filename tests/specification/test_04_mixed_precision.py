@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from support.halves import EPS, rounded
 from support.strategies import TINY, batches, normal, random_weights, seeds, sizes
 
-from minilora import backend
 from minilora.data.batches import Batch, collate
 from minilora.data.examples import Example
 from minilora.frozen.half import HALVES, HalfWeight, half_product
@@ -49,6 +48,7 @@ def adapted(mixed_precision: str, frozen: str = "stored", seed: int = 0) -> Mode
 def test_a_product_in_16_bits_is_the_exact_product_of_rounded_factors_rounded(
     half: str, seed: int, n: int, inner: int, outer: int
 ) -> None:
+    """Factors and results are rounded to 16 bits; what is added up in between is not."""
     a, b = normal(seed, n, inner).astype(np.float32), normal(seed, inner, outer, stream=1).astype(HALVES[half])
     product = half_product(a, b, HALVES[half])
     exact = rounded(a, half) @ b.astype(np.float64)
@@ -63,6 +63,7 @@ def test_a_product_in_16_bits_is_the_exact_product_of_rounded_factors_rounded(
 def test_on_small_whole_numbers_products_in_16_bits_are_exact_both_ways(
     half: str, seed: int, n: int, inner: int, outer: int
 ) -> None:
+    """Nothing there is rounded, so any difference would be a wrong formula."""
     rng = np.random.default_rng(seed)
     x, dy, W = (rng.integers(-3, 4, shape).astype(np.float32) for shape in ((n, inner), (n, outer), (outer, inner)))
     weight = HalfWeight(DenseWeight(W.astype(HALVES[half])), HALVES[half])
@@ -73,7 +74,7 @@ def test_on_small_whole_numbers_products_in_16_bits_are_exact_both_ways(
     assert weight.shape == W.shape and weight.dense().dtype == weight.rows(np.array([0])).dtype == np.float32
 
 
-def test_what_is_too_large_for_float16_is_infinite_without_a_warning() -> None:
+def test_a_product_too_large_for_float16_is_infinite_without_a_warning() -> None:
     with np.errstate(all="raise"):
         assert np.isinf(half_product(np.full((1, 1), 1e5, np.float32), np.ones((1, 1), np.float16), np.float16)).all()
 
@@ -120,36 +121,12 @@ def test_loss_and_gradients_in_16_bits_are_nearly_those_in_32(
     assert all(gradient.dtype == np.float32 for gradient in rough.values())
 
 
-def test_an_array_module_without_bfloat16_is_told_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minilora.frozen.hold.supports", lambda dtype: False)
-    with pytest.raises(RuntimeError, match=r"this CuPy has no bf16: install CuPy 14 with CUDA 12\.2, or later"):
-        base_model(CONFIG, random_weights(CONFIG, 0), np.float32, "stored", "bf16")
-
-
-def test_a_module_knows_the_numbers_that_it_can_make_arrays_of() -> None:
-    class Old:
-        """It makes such arrays, and cannot multiply them."""
-
-        class ones(np.ndarray):
-            def __new__(cls, shape: tuple[int, int], dtype: Any) -> Any:
-                return np.ones(shape, dtype).view(cls)
-
-            def __matmul__(self, other: Any) -> Any:
-                raise RuntimeError("no kernel for these")
-
-    assert all(backend.supports(half) for half in HALVES.values())
-    previous = backend.use_module(Old())
-    try:
-        assert not backend.supports(ml_dtypes.bfloat16)
-    finally:
-        backend.use_module(previous)
-
-
 # --- The loss scale ---
 
 
 @given(batch=batches(), power=st.integers(1, 24))
 def test_in_float32_a_power_of_two_on_the_way_changes_no_byte_of_a_gradient(batch: Batch, power: int) -> None:
+    """Multiplying by a power of two moves the exponent and leaves the digits."""
     model = adapted("no")
     loss, gradients = loss_and_gradients(model, [batch])
     same, scaled = scaled_loss_and_gradients(2.0**power, model, [batch])
@@ -159,6 +136,7 @@ def test_in_float32_a_power_of_two_on_the_way_changes_no_byte_of_a_gradient(batc
 
 
 def test_a_gradient_too_small_for_float16_arrives_with_a_scale_and_is_lost_without() -> None:
+    """This is what a loss scale is for."""
     weight = HalfWeight(DenseWeight(np.eye(4, dtype=np.float16)), np.float16)
     dy = np.full((1, 4), 1e-8, np.float32)
     assert not weight.backward(dy).any()
@@ -194,7 +172,7 @@ def test_a_step_that_overflows_is_computed_again_with_half_of_the_scale(power: i
     assert scale == LossScale(2.0**power, 8 if power == 16 else 1)
 
 
-def test_what_no_scale_mends_is_handed_on() -> None:
+def test_an_overflow_that_no_scale_mends_is_handed_on() -> None:
     """The loop then says that training has diverged."""
     calls: list[float] = []
     scale = LossScale(4.0)
@@ -205,7 +183,7 @@ def test_what_no_scale_mends_is_handed_on() -> None:
     assert math.isnan(loss) and nan.value == 4
 
 
-def test_the_scale_doubles_when_nothing_has_overflowed_for_long_and_1_stays() -> None:
+def test_the_scale_doubles_after_many_steps_without_an_overflow_and_a_scale_of_1_stays() -> None:
     for before, after in ((2.0**10, 2.0**11), (LEAST, 2 * LEAST), (LARGEST, LARGEST), (1.0, 1.0)):
         scale = LossScale(before)
         for _ in range(GROWS_AFTER):

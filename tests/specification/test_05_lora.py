@@ -92,6 +92,7 @@ masks = st.one_of(st.none(), st.sampled_from([0.1, 0.5, 0.9]))
 
 @given(drawn_sites, masks, seeds)
 def test_the_backward_of_lora_is_exact_with_and_without_dropout(site: Site, dropout: float | None, seed: int) -> None:
+    """dx, dA and dB, each against the complex step."""
     mask = None if dropout is None else dropout_mask(site.x.shape, dropout, random_generator(seed), float)
     check_backward(
         lambda x, A, B: lora(x, site.weight, A, B, site.s, mask),
@@ -128,6 +129,7 @@ def test_the_dtype_that_goes_in_comes_out_of_lora(dtype: Any, site: Site, masked
 
 @given(drawn_sites, masks)
 def test_a_zero_B_changes_no_bit_of_a_linear_map(site: Site, dropout: float | None) -> None:
+    """s (x Aᵀ) Bᵀ is exactly zero, and adding zero rounds nothing."""
     mask = None if dropout is None else dropout_mask(site.x.shape, dropout, random_generator(0), float)
     assert site.forward(B=np.zeros_like(site.B), mask=mask).tobytes() == (site.x @ site.W.T).tobytes()
 
@@ -136,6 +138,7 @@ def test_a_zero_B_changes_no_bit_of_a_linear_map(site: Site, dropout: float | No
 def test_a_fresh_adapter_changes_no_bit_of_a_model_whatever_its_rank_targets_and_seed(
     config: Config, settings: LoRA, batch: Batch, seed: int
 ) -> None:
+    """Training starts from the pretrained model itself."""
     base = base_model(config, random_weights(config, seed), np.float64)
     adapted = settings.attach(base, settings.start(base, np.random.default_rng(seed), np.float64))
     inputs = batch.tokens, batch.positions, batch.segments
@@ -146,6 +149,7 @@ def test_a_fresh_adapter_changes_no_bit_of_a_model_whatever_its_rank_targets_and
 def test_the_first_gradient_of_A_is_exactly_zero_and_a_first_step_moves_B_only(
     config: Config, settings: LoRA, batch: Batch, seed: int
 ) -> None:
+    """dA = s Bᵀ dyᵀ x contains B, which is zero at the start."""
     base = base_model(config, random_weights(config, seed), np.float64)
     trainable = settings.start(base, np.random.default_rng(seed), np.float64)
     start = {name: array.copy() for name, array in trainable.items()}
@@ -160,6 +164,7 @@ def test_the_first_gradient_of_A_is_exactly_zero_and_a_first_step_moves_B_only(
 
 @given(drawn_sites)
 def test_the_first_gradient_of_B_is_not_zero(site: Site) -> None:
+    """Otherwise nothing would ever move: A is random, so that B can learn."""
     _, dA, dB = site.gradients(B=np.zeros_like(site.B))
     assert not dA.any()
     assert dB.any()
@@ -202,6 +207,7 @@ def test_a_fresh_adapter_is_of_single_precision_unless_another_is_asked_for(init
 
 @given(drawn_sites)
 def test_merged_equals_adapted(site: Site) -> None:
+    """x (W + s B A)ᵀ is x Wᵀ + s (x Aᵀ) Bᵀ."""
     merged = merge(site.W, site.A, site.B, site.s)
     np.testing.assert_allclose(site.x @ merged.W.T, site.forward(), **ROUNDING)
 
@@ -224,6 +230,7 @@ def test_a_model_with_merged_weights_equals_the_adapted_model(
 
 @given(drawn_sites)
 def test_unmerging_returns_the_very_bytes_of_W(site: Site) -> None:
+    """The original weight is kept beside the merged one."""
     W = site.W.copy()
     assert unmerge(merge(site.W, 1e10 * site.A, site.B, site.s)).tobytes() == W.tobytes()
 
@@ -242,6 +249,7 @@ def test_subtracting_the_change_gives_back_nearly_W_and_not_its_bytes(dtype: Any
 
 @given(drawn_sites)
 def test_the_rank_of_the_change_is_at_most_r(site: Site) -> None:
+    """B A passes through r numbers."""
     singular = np.linalg.svd(delta(site.A, site.B, site.s), compute_uv=False)
     assert (singular[len(site.A) :] <= 1e-13 * singular[0]).all()
 
@@ -269,6 +277,7 @@ def test_cA_and_B_over_c_give_the_same_output_and_their_gradients_scale_the_othe
 
 @given(drawn_sites, sizes, seeds)
 def test_the_sum_of_two_adapters_is_their_concatenation_of_rank_r1_plus_r2(site: Site, r2: int, seed: int) -> None:
+    """B₁A₁ + B₂A₂ is [B₁ B₂] times A₁ above A₂."""
     A2, B2 = normal(seed, r2, site.W.shape[1], stream=5), normal(seed, len(site.W), r2, stream=6)
     A12, B12 = np.concatenate([site.A, A2]), np.concatenate([site.B, B2], axis=1)
     both = delta(site.A, site.B, site.s) + delta(A2, B2, site.s)
@@ -286,6 +295,7 @@ def test_the_change_of_the_output_is_proportional_to_the_scale(site: Site) -> No
 
 @given(st.integers(1, 256), st.floats(0.5, 64))
 def test_the_scale_is_alpha_over_r_and_with_rslora_alpha_over_root_r(rank: int, alpha: float) -> None:
+    """With α/√r the size of the change does not shrink as the rank grows (Kalajdzievski, 2023)."""
     assert LoRA(rank=rank, alpha=alpha, target_modules=QV).scale == alpha / rank
     assert LoRA(rank=rank, alpha=alpha, rslora=True, target_modules=QV).scale == pytest.approx(alpha / rank**0.5)
 
@@ -311,6 +321,7 @@ def test_dropout_drops_what_is_drawn_below_p_in_single_precision() -> None:
 
 
 def test_dropout_leaves_the_frozen_path_alone() -> None:
+    """Only the input of A is dropped: the pretrained model computes undisturbed."""
     site = Site(3, 4, 5, 2, 1.0, 0)
     nothing = np.zeros_like(site.x)
     assert site.forward(mask=nothing).tobytes() == (site.x @ site.W.T).tobytes()
@@ -408,6 +419,7 @@ def test_two_steps_with_a_pencil() -> None:
 def test_the_base_weights_keep_their_bytes_over_any_number_of_steps(
     config: Config, settings: LoRA, batch: Batch, seed: int
 ) -> None:
+    """The same base serves any number of adapters."""
     weights = random_weights(config, seed)
     bytes_before = {name: array.tobytes() for name, array in weights.items()}
     base = base_model(config, weights, np.float64)
@@ -421,6 +433,7 @@ def test_the_base_weights_keep_their_bytes_over_any_number_of_steps(
 
 
 def test_no_array_of_the_size_of_W_is_allocated_forwards_or_backwards() -> None:
+    """This is LoRA's saving: the optimiser and the gradients are as small as A and B."""
     n, inner, outer, rank = 2, 600, 700, 4
     site = Site(n, inner, outer, rank, 1.0, 0)
     tracemalloc.start()
@@ -472,6 +485,7 @@ def test_the_backward_of_lora_on_the_embedding_is_exact(case: Lookup, seed: int)
 
 @given(lookups)
 def test_looking_up_is_lora_of_the_transposed_embedding_with_a_one_hot_x(case: Lookup) -> None:
+    """So the embedding needs no mathematics of its own."""
     one_hot = np.eye(len(case.E))[case.tokens]
     y, cache = lora(one_hot, DenseWeight(case.E.T.copy()), case.A, case.B, case.s)
     np.testing.assert_allclose(case.forward()[0], y, **ROUNDING)
@@ -551,7 +565,7 @@ def test_targets_choose_by_module_name_or_its_ending_in_the_order_of_the_model()
     assert target_module_names(TINY, ["model.layers.1.mlp.down_proj"]) == [layer_module(1, "down")]
 
 
-def test_layers_keep_those_layers_and_what_is_named_in_full() -> None:
+def test_a_choice_of_layers_keeps_their_targets_and_modules_named_in_full() -> None:
     up = [layer_module(layer, "up") for layer in range(2)]
     assert target_module_names(TINY, ["up_proj"], layers=[1]) == [up[1]]
     assert target_module_names(TINY, ["up_proj", "embed_tokens"], layers=[1]) == [up[1]]  # the embedding is in no layer
@@ -573,7 +587,7 @@ def test_exclusion_is_by_ending_or_by_a_pattern_of_the_whole_name() -> None:
         target_module_names(TINY, ["q_proj"], exclude=("q_proj",))
 
 
-def test_modules_to_save_are_those_whose_names_end_so_dot_or_no_dot() -> None:
+def test_modules_to_save_are_those_whose_names_end_with_the_given_words() -> None:
     assert len(saved_module_names(TINY, ["norm"])) == 2 * 2 + 1  # input_layernorm, post_attention_layernorm, model.norm
     assert saved_module_names(TINY, ["model.norm", "lm_head", "embed_tokens"]) == [EMBED, NORM, HEAD]
     assert saved_module_names(TINY, ["e_proj"]) == [layer_module(layer, "gate") for layer in range(2)]
@@ -596,7 +610,7 @@ def test_modules_to_save_are_those_whose_names_end_so_dot_or_no_dot() -> None:
         ({".*": 3, "up_proj": 2}, 3),
     ],
 )
-def test_the_first_pattern_that_is_the_name_or_ends_it_decides(patterns: dict[str, int], value: int) -> None:
+def test_the_first_pattern_that_matches_the_name_or_its_ending_decides(patterns: dict[str, int], value: int) -> None:
     assert pattern_value(patterns, layer_module(1, "up"), 0) == value
 
 

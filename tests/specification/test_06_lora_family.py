@@ -115,6 +115,7 @@ drawn_sites = st.builds(Site, sizes, sizes, sizes, scales, seeds)
 
 @given(drawn_sites)
 def test_the_principal_part_and_the_residual_add_up_to_W(site: Site) -> None:
+    """The model starts as it was; only what is frozen and what trains are divided differently."""
     np.testing.assert_allclose(site.rest.dense() + delta(site.A, site.B, site.s), site.W, **ROUNDING)
 
 
@@ -151,7 +152,8 @@ def test_the_backward_beside_a_residual_is_exact(site: Site, seed: int) -> None:
 
 
 @given(drawn_sites, seeds)
-def test_as_a_change_of_W_the_adapter_has_twice_the_rank_and_computes_the_same(site: Site, seed: int) -> None:
+def test_as_a_change_of_W_a_pissa_adapter_has_twice_the_rank_and_computes_the_same(site: Site, seed: int) -> None:
+    """The trained part minus the part at the start: two products of rank r."""
     A, B = site.A + normal(seed, *site.A.shape), site.B + normal(seed, *site.B.shape, stream=1)
     twice = as_change_of_W(A, B, site.rest)
     assert len(twice[0]) == twice[1].shape[1] == 2 * site.rank
@@ -175,8 +177,8 @@ def test_orthogonal_and_pissa_start_as_the_base_but_for_rounding(
 
 
 @pytest.mark.parametrize("init", ["orthogonal", "pissa"])
-def test_with_both_A_and_B_not_zero_both_move_in_the_first_step(init: str) -> None:
-    """With B = 0 the first gradient of A is zero: test_05_lora.py."""
+def test_if_neither_A_nor_B_is_zero_both_move_in_the_first_step(init: str) -> None:
+    """With B = 0, as LoRA starts, the first gradient of A is zero."""
     base = base_model(TINY, random_weights(TINY, 0), np.float64)
     method = LoRA(2, init=init, target_modules=("all-linear",))
     trainable = method.start(base, np.random.default_rng(0), np.float64)
@@ -213,6 +215,7 @@ def test_pissa_trains_its_A_and_B_and_touches_neither_W_nor_the_residual(
 def test_the_saved_form_of_pissa_is_plain_lora_with_the_same_logits(
     config: Config, method: LoRA, batch: Batch, seed: int
 ) -> None:
+    """Others load it without knowing PiSSA, beside the unchanged base."""
     base = base_model(config, random_weights(config, seed), np.float64)
     trainable = trained(method.start(base, np.random.default_rng(seed), np.float64), seed)
     adapted = method.attach(base, trainable)
@@ -256,7 +259,7 @@ def test_pissa_leaves_a_four_bit_weight_in_four_bits() -> None:
         assert isinstance(rest.W, NF4Weight) and rest.W is base.sites[module].weight
 
 
-def test_pissa_is_refused_where_it_cannot_be_meant(tmp_path: Path) -> None:
+def test_pissa_is_refused_with_dropout_on_an_embedding_and_with_too_large_a_rank(tmp_path: Path) -> None:
     base, rng = base_model(TINY, random_weights(TINY, 0), np.float64), np.random.default_rng(0)
     with pytest.raises(ValueError, match=r"pissa does not go with dropout 0\.1"):
         LoRA(2, init="pissa", dropout=0.1, target_modules=QV)

@@ -79,6 +79,7 @@ def mask_of(site: Site, dropout: float | None, seed: int) -> Any:
 
 @given(drawn_sites)
 def test_the_thin_path_of_dora_equals_the_materialised_weight(site: Site) -> None:
+    """The lengths of the rows of W + s B A are found without forming it."""
     lengths = np.linalg.norm(site.V, axis=1)
     np.testing.assert_allclose(site.norms(), lengths, **ROUNDING)
     y, (dx, *_) = site.run(site.m)
@@ -91,6 +92,7 @@ def test_the_thin_path_of_dora_equals_the_materialised_weight(site: Site) -> Non
 def test_with_the_norms_held_constant_the_backward_of_dora_is_exact(
     site: Site, dropout: float | None, seed: int
 ) -> None:
+    """DoRA's paper treats the lengths as constants in the backward (section 4.3)."""
     mask, norms = mask_of(site, dropout, seed), site.norms()
     check_backward(
         lambda x, A, B, m: dora(x, site.weight, A, B, m, norms, site.s, mask),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import tracemalloc
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +12,15 @@ from hypothesis import strategies as st
 from support.complex_step import check_backward
 from support.method_laws import (
     has_exact_gradients,
-    is_read_back_exactly,
     merges_exactly,
     starts_as_the_base,
     trains_what_it_names_and_nothing_else,
 )
+from support.misses import METHODS, each
 from support.strategies import QV, TINY, batches, configs, normal, random_weights, seeds, sizes
 
 from minilora.backend import random_generator
 from minilora.data.batches import Batch
-from minilora.formats.adapters import read_method
 from minilora.frozen.weight import DenseWeight
 from minilora.lora import dropout_mask, lora, lora_backward
 from minilora.methods.lora import LoRA
@@ -36,11 +32,6 @@ from minilora.model.names import weight_shapes
 from minilora.model.sites import FrozenLinear
 
 ROUNDING: Any = {"rtol": 1e-11, "atol": 1e-11}
-METHODS = {
-    "every projection": MiSS(2, target_modules=("all-linear",)),
-    "head and a whole norm": MiSS(2, target_modules=("v_proj", "lm_head"), modules_to_save=("norm",)),
-}
-each = pytest.mark.parametrize("name", METHODS)
 some = settings(max_examples=25)
 
 
@@ -76,6 +67,7 @@ def test_the_thin_path_of_miss_equals_the_materialised_weight(site: Site) -> Non
 
 @given(drawn_sites, st.booleans())
 def test_the_backward_of_miss_is_exact_with_and_without_dropout(site: Site, dropout: bool) -> None:
+    """dx and dM, each against the complex step."""
     mask = site.mask if dropout else None
 
     def forward(x: Any, M: Any) -> Any:
@@ -111,6 +103,7 @@ def test_miss_is_lora_with_the_transpose_of_M_as_B_and_identities_side_by_side_a
 
 @given(drawn_sites)
 def test_the_rank_of_the_change_of_miss_is_at_most_r(site: Site) -> None:
+    """All shards of W share the r columns of Mᵀ."""
     change = miss_merge(site.W, site.M).W - site.W
     assert np.linalg.matrix_rank(change, tol=1e-9) <= len(site.M)
 
@@ -207,15 +200,6 @@ def test_a_model_merged_from_miss_equals_the_adapted_model(name: str, config: Co
     merges_exactly(METHODS[name], config, batch, seed)
 
 
-@each
-@pytest.mark.parametrize("tied", [True, False])
-def test_miss_is_read_back_from_its_folder_exactly(tmp_path: Path, name: str, tied: bool) -> None:
-    method = is_read_back_exactly(tmp_path, METHODS[name], replace(TINY, tie_word_embeddings=tied))
-    seven = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    chosen = METHODS[name].target_modules
-    assert method == replace(METHODS[name], target_modules=seven if chosen == ("all-linear",) else chosen)
-
-
 # --- Dropout ---
 
 
@@ -251,26 +235,3 @@ def test_what_miss_shares_with_lora_is_declared_alike() -> None:
 def test_targets_that_cannot_have_an_M_are_refused_by_name(method: MiSS, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         method.start(base_model(TINY, random_weights(TINY, 0), np.float64), np.random.default_rng(0))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"init_weights": "bat"}, "init_weights 'bat'"),
-        ({"init_weights": "mini", "mini_r": 2}, "init_weights 'mini'"),
-        ({"init_weights": []}, r"init_weights \[\]"),
-        ({"bias": "all"}, "bias 'all' is not supported"),
-        ({"r": 3}, "wrong shape: .*miss_block"),
-        ({"r": 0}, "r is 0"),
-        ({"rank_pattern": {"q_proj": 3}}, "rank_pattern .* is not supported"),
-        ({"layers_to_transform": [0]}, "miss_block"),
-    ],
-)
-def test_a_folder_of_miss_that_cannot_be_honoured_is_refused_by_name(
-    tmp_path: Path, change: dict[str, object], message: str
-) -> None:
-    is_read_back_exactly(tmp_path, MiSS(2, target_modules=QV), TINY)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ValueError, match=message):
-        read_method(tmp_path, base_model(TINY, random_weights(TINY, 5), np.float32))

@@ -37,6 +37,7 @@ each = pytest.mark.parametrize("name", METHODS)
 @some
 @given(config=configs(), batch=batches(), seed=seeds)
 def test_every_method_starts_as_the_base_to_the_last_bit(name: str, config: Config, batch: Batch, seed: int) -> None:
+    """Training starts from the pretrained model itself, whatever trains."""
     starts_as_the_base(METHODS[name], config, batch, seed)
 
 
@@ -55,6 +56,7 @@ def test_every_gradient_of_every_method_is_exact(
 def test_every_method_trains_what_it_names_and_touches_nothing_else(
     name: str, config: Config, batch: Batch, seed: int
 ) -> None:
+    """The gradients have the very names of what trains, and the base keeps its bytes."""
     trains_what_it_names_and_nothing_else(METHODS[name], config, batch, seed)
 
 
@@ -64,10 +66,11 @@ def test_every_method_trains_what_it_names_and_touches_nothing_else(
 def test_the_merged_weights_compute_what_the_method_computes(
     name: str, config: Config, batch: Batch, seed: int
 ) -> None:
+    """Whatever is linear can be folded into W."""
     merges_exactly(METHODS[name], config, batch, seed)
 
 
-def test_what_is_not_linear_is_not_merged() -> None:
+def test_a_bottleneck_is_not_linear_and_so_not_merged() -> None:
     base, model, _ = adapted(TINY, Bottleneck(2), 0)
     with pytest.raises(ValueError, match="o_proj: a BottleneckSite is not linear"):
         list(merged_parameters(base, model))
@@ -136,6 +139,6 @@ PLACES = [2, 18, 40]
 
 
 @pytest.mark.parametrize("make", [lambda: Bottleneck(0), lambda: RandomSubset(0.0), lambda: RandomSubset(1.5)])
-def test_settings_without_sense_are_refused(make: object) -> None:
+def test_settings_that_make_no_sense_are_refused(make: object) -> None:
     with pytest.raises(ValueError, match=r"^--[a-z-]+ .* is (less than|not above|more than)"):
         make()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Prefix and prompt tuning: exact gradients, the base after reading words at the start, and PEFT computes the same."""
+"""Prefix and prompt tuning: exact gradients, the base after reading words at the start, layouts that change nothing."""
 
 from __future__ import annotations
 
@@ -83,6 +83,7 @@ class Renamed:
 @some
 @given(tuned, batches())
 def test_virtual_tokens_alone_train_and_nothing_of_the_base_does(case: Tuned, batch: Batch) -> None:
+    """The gradients' only name is that of the virtual tokens."""
     tuned_model, plain = case.model(), base(case.config, case.seed)
     assert loss_and_gradients(tuned_model, [batch])[1].keys() == {EMBEDDINGS}
     assert all(not site.trains for site in tuned_model.sites.values())
@@ -91,7 +92,8 @@ def test_virtual_tokens_alone_train_and_nothing_of_the_base_does(case: Tuned, ba
 
 @some
 @given(tuned, st.lists(st.integers(0, VOCAB - 1), min_size=2, max_size=4))
-def test_going_on_from_a_past_the_virtual_tokens_in_it_are_constants(case: Tuned, tokens: list[int]) -> None:
+def test_virtual_tokens_inside_a_given_past_are_constants(case: Tuned, tokens: list[int]) -> None:
+    """They were computed before, and the step has no way back into them."""
     row, positions = np.array([tokens]), np.arange(len(tokens))[None]
     one, rest = ([a[:, :1], a[:, 1:]] for a in (row, positions))
     _, past, _ = forward(case.model(), one[0], rest[0], np.ones_like(one[0]))
@@ -160,7 +162,8 @@ def test_without_a_text_the_seed_draws_the_words(method: type[VirtualTokens]) ->
 
 @some
 @given(configs(), st.integers(1, 3), words, seeds)
-def test_keys_and_values_of_zero_are_not_nothing(config: Config, count: int, tokens: list[int], seed: int) -> None:
+def test_a_prefix_of_zeros_still_changes_the_output(config: Config, count: int, tokens: list[int], seed: int) -> None:
+    """Its keys take a share of the softmax, which the text's own keys lose."""
     plain = base(config, seed)
     zero = PrefixTuning(count).start(plain, np.random.default_rng(0), np.float64)[EMBEDDINGS] * 0
     silent = replace(plain, prefix=LearnedPrefix(zero, config))
@@ -193,7 +196,7 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray) -> 
 
 
 @given(st.lists(st.tuples(st.sampled_from([EVERYONE, 0, 1, 2]), st.integers(0, 3)), min_size=1, max_size=6))
-def test_what_is_for_everyone_is_seen_from_every_segment_and_itself_sees_no_segment(
+def test_virtual_tokens_are_seen_from_every_segment_and_see_no_segment(
     tokens: list[tuple[int, int]],
 ) -> None:
     segments, positions = (np.array([column]) for column in zip(*tokens, strict=True))
@@ -225,7 +228,7 @@ def test_padding_before_or_behind_and_checkpointing_change_nothing(
 
 @some
 @given(tuned, batches())
-def test_run_again_a_layer_gives_the_same_bytes(case: Tuned, batch: Batch) -> None:
+def test_a_layer_run_again_gives_the_same_bytes(case: Tuned, batch: Batch) -> None:
     results = [loss_and_gradients(case.model(), [batch], None, checkpointing) for checkpointing in (False, True)]
     (loss, gradients), (loss_again, gradients_again) = results
     assert (loss, gradients[EMBEDDINGS].tobytes()) == (loss_again, gradients_again[EMBEDDINGS].tobytes())

@@ -53,6 +53,7 @@ trained = fully_trained | st.builds(Trained, configs(), plain_adapters, seeds)  
 def test_every_gradient_of_lora_is_exact_with_dropout_packing_and_chunks(
     case: Trained, batch: Batch, seed: int, chunk: int, checkpointing: bool
 ) -> None:
+    """dA and dB of all sites at once, through the whole model, against the complex step."""
     _, gradients = loss_and_gradients_in_chunks(case.model(), batch, seed, chunk, checkpointing)
     check_gradients(lambda moved: loss_only(case.model(moved), batch, seed), case.trainable, gradients)
 
@@ -92,6 +93,7 @@ def test_the_training_step_returns_the_mean_loss_over_labels_and_its_exact_gradi
 def test_there_is_a_gradient_for_each_array_that_trains_and_for_no_other(
     case: Trained, batch: Batch, seed: int
 ) -> None:
+    """The backward does no work for what is frozen."""
     _, gradients = loss_and_gradients(case.model(), [batch], [seed])
     assert gradients.keys() == case.trainable.keys()
     assert all(gradients[name].dtype == array.dtype for name, array in case.trainable.items())
@@ -153,6 +155,7 @@ def test_the_example_of_a_site_is_one_with_exact_gradients(seed: int, n: int, wi
 
 @given(trained | lora_trained, batches(), seeds)
 def test_activation_checkpointing_gives_the_same_bytes(case: Trained, batch: Batch, seed: int) -> None:
+    """A layer run again computes exactly what it computed before, dropout included."""
     loss, gradients = loss_and_gradients(case.model(), [batch], [seed])
     loss2, gradients2 = loss_and_gradients(case.model(), [batch], [seed], checkpointing=True)
     assert loss == loss2
@@ -173,6 +176,7 @@ def test_activation_checkpointing_keeps_the_input_of_each_layer_and_nothing_else
 
 @given(trained, batches(), st.integers(1, 5))
 def test_the_loss_in_chunks_is_the_loss_at_once(case: Trained, batch: Batch, chunk: int) -> None:
+    """The logits of all tokens are never in memory together."""
     assert_same(
         loss_and_gradients_in_chunks(case.model(), batch, None, chunk),
         loss_and_gradients_in_chunks(case.model(), batch, None, 10**6),
@@ -203,7 +207,7 @@ def test_the_loss_of_an_evaluation_is_that_of_training_without_dropout(case: Tra
 
 
 @given(trained, batches())
-def test_without_a_gradient_asked_for_there_is_none(case: Trained, batch: Batch) -> None:
+def test_no_gradient_is_computed_unless_it_is_asked_for(case: Trained, batch: Batch) -> None:
     hidden, _, _ = forward(case.model(), batch.tokens, batch.positions, batch.segments)
     assert head_loss(case.model(), hidden, batch.labels.reshape(-1), None)[1:] == (None, {})
 
@@ -220,7 +224,7 @@ def test_an_evaluation_saves_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(cache.layers.blocks, cache.layers.inputs) for cache in caches] == [({}, {})]
 
 
-def test_one_label_is_enough_for_a_loss_and_without_any_there_is_none() -> None:
+def test_one_label_is_enough_for_a_loss_and_a_batch_without_labels_is_refused() -> None:
     model = Trained(TINY, None, 0).model()
     one, none = (pad([Example([1, 2], [False, trained])], 0) for trained in (True, False))
     assert mean_loss(model, [one, none]) == mean_loss(model, [one]) > 0
@@ -244,7 +248,7 @@ class Listening:
 
 
 @given(lora_trained, st.lists(batches(), min_size=1, max_size=3), st.sampled_from([None, False, True]))
-def test_every_site_hears_the_seed_of_its_micro_batch_and_hears_it_again_where_its_layer_is_run_again(
+def test_every_site_is_given_the_seed_of_its_micro_batch_also_when_its_layer_is_run_again(
     case: Trained, drawn: list[Batch], checkpointing: bool | None
 ) -> None:
     """None: the default, which is to keep the caches."""
@@ -259,7 +263,7 @@ def test_every_site_hears_the_seed_of_its_micro_batch_and_hears_it_again_where_i
 
 
 @given(lora_trained, batches())
-def test_no_site_hears_a_seed_where_none_is_given(case: Trained, batch: Batch) -> None:
+def test_no_site_is_given_a_seed_if_the_step_has_none(case: Trained, batch: Batch) -> None:
     sites = {name: Listening(site) for name, site in case.model().sites.items()}
     loss_and_gradients(Model(case.config, sites), [batch])
     mean_loss(Model(case.config, sites), [batch])
@@ -285,6 +289,7 @@ class NoBackward:
 def test_nothing_below_the_lowest_trained_layer_is_saved_or_goes_backwards(
     config: Config, data: st.DataObject, checkpointing: bool
 ) -> None:
+    """No gradient from there is wanted."""
     lowest = data.draw(st.integers(0, config.num_hidden_layers - 1), label="lowest trained layer")
     case = Trained(config, LoRA(2, target_modules=(layer_module(lowest, "v"),)), 0)
     sites = {
@@ -330,6 +335,7 @@ def test_where_the_embedding_alone_trains_the_backward_reaches_it_through_every_
 
 @given(trained, batches(), st.integers(1, 4), st.integers(0, VOCAB - 1))
 def test_padding_changes_nothing(case: Trained, batch: Batch, extra: int, pad_id: int) -> None:
+    """Padding is a segment that nobody sees and that has no labels."""
     fillers = Batch(tokens=pad_id, labels=-100, positions=0, segments=0)  # type: ignore[arg-type]
     padded = Batch(
         *(np.pad(a, ((0, 0), (0, extra)), constant_values=fill) for a, fill in zip(batch, fillers, strict=True))
@@ -347,6 +353,7 @@ def test_padding_on_the_left_is_padding_on_the_right(case: Trained, drawn: list[
 
 @given(trained, st.lists(examples(), min_size=1, max_size=4))
 def test_packed_end_to_end_the_examples_are_what_they_are_one_by_one(case: Trained, drawn: list[Example]) -> None:
+    """Positions start anew with each example, and attention stays within it."""
     drawn = [*drawn, Example([1, 2, 3], [False, True, True])]
     assert_same(
         loss_and_gradients(case.model(), [collate([drawn], 0)]),
@@ -390,6 +397,7 @@ def test_a_layer_turns_its_keys_by_their_position_where_the_configuration_says_s
 
 @given(trained, batches(), st.integers(1, 50))
 def test_a_model_sees_only_the_differences_of_positions(case: Trained, batch: Batch, shift: int) -> None:
+    """So padding on the left and a past of any length do no harm."""
     shifted = batch._replace(positions=batch.positions + shift)
     assert_same(loss_and_gradients(case.model(), [shifted]), loss_and_gradients(case.model(), [batch]))
 
@@ -398,6 +406,7 @@ def test_a_model_sees_only_the_differences_of_positions(case: Trained, batch: Ba
 def test_changing_future_tokens_changes_no_byte_of_what_came_before(
     case: Trained, tokens: list[int], data: st.DataObject
 ) -> None:
+    """Causality, of the whole model."""
     now = data.draw(st.integers(1, len(tokens) - 1), label="the first token of the future")
     row, model = np.array([tokens]), case.model()
     other = row.copy()

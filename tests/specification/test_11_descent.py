@@ -21,6 +21,7 @@ from minilora.training.schedules import SCHEDULES, learning_rate, warmup_steps
 
 @given(seed=seeds, rate=rates, decay=st.floats(0, 1), steps=st.integers(1, 8))
 def test_adamw_follows_its_textbook_recurrence(seed: int, rate: float, decay: float, steps: int) -> None:
+    """Loshchilov & Hutter (2019), algorithm 2, line by line."""
     parameters, gradients = arrays(seed), [arrays(seed + t) for t in range(1, steps + 1)]
     expected = {}
     for name, p in parameters.items():  # Loshchilov & Hutter, algorithm 2, line by line
@@ -40,6 +41,7 @@ def test_adamw_follows_its_textbook_recurrence(seed: int, rate: float, decay: fl
 
 @given(seed=seeds, rate=rates)
 def test_adamws_first_step_has_the_length_of_the_rate_whatever_the_gradients_scale(seed: int, rate: float) -> None:
+    """m̂/√v̂ is the gradient divided by its own size."""
     for scale in (1.0, 1e6):
         p = {"p": np.zeros(3)}
         AdamW(p).update(p, {"p": scale * np.array([1.0, -2.0, 3.0])}, rate)
@@ -57,6 +59,7 @@ def test_sgd_walks_down_the_gradient(seed: int, rate: float, decay: float) -> No
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_decay_shrinks_matrices_and_leaves_vectors_alone(name: str) -> None:
+    """Gains and biases are not to be drawn to zero."""
     parameters, before = arrays(0), arrays(0)
     nothing = {key: np.zeros_like(p) for key, p in parameters.items()}
     OPTIMIZERS[name](parameters, 0.5).update(parameters, nothing, 0.1)
@@ -76,6 +79,7 @@ def test_an_optimizer_writes_into_the_arrays_that_the_model_shares_and_keeps_the
 
 @given(seed=seeds, limit=st.just(0.0) | st.floats(1e-3, 10))
 def test_clipping_keeps_the_direction_and_caps_the_norm(seed: int, limit: float) -> None:
+    """All gradients are multiplied by one factor."""
     before, after = arrays(seed), arrays(seed)
     norm = global_norm(after)
     assert math.isclose(norm, math.sqrt(sum(float(x) ** 2 for g in before.values() for x in g.ravel())))
@@ -98,6 +102,7 @@ def test_clipping_keeps_the_direction_and_caps_the_norm(seed: int, limit: float)
 def test_rates_climb_evenly_to_the_peak_and_then_never_rise_nor_reach_zero(
     schedule: str, steps: int, share: float, peak: float
 ) -> None:
+    """A step with the rate zero would be wasted."""
     warmup = int(share * steps)
     found = [learning_rate(step, steps, peak, schedule, warmup) for step in range(steps)]
     np.testing.assert_allclose(found[:warmup], [peak * (k + 1) / (warmup + 1) for k in range(warmup)])
@@ -135,6 +140,7 @@ def test_warmup_below_one_is_a_share_and_from_one_on_a_number_of_steps() -> None
 
 @given(count=st.integers(1, 20), size=st.integers(1, 25), seed=seeds)
 def test_each_epoch_deals_every_row_once_and_its_last_part_may_be_smaller(count: int, size: int, seed: int) -> None:
+    """No row is learnt twice in an epoch, and none is left out."""
     order, rng = Order(count), np.random.default_rng(seed)
     takes = math.ceil(count / size)
     for epoch in (1, 2, 3):

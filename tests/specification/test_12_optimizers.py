@@ -1,6 +1,6 @@
 """What optimisers keep between steps and do when not told otherwise, and the rules of those that keep less than AdamW.
 
-The formulas of AdamW, SGD and the schedules are in test_11_descent.py.
+The formulas of AdamW, SGD and the schedules are in the chapter before.
 """
 
 from __future__ import annotations

@@ -98,6 +98,7 @@ def test_every_micro_batch_has_a_dropout_of_its_own_which_the_seed_decides(seed:
 
 
 def test_accumulation_weighs_each_token_alike_which_an_average_of_averages_does_not() -> None:
+    """The mean is taken over the labels of the whole step, however they are spread over its micro-batches."""
     model, _ = new_run()
     short, long = Example([1, 2, 3], [False, False, True]), Example([4, 5, 6, 7], [False, True, True, True])
     micro = batches_of([[short], [long]], 1, pad_id=0)
@@ -120,7 +121,9 @@ def test_packed_rows_train_as_padded_rows_do(tmp_path: Path) -> None:
 
 
 @given(count=st.integers(1, 12), batch_size=st.integers(1, 5), accumulation=st.integers(1, 3), seed=seeds)
-def test_an_epochs_micro_batches_hold_every_row_once(count: int, batch_size: int, accumulation: int, seed: int) -> None:
+def test_the_micro_batches_of_an_epoch_hold_every_row_once(
+    count: int, batch_size: int, accumulation: int, seed: int
+) -> None:
     rows = make_rows(count, seed)
     _, state = new_run(rows, seed=seed)
     plan = replace(PLAN, batch_size=batch_size, grad_accumulation=accumulation)
@@ -158,6 +161,7 @@ def test_training_lowers_the_loss_and_changes_no_byte_of_what_is_frozen(tmp_path
 def test_training_stops_after_patience_without_gain_and_ends_as_at_the_best_validation(
     losses: list[float], patience: int
 ) -> None:
+    """What overfits afterwards is thrown away."""
     at_validation: list[dict[str, bytes]] = []
 
     def scripted(model: Model, batches: Any) -> float:

@@ -67,12 +67,13 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 def test_with_the_cache_each_row_gets_what_full_forwards_give_it_alone(
     config: Config, seed: int, prompts: list[list[int]]
 ) -> None:
+    """The key/value cache saves work and changes no token."""
     model = adapted_model(config, seed)
     expected = [best_by_full_forward(model, prompt, 8) for prompt in prompts]
     assert complete(model, prompts, 8, NEVER) == expected
 
 
-def test_after_the_prompt_each_step_runs_one_new_token_a_row(shapes: list[tuple[int, ...]]) -> None:
+def test_after_the_prompt_each_step_computes_one_new_token_for_each_row(shapes: list[tuple[int, ...]]) -> None:
     complete(adapted_model(TINY, 0), [[1, 2, 3, 4], [5]], 3, NEVER)
     assert shapes == [(2, 4), (2, 1), (2, 1)]
 
@@ -117,7 +118,7 @@ def test_an_empty_prompt_is_refused() -> None:
     texts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=2, max_size=4),
     length=st.integers(1, 4),
 )
-def test_whatever_was_read_before_a_text_goes_on_as_it_does_alone(
+def test_whatever_was_read_before_it_a_text_is_continued_as_it_is_alone(
     config: Config, seed: int, method: Any, texts: list[list[int]], length: int
 ) -> None:
     base = base_model(config, random_weights(config, seed), np.float64)
@@ -246,6 +247,7 @@ def test_eight_even_draws_from_zero_on_divide_into_halves_quarters_and_eighths()
 def test_draws_follow_the_distribution_that_was_asked_for(
     seed: int, vocab: int, temperature: float, top_k: int, top_p: float
 ) -> None:
+    """Temperature, then the k best, then the fewest that reach p."""
     logits = normal(seed, vocab)
     found = shares(logits, temperature, top_k, top_p, Grid(), 1000)
     np.testing.assert_allclose(found, distribution(logits, temperature, top_k, top_p), atol=1.01 / 1000)

@@ -65,6 +65,7 @@ def thin(draw: st.DrawFn) -> list[Factors]:
 
 @given(parts=thin())
 def test_the_concatenation_is_the_weighted_sum_of_the_changes(parts: list[Factors]) -> None:
+    """w₁ΔW₁ + w₂ΔW₂ is one LoRA of rank r₁ + r₂."""
     whole = concatenate(parts)
     assert len(whole.A) == sum(len(part.A) for part in parts) == whole.B.shape[1]
     expected = sum(delta(part.A, part.B, part.c) for part in parts)
@@ -75,6 +76,7 @@ def test_the_concatenation_is_the_weighted_sum_of_the_changes(parts: list[Factor
 def test_truncation_is_the_nearest_of_its_rank_and_its_error_is_the_singular_values_left_out(
     parts: list[Factors], rank: int
 ) -> None:
+    """The theorem of Eckart and Young."""
     A, B, _ = concatenate(parts)
     dW = B @ A
     nearest, truncation = truncate(A, B, rank)
@@ -117,7 +119,7 @@ def test_no_array_of_the_size_of_W_is_made_in_combining() -> None:
     ranks=st.lists(st.sampled_from([0, 2, 2, 3]), min_size=1, max_size=30),
     whole_ends=st.booleans(),
 )
-def test_the_written_settings_mean_these_ranks_and_the_scale_one(
+def test_a_combined_adapter_is_written_with_these_ranks_and_the_scale_one(
     config: Config, ranks: list[int], whole_ends: bool
 ) -> None:
     modules = [name for name in every_module(config) if "norm" not in name]
@@ -174,6 +176,7 @@ def attached(method: Any, base: Model, seed: int) -> Model:
 def test_each_row_of_a_mixed_batch_gets_what_its_own_adapter_gives_it_alone(
     config: Config, seed: int, chosen: list[LoRA], data: st.DataObject
 ) -> None:
+    """One pass through the base serves users with different adapters."""
     config = replace(config, num_hidden_layers=2, rope_layers=(True, False))
     base = base_model(config, random_weights(config, seed), np.float64)
     models = [base, *(attached(method, base, seed + i) for i, method in enumerate(chosen))]
@@ -201,6 +204,7 @@ def test_a_mixed_batch_is_continued_row_by_row_as_each_adapter_continues_it_alon
 
 
 def test_the_frozen_product_of_a_mixed_batch_is_one_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The costly product is formed once, and only the thin ones differ."""
     base = base_model(TINY, random_weights(TINY, 0), np.float64)
     models = [base, *(attached(LoRA(2, target_modules=("all-linear",)), base, seed) for seed in (1, 2, 3))]
     seen: list[int] = []

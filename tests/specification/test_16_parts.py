@@ -41,6 +41,7 @@ def assert_same(one: tuple[float, Gradients], other: tuple[float, Gradients]) ->
     config=configs(max_layers=2), drawn=st.lists(batches(), min_size=1, max_size=2), most=st.integers(1, 3), seed=seeds
 )
 def test_parts_side_by_side_are_the_whole_batch(config: Config, drawn: list[Batch], most: int, seed: int) -> None:
+    """Gradients are sums over examples, whoever computes the summands."""
     model = adapted(config, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NUMBER_OF_PARTS, lambda examples: min(most, examples))
@@ -54,6 +55,7 @@ def test_parts_side_by_side_are_the_whole_batch(config: Config, drawn: list[Batc
 def test_each_part_draws_its_own_dropout_and_the_first_that_of_the_batch(
     config: Config, batch: Batch, seed: int
 ) -> None:
+    """Otherwise all parts would drop the same features."""
     model, parts = adapted(config, seed, dropout=0.5), divide(batch, count_examples(batch))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NUMBER_OF_PARTS, lambda examples: examples)
@@ -74,6 +76,7 @@ def examples_of(batch: Batch) -> list[tuple[list[int], ...]]:
 
 @given(batch=batches(), data=st.data())
 def test_a_divided_batch_has_the_same_examples_and_no_padding(batch: Batch, data: st.DataObject) -> None:
+    """No core computes padding."""
     count = len(examples_of(batch))
     assert count_examples(batch) == count
     parts = divide(batch, data.draw(st.integers(1, count)))

@@ -1,7 +1,7 @@
 """The outside world, without installing it: values that transformers, PEFT and PyTorch's AdamW wrote down.
 
 `make_golden.py` wrote the files of `golden/`, with peers in float64 throughout, so that ten digits can be compared.
-tests/peers asks the peers themselves, about many more configurations, where they are installed.
+`tests/peers` asks the peers themselves, about many more configurations, where they are installed.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def assert_computes(model: Model, batch: Batch, values: Arrays, relative: float)
 def test_a_model_computes_the_logits_loss_and_gradients_that_transformers_wrote_down(
     case: str, dtype: type, relative: float
 ) -> None:
+    """To ten digits in float64, for every kind of model that is read."""
     model, _ = fully_trained(case, dtype)
     assert_computes(model, batch_of(case), load_file(GOLDEN / case / "full.safetensors"), relative)
 

@@ -1,4 +1,4 @@
-"""docs/lora_in_one_file.py is LoRA in one file: short, on NumPy alone, and equal to the package in every gradient."""
+"""`docs/lora_in_one_file.py` is LoRA in one file, on NumPy alone, and equal to the package in every gradient."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def by_peft_name(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def test_its_loss_and_every_gradient_are_those_of_the_package() -> None:
+def test_the_loss_and_every_gradient_of_the_one_file_are_those_of_the_package() -> None:
     one = one_file()
     model = one.load(SHIPPED_MODEL, np.float64)
     adapter = random_adapter(one, model)
@@ -43,7 +43,7 @@ def test_its_loss_and_every_gradient_are_those_of_the_package() -> None:
         np.testing.assert_allclose(ours[name], gradient, rtol=0, atol=1e-10, err_msg=name)
 
 
-def test_a_fresh_adapter_moves_B_alone_and_its_gradients_stay_single_precision() -> None:
+def test_a_fresh_adapter_of_the_one_file_moves_B_alone_and_its_gradients_stay_single_precision() -> None:
     one = one_file()
     model = one.load(SHIPPED_MODEL)
     _, grads = one.loss_and_gradients(model, one.start(model, np.random.default_rng(0)), EXAMPLES)
@@ -53,6 +53,7 @@ def test_a_fresh_adapter_moves_B_alone_and_its_gradients_stay_single_precision()
 
 
 def test_merged_equals_adapted() -> None:
+    """x (W + s B A)ᵀ is x Wᵀ + s (x Aᵀ) Bᵀ."""
     one = one_file()
     model = one.load(SHIPPED_MODEL, np.float64)
     adapter = random_adapter(one, model)
