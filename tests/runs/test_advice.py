@@ -196,10 +196,10 @@ def test_every_flag_that_is_named_is_one_of_train_and_what_it_is_now_is_right(se
 def test_nothing_is_advised_that_the_method_has_not_or_that_is_done_already(settings: Settings) -> None:
     said = " ".join(everything_said(settings))
     method = settings.method.name
-    lora = method in ("lora", "dora") and not settings.adapter
-    assert all(("--" + name in said) == lora for name in ("rank", "alpha"))
-    assert ("--dropout" in said) == (lora and settings.values()["dropout"] < 0.1)
-    assert ("--target-modules" in said) == (lora and settings.values()["target_modules"] != ("all-linear",))
+    own = {} if settings.adapter else {name: settings.values()[name] for name in settings_of(type(settings.method))}
+    assert all((f"--{name}" in said) == (name in own) for name in ("rank", "alpha"))
+    assert ("--dropout" in said) == (own.get("dropout", 1) < 0.1)
+    assert ("--target-modules" in said) == (own.get("target_modules", ("all-linear",)) != ("all-linear",))
     assert ("--max-grad-norm" in said) == (settings.max_grad_norm != 1)
     assert ("--bottleneck-size" in said) == (method == "bottleneck" and not settings.adapter)
     assert ("--num-virtual-tokens" in said) == (method in ("prefix", "prompt") and not settings.adapter)
