@@ -64,7 +64,7 @@ def measure(case: Case, sides: Sequence[Side], on_run: Callable[[str], Any] = la
     tokens = useful_tokens(case.job)
     for name, result in results.items():
         result["needed_bytes"] = needed_bytes(jobs[name], config)
-        summarize(result, tokens)
+        side_summary(result, tokens)
     outcome: Result = {
         "workload": case.workload,
         "title": case.title,
@@ -82,7 +82,7 @@ def measure(case: Case, sides: Sequence[Side], on_run: Callable[[str], Any] = la
     return outcome
 
 
-def summarize(result: Result, tokens: int) -> None:
+def side_summary(result: Result, tokens: int) -> None:
     """Replace one side's runs by their seconds, tokens per second, peak memory, and losses or answers."""
     runs = [run for run in result.pop("runs") if run]
     if "error" in result or not runs:

@@ -12,13 +12,12 @@ from typing import Any
 
 import matplotlib
 
+from minilora.benchmark.measure import Result
 from minilora.figures.drawing import save
 from minilora.formats.files import read_json
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-
-Result = dict[str, Any]
 
 COLOURS = {"ours": "#08519c", "train": "#08519c", "peft_side": "#d94801", "products": "#969696"}
 UNITS = {"tokens": "tokens of a step", "rank": "rank", "layers": "layers", "context": "tokens of a row (context)"}

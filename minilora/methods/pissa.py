@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from minilora.methods.lora import LoRA
 
 
-
 def init_pissa(W: FrozenWeight, rank: int, s: float) -> tuple[Array, Array]:
     """A₀ (r, in) and B₀ (out, r): A₀ = √(Σ_r/s) V_rᵀ and B₀ = U_r √(Σ_r/s), in the dtype of W. (docs: L19)
 

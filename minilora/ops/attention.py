@@ -142,7 +142,7 @@ def _attend_backward(
 
     4. Forward was y = P v, so dv = Pᵀ dy and dP = dy vᵀ.
     3. Forward was P = softmax(S), row by row, with ∂P_i/∂S_j = P_i (δ_ij − P_j), so
-           dS_j = Σ_i dP_i P_i (δ_ij − P_j) = P_j (dP_j − Σ_i dP_i P_i),    and Σ_i dP_i P_i = dy · Σ_i P_i v_i = dy · y.
+           dS_j = Σ_i dP_i P_i (δ_ij − P_j) = P_j (dP_j − Σ_i dP_i P_i), with Σ_i dP_i P_i = dy · Σ_i P_i v_i = dy · y.
     2. Forward was S = −∞ where a key is not visible. There P = 0, so dS = 0 already.
     1. Forward was S = q kᵀ/√d, so dq = dS k/√d and dk = dSᵀ q/√d, where the q saved has the 1/√d already.
 

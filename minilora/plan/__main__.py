@@ -17,7 +17,7 @@ from minilora.backend import peak_memory_bytes
 from minilora.cli import errors
 from minilora.plan.figures import run_figures
 from minilora.plan.flags import read_run
-from minilora.plan.measurement import measure
+from minilora.plan.measurement import measured_in_a_process
 from minilora.plan.report import comparison, flops_table, heading, memory_table
 
 
@@ -27,7 +27,8 @@ def plan_command(argv: list[str] | None = None) -> None:
     interpreter = peak_memory_bytes()  # this process has imported the same libraries as train
     figures = run_figures(run) | {"interpreter": interpreter}
     if args.measure:
-        figures["measured"] = measure(sys.argv[1:] if argv is None else argv, run, figures["this"]["memory"]["total"])
+        flags, total = sys.argv[1:] if argv is None else argv, figures["this"]["memory"]["total"]
+        figures["measured"] = measured_in_a_process(flags, run, total)
     if args.json:
         print(json.dumps(figures, indent=2))
         return

@@ -26,7 +26,7 @@ from minilora.training.parts import on_all_cores
 from minilora.training.step import Run, loss_and_gradients
 
 
-def take_step(
+def take_one_step(
     model: Model,
     trainable: dict[str, Array],
     optimizer: Optimizer,
@@ -40,7 +40,7 @@ def take_step(
     optimizer.update(trainable, gradients, 1e-4)
 
 
-def measure(run: PlannedRun, folder: Path) -> dict[str, int]:
+def measure_step(run: PlannedRun, folder: Path) -> dict[str, int]:
     """The memory of a step, in bytes.
 
     `imported` is the process's peak before anything is made, by the system's account. `between_steps` and `peak` cover
@@ -58,7 +58,7 @@ def measure(run: PlannedRun, folder: Path) -> dict[str, int]:
     optimizer = OPTIMIZERS[settings.optimizer](trainable)
     batches = [run.micro_batch.draw(run.config, rng) for _ in range(settings.grad_accumulation)]
     between_steps, _ = tracemalloc.get_traced_memory()
-    take_step(model, trainable, optimizer, batches, settings.activation_checkpointing, on_all_cores)
+    take_one_step(model, trainable, optimizer, batches, settings.activation_checkpointing, on_all_cores)
     _, peak = tracemalloc.get_traced_memory()
     return {"imported": imported, "between_steps": between_steps, "peak": peak, "resident": peak_memory_bytes()}
 
@@ -67,7 +67,7 @@ def measured_step_command(argv: list[str] | None = None) -> None:
     """Parse, measure, print."""
     folder, *flags = sys.argv[1:] if argv is None else argv
     run, _ = read_run(flags)
-    print(json.dumps(measure(run, Path(folder))))
+    print(json.dumps(measure_step(run, Path(folder))))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from minilora.plan.planned_run import PlannedRun
 from minilora.plan.report import size
 
 
-def measure(flags: Sequence[str], planned: PlannedRun, total: int) -> dict[str, int]:
+def measured_in_a_process(flags: Sequence[str], planned: PlannedRun, total: int) -> dict[str, int]:
     """The measurements of `measured_step` for the same flags. A shape without weights gets random ones.
 
     ValueError if the machine has too little memory.

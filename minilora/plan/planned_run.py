@@ -21,7 +21,7 @@ from minilora.methods.method import Method
 from minilora.model.config import Config
 from minilora.runs.settings import Settings
 
-SHAPES = KNOWN_CONFIGS | {"GPT-3": GPT_3}
+KNOWN_SHAPES = KNOWN_CONFIGS | {"GPT-3": GPT_3}
 
 
 class MicroBatch(NamedTuple):
@@ -81,14 +81,14 @@ def plan_run(settings: Settings, labelled: float) -> PlannedRun:
 def find_shape(settings: Settings) -> tuple[str, Config, dict[str, Any], Path | None]:
     """The model of `--model`: its name, its configuration, its config.json, and the folder if its weights are there."""
     path = Path(settings.model)
-    if path.name in SHAPES and not path.exists():
-        return path.name, Config.from_dict(SHAPES[path.name]), SHAPES[path.name], None
+    if path.name in KNOWN_SHAPES and not path.exists():
+        return path.name, Config.from_dict(KNOWN_SHAPES[path.name]), KNOWN_SHAPES[path.name], None
     if path.is_file() and not is_gguf(path):
         return str(path), *read_config_file(path), None
     try:
         folder = find_model(settings.model, settings.revision, ("config.json",)).folder
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; nor a known shape: {', '.join(SHAPES)}") from error
+        raise FileNotFoundError(f"{error}; nor a known shape: {', '.join(KNOWN_SHAPES)}") from error
     whole = is_gguf(folder) or any(folder.glob("*.safetensors"))
     return settings.model, *read_config(folder), folder if whole else None
 

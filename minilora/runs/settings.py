@@ -27,7 +27,7 @@ from minilora.training.schedules import SCHEDULES
 SETTINGS_FILE = "settings.json"
 DATA = "model and data"
 METHOD = "method"
-TRAINING = "training"
+LEARNING = "training"
 WATCHING = "watching, saving"
 MACHINE = "machine"
 
@@ -88,27 +88,27 @@ class Settings:
     )
 
     steps: int = setting(
-        0, "optimiser steps; 0: as many as --epochs takes", group=TRAINING, at_least=0, aliases=("iters", "max_steps")
+        0, "optimiser steps; 0: as many as --epochs takes", group=LEARNING, at_least=0, aliases=("iters", "max_steps")
     )
-    epochs: float = setting(3.0, "passes over the data", group=TRAINING, at_least=0, aliases=("num_train_epochs",))
+    epochs: float = setting(3.0, "passes over the data", group=LEARNING, at_least=0, aliases=("num_train_epochs",))
     batch_size: int = setting(
-        8, "rows in a micro-batch", group=TRAINING, at_least=1, aliases=("per_device_train_batch_size",)
+        8, "rows in a micro-batch", group=LEARNING, at_least=1, aliases=("per_device_train_batch_size",)
     )
     grad_accumulation: int = setting(
         1,
         "micro-batches in a step: exactly one larger batch, in less memory",
-        group=TRAINING,
+        group=LEARNING,
         at_least=1,
         aliases=("grad_accumulation_steps", "gradient_accumulation_steps"),
     )
-    learning_rate: float = setting(5e-4, "the peak of the schedule", group=TRAINING, at_least=0)
+    learning_rate: float = setting(5e-4, "the peak of the schedule", group=LEARNING, at_least=0)
     optimizer: str = setting(
-        "adamw", "the update rule", group=TRAINING, choices=OPTIMIZERS, aliases=("optim",), metavar="NAME"
+        "adamw", "the update rule", group=LEARNING, choices=OPTIMIZERS, aliases=("optim",), metavar="NAME"
     )
     schedule: str = setting(
         "cosine",
         "the course of the learning rate after the warm-up",
-        group=TRAINING,
+        group=LEARNING,
         choices=SCHEDULES,
         aliases=("lr_scheduler_type",),
         metavar="NAME",
@@ -116,28 +116,28 @@ class Settings:
     warmup: float = setting(
         0.03,
         "steps in which the learning rate climbs to its peak; below 1: the share of all steps",
-        group=TRAINING,
+        group=LEARNING,
         at_least=0,
         aliases=("warmup_steps", "warmup_ratio"),
     )
     weight_decay: float = setting(
-        0.01, "weight decay of matrices, decoupled from the gradient", group=TRAINING, at_least=0
+        0.01, "weight decay of matrices, decoupled from the gradient", group=LEARNING, at_least=0
     )
     max_grad_norm: float = setting(
-        1.0, "gradients longer than this are shortened to it; 0: never", group=TRAINING, at_least=0
+        1.0, "gradients longer than this are shortened to it; 0: never", group=LEARNING, at_least=0
     )
     max_length: int = setting(
         0,
         "the most tokens in a row; 0: the model's own context length, up to 1024",
-        group=TRAINING,
+        group=LEARNING,
         at_least=0,
         aliases=("max_seq_length",),
     )
-    packing: bool = setting(False, "put several examples end to end in a row; none attends to another", group=TRAINING)
+    packing: bool = setting(False, "put several examples end to end in a row; none attends to another", group=LEARNING)
     activation_checkpointing: bool = setting(
         False,
         "keep only the input of each layer, and run the layer again in the backward: less memory",
-        group=TRAINING,
+        group=LEARNING,
         aliases=("grad_checkpoint", "gradient_checkpointing"),
     )
 

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from minilora.tasks.row_files import Row, check, report, row_parser, run, split, write_parts
+from minilora.tasks.row_files import TaskRow, check_arguments, counts_in_words, row_parser, run_task, split, write_parts
 
 OTHERS = {  # folders that are not the library itself
     *("site-packages", "dist-packages", "lib-dynload", "__pycache__", "test", "tests", "idlelib", "lib2to3"),
@@ -75,12 +75,12 @@ def _without_docstring(function: Function, lines: list[str]) -> str:
     return "" if len(source) > MOST_CHARACTERS or any(map(ast.get_docstring, inner)) else source
 
 
-def docstring_rows(files: list[Path]) -> dict[str, list[Row]]:
+def docstring_rows(files: list[Path]) -> dict[str, list[TaskRow]]:
     """Return one row for each different source, under the line of its docstring.
 
     So all functions that say the same are in one part, and no answer of a held-out row was seen in training.
     """
-    rows: dict[str, list[Row]] = {}
+    rows: dict[str, list[TaskRow]] = {}
     seen = set()
     for file in files:
         for source, line in functions(file):
@@ -94,7 +94,7 @@ def docstring_rows(files: list[Path]) -> dict[str, list[Row]]:
 def docstrings_command(argv: list[str] | None = None) -> None:
     """Parse, write, print."""
     args = row_parser("docstrings", __doc__.split("\n")[0]).parse_args(argv)
-    check(args)
+    check_arguments(args)
     library = Path(sysconfig.get_path("stdlib"))
     files = library_files(library)
     rows = docstring_rows(files)
@@ -102,12 +102,12 @@ def docstrings_command(argv: list[str] | None = None) -> None:
     write_parts(args.out, parts)
     count = sum(map(len, rows.values()))
     print(f"{count:,} functions with {len(rows):,} different lines in {len(files):,} files of {library}")
-    print(report(args.out, parts))
+    print(counts_in_words(args.out, parts))
     print(f"These are the rows of Python {platform.python_version()}; other versions have others")
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run(docstrings_command, argv)
+    return run_task(docstrings_command, argv)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-Row = dict[str, str]  # "prompt" and "completion"
-Parts = dict[str, list[Row]]
+TaskRow = dict[str, str]  # "prompt" and "completion"
+Parts = dict[str, list[TaskRow]]
 PARTS = ("train", "valid", "test")
 MOST_VALID = 500  # rows, as training holds out of a single file: a validation reads them all
 
@@ -29,7 +29,7 @@ def row_parser(command: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
+def check_arguments(args: argparse.Namespace) -> None:
     """Refuse values that cannot be meant, before any work. ValueError names the flag."""
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed} is negative")
@@ -44,7 +44,7 @@ def part_of(key: str) -> str:
     return {0: "valid", 1: "test"}.get(zlib.crc32(key.encode()) % 10, "train")
 
 
-def split(rows: Mapping[str, Sequence[Row]], seed: int, limit: int | None) -> Parts:
+def split(rows: Mapping[str, Sequence[TaskRow]], seed: int, limit: int | None) -> Parts:
     """Draw at most `limit` of the rows, in an order that the seed decides, and put each where its key belongs.
 
     `rows` holds the rows of each key. Of the validation rows all but the first 500 are dropped. ValueError if a part
@@ -79,12 +79,12 @@ def write_parts(folder: Path, parts: Parts) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def report(folder: Path, parts: Parts) -> str:
+def counts_in_words(folder: Path, parts: Parts) -> str:
     """Say how many rows each file has."""
     return "\n".join(f"{folder / part}.jsonl: {len(rows):,} rows" for part, rows in parts.items())
 
 
-def run(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
+def run_task(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
     """Run a command: 0 if it went well, 2 and one line if the user can mend it (MINILORA_DEBUG=1: the traceback)."""
     try:
         command(argv)

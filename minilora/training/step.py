@@ -44,7 +44,7 @@ def accumulate(
     checkpointing: bool = False,
     run: Run = map,
 ) -> tuple[float, Gradients]:
-    """Σ_j L_j over all micro-batches, and the gradients of dloss · Σ_j L_j; dloss = 1/M gives those of the mean. (docs: M9)"""
+    """Σ_j L_j over all micro-batches, and the gradients of dloss · Σ_j L_j; for the mean, dloss is 1/M. (docs: M9)"""
 
     def micro_batch(batch: Batch, seed: int | None) -> tuple[float, Gradients]:
         return summed_loss(model, batch, dloss, seed, checkpointing)

@@ -345,11 +345,11 @@ def test_the_same_tokens_are_counted_against_the_first_reference() -> None:
 def test_the_median_of_the_runs_counts_and_of_an_epoch_the_loss_after_it() -> None:
     runs = [{"seconds": t, "losses": [loss], "peak_bytes": int(t)} for t, loss in ((5.0, 3.0), (1.0, 2.0), (2.0, 1.0))]
     result: measure.Result = {"runs": list(runs)}
-    measure.summarize(result, tokens=10)
+    measure.side_summary(result, tokens=10)
     assert (result["median_seconds"], result["min_seconds"], result["max_seconds"]) == (2, 1, 5)
     assert (result["tokens_per_second"], result["losses"], result["loss"]) == (5, [3, 2, 1], 1)
     epoch: measure.Result = {"runs": [{"seconds": 1.0, "losses": [3.0, 2.0], "final_loss": 1.5, "peak_bytes": 1}]}
-    measure.summarize(epoch, tokens=10)
+    measure.side_summary(epoch, tokens=10)
     assert (epoch["losses"], epoch["loss"]) == ([3, 2], 1.5)
 
 

@@ -48,7 +48,7 @@ from minilora.model.model import Model, forward, head_loss
 from minilora.model.names import parameter_count
 from minilora.ops.cross_entropy import IGNORE
 from minilora.plan import __main__ as plan
-from minilora.plan.measured_step import take_step
+from minilora.plan.measured_step import take_one_step
 from minilora.plan.planned_run import MicroBatch as Rows
 from minilora.training.optimizers import OPTIMIZERS, clip_gradients, global_norm
 from minilora.training.step import loss_and_gradients
@@ -170,7 +170,7 @@ def seen_in_a_step(
         before, _ = tracemalloc.get_traced_memory()
         loss_and_gradients(model, batches, range(k), checkpointing)
         _, backward = tracemalloc.get_traced_memory()
-        take_step(model, trainable, state, batches, checkpointing)
+        take_one_step(model, trainable, state, batches, checkpointing)
         _, step = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -449,7 +449,7 @@ COUNTED: dict[str, Method] = {
 
 
 def wrapped_step(module: WrappedModule, config: Config, method: Method, work: Rows, checkpointing: bool) -> None:
-    """A step as `take_step` takes it, with gradients that are clipped, on arrays that the module sees."""
+    """A step as `take_one_step` takes it, with gradients that are clipped, on arrays that the module sees."""
     base = base_model(config, {name: wrap(module, w) for name, w in random_weights(config, 0).items()})
     trainable = method.start(base, wrap(module, np.random.default_rng(0)))
     model = method.attach(base, {name: xp.asarray(p) for name, p in trainable.items()})

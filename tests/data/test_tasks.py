@@ -11,7 +11,7 @@ import pytest
 
 from minilora.data.datasets import load_dataset
 from minilora.tasks import docstrings, wordnet
-from minilora.tasks.row_files import MOST_VALID, PARTS, Row, part_of, split, write_parts
+from minilora.tasks.row_files import MOST_VALID, PARTS, TaskRow, part_of, split, write_parts
 
 LICENCE = "  1 This software and database is being provided to you, the LICENSEE, by  \n  2 Princeton University.  \n"
 
@@ -32,7 +32,7 @@ def dictionary(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read_parts(folder: Path) -> dict[str, list[Row]]:
+def read_parts(folder: Path) -> dict[str, list[TaskRow]]:
     assert sorted(path.name for path in folder.iterdir()) == sorted(f"{part}.jsonl" for part in PARTS)
     lines = {part: (folder / f"{part}.jsonl").read_text(encoding="utf-8").split("\n")[:-1] for part in PARTS}
     return {part: [json.loads(line) for line in lines[part]] for part in PARTS}

@@ -8,7 +8,7 @@ from minilora.model.names import EMBED
 from minilora.training.optimizers.adamw import AdamW
 from minilora.training.optimizers.optimizer import Arrays, RateFactors
 
-BLOCK = 256  # numbers that share a scale
+STATE_BLOCK = 256  # numbers that share a scale
 
 
 class EightBits:
@@ -17,16 +17,16 @@ class EightBits:
     def __init__(self, like: Array, table: Array) -> None:
         self.shape, self.dtype, self.table = like.shape, like.dtype, table
         self.codes = xp.zeros(like.size, "uint8")
-        self.absmax = xp.zeros(-(-like.size // BLOCK), "float32")  # 0: every code of the block stands for 0
+        self.absmax = xp.zeros(-(-like.size // STATE_BLOCK), "float32")  # 0: every code of the block stands for 0
 
     def read(self) -> Array:
         """The numbers that the codes stand for, in the dtype of the parameter. (docs: T12)"""
-        numbers = dequantize(self.codes, self.absmax, self.table, BLOCK)
+        numbers = dequantize(self.codes, self.absmax, self.table, STATE_BLOCK)
         return numbers.reshape(self.shape).astype(self.dtype, copy=False)
 
     def write(self, numbers: Array) -> None:
         """Keep the nearest of the table's values, in the arrays that `state` has handed out. (docs: T12)"""
-        self.codes[...], self.absmax[...] = quantize(numbers, self.table, BLOCK)
+        self.codes[...], self.absmax[...] = quantize(numbers, self.table, STATE_BLOCK)
 
 
 class AdamW8bit:
