@@ -139,6 +139,14 @@ def test_every_explained_mutant_is_of_a_line_that_is_there() -> None:
         assert set(mutant.before) <= set(lines), mutant
 
 
+def test_the_table_of_mutants_was_made_from_the_files_as_they_are() -> None:
+    stale = mutation.stale()
+    assert not stale, (
+        f"docs/mutation.md is stale: {len(stale)} files have no row, or have changed since it was made. "
+        f"Run python tests/tools/mutation.py {' '.join(stale)}"
+    )
+
+
 # --- What GitHub renders ---
 
 
