@@ -15,11 +15,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support.device import BATCHES, OPERATORS, UNTIED, Device, DeviceArray, operation
-from support.halves import STORED, in_halves, stored
-from support.strategies import QV, TINY, VOCAB, normal, random_adapter, random_weights, seeds, sizes
+from support.halves import stored
+from support.strategies import QV, TINY, VOCAB, normal, random_adapter, random_weights
 from support.virtual_tokens import VirtualTokens, base, each_method
 
 from minilora import backend
@@ -262,22 +260,6 @@ def test_bfloat16_is_held_as_its_bits_and_widened_exactly() -> None:
     wide = widen(narrow(numbers), np.float32)
     assert wide.dtype == np.float32
     assert wide.tobytes() == numbers.astype(np.float32).tobytes()
-
-
-@in_halves
-@given(seed=seeds, n=sizes, inner=sizes, outer=sizes, at_once=st.integers(1, 8), part=st.sampled_from([0, 1j]))
-def test_a_weight_widened_in_slices_gives_the_same_products(
-    half: str, seed: int, n: int, inner: int, outer: int, at_once: int, part: complex
-) -> None:
-    W = normal(seed, outer, inner)
-    x, dy = normal(seed, n, inner, stream=1) * (1 + part), normal(seed, n, outer, stream=2) * (1 + part)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minilora.backend.SLICE", at_once)
-        weight = stored(half, W, np.float64)
-    assert len(weight.slices) == -(-outer // max(1, at_once // inner))
-    wide = DenseWeight(W.astype(STORED[half]).astype(np.float64))
-    np.testing.assert_allclose(weight.forward(x), wide.forward(x), atol=1e-12)
-    np.testing.assert_allclose(weight.backward(dy), wide.backward(dy), atol=1e-12)
 
 
 @pytest.mark.parametrize("out", [64, 192, 256, 100, 300])

@@ -117,7 +117,8 @@ def test_a_file_in_blocks_is_read_as_llama_cpp_reads_it(tmp_path: Path, kind: st
     raw = LLAMA if kind in BLOCKS_OF_32 else LLAMA | {"hidden_size": 256, "intermediate_size": 256}
     good("convert", "--model", write_model(tmp_path / "m", raw), "--format", "gguf", "--out", tmp_path / "m.gguf")
     path = in_blocks_of(kind, tmp_path / "m.gguf", tmp_path / f"{kind}.gguf")
-    check(path, load_model(path)[0], Tokenizer.load(path), within=0.5)
+    # llama.cpp rounds activations to 8 bits, by one scale for 32 numbers or, in kinds with 256, for 256 of them.
+    check(path, load_model(path)[0], Tokenizer.load(path), within=0.5 if kind in BLOCKS_OF_32 else 0.8)
 
 
 ADAPTERS: dict[str, tuple[str, LoRA]] = {

@@ -89,3 +89,19 @@ def test_widening_is_exact_for_every_bfloat16_there_is(dtype: Any) -> None:
     assert wide.dtype == dtype
     np.testing.assert_array_equal(wide, expected)
     np.testing.assert_array_equal(np.signbit(wide), np.signbit(every))
+
+
+@in_halves
+@given(seed=seeds, n=sizes, inner=sizes, outer=sizes, at_once=st.integers(1, 8), part=st.sampled_from([0, 1j]))
+def test_a_weight_widened_in_slices_gives_the_same_products(
+    half: str, seed: int, n: int, inner: int, outer: int, at_once: int, part: complex
+) -> None:
+    W = normal(seed, outer, inner)
+    x, dy = normal(seed, n, inner, stream=1) * (1 + part), normal(seed, n, outer, stream=2) * (1 + part)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minilora.backend.SLICE", at_once)
+        weight = stored(half, W, np.float64)
+    assert len(weight.slices) == -(-outer // max(1, at_once // inner))
+    wide = DenseWeight(W.astype(STORED[half]).astype(np.float64))
+    np.testing.assert_allclose(weight.forward(x), wide.forward(x), atol=1e-12)
+    np.testing.assert_allclose(weight.backward(dy), wide.backward(dy), atol=1e-12)
