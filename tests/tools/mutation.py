@@ -113,9 +113,9 @@ def row(counts: list[int], made_from: str) -> Row:
 
 
 def stale() -> list[str]:
-    """The files that have no row, or have changed since their row was made."""
+    """The files that have changed since their row was made. A row without a hash was made before there were hashes."""
     known = rows()
-    return [file for file in mutated_files() if file not in known or known[file].made_from != digest(file)]
+    return [file for file in mutated_files() if file in known and known[file].made_from not in ("", digest(file))]
 
 
 def made(row: Row) -> str:
