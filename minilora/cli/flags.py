@@ -60,7 +60,7 @@ def flags(name: str, aliases: Mapping[str, tuple[str, ...]] = OTHER_COMMANDS) ->
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """`--model` and `--revision`, as `find_model` takes them."""
-    help = "the folder of the model, or its id on the Hugging Face Hub (default: tinysmol)"
+    help = "the folder of the model, a .gguf file, or its id on the Hugging Face Hub (default: tinysmol)"
     parser.add_argument(*flags("model"), default=str(SHIPPED_MODEL), metavar="MODEL", help=help)
     parser.add_argument(*flags("revision"), default="", metavar="NAME", help="the branch, tag or commit of that id")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from minilora.formats.gguf import is_gguf
+from minilora.frozen.hold import AS_IT_IS
 from minilora.plan.planned_run import PlannedRun
 
 
@@ -13,6 +15,8 @@ def heading(run: PlannedRun, figures: dict[str, Any]) -> list[str]:
     held, mixed = run.storage.frozen, run.storage.mixed_precision
     if mixed != "no":
         held = f"{held if held == 'nf4' else mixed}, products with them in {mixed}"
+    if run.folder and is_gguf(run.folder) and held in AS_IT_IS:
+        held += " (counted in float32; those in a GGUF file's blocks stay in the file)"
     return [
         f"{run.name}: {config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{figures['parameters']:,} parameters, {size(figures['checkpoint_file'])} in {run.storage.file}",

@@ -40,7 +40,7 @@ class Settings:
 
     model: str = setting(
         str(SHIPPED_MODEL),
-        "the folder of the base model, or its id on the Hugging Face Hub (default: tinysmol)",
+        "the folder of the base model, a .gguf file, or its id on the Hugging Face Hub (default: tinysmol)",
         group=DATA,
         aliases=("model_name_or_path",),
         metavar="MODEL",
@@ -189,7 +189,8 @@ class Settings:
     )
     frozen: str = setting(
         "widened",
-        "how frozen weights are held: widened to --dtype; stored in the 16 bits of the checkpoint; nf4: 4 bits, as in "
+        "how frozen weights are held: widened to --dtype; stored as in the checkpoint, in 16 bits or the blocks of a "
+        "GGUF file; nf4: 4 bits, as in "
         "QLoRA; offloaded: stored, but off the GPU",
         group=MACHINE,
         choices=FROZEN,
