@@ -92,7 +92,7 @@ def check(path: Path, model: Model, tokenizer: Tokenizer, within: float, adapter
     difference, same = compared(model, tokenizer, LlamaCpp(path, adapter))
     print(f"{path.name}: log-probabilities within {difference:.1e}, {same:.1%} of the greedy tokens")
     assert difference < within
-    assert same == 1 or within > 1e-3
+    assert same == 1 or (within > 0.02 and same > 0.9), "only products in few bits may decide a near tie otherwise"
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -196,7 +196,7 @@ def test_the_real_smollm2_has_the_same_tokens_and_probabilities_in_llama_cpp(smo
 
 
 def test_the_real_smollm2_in_4_bits_is_nearly_the_same_in_llama_cpp(smollm2: dict[str, Any]) -> None:
-    check(smollm2["path"], smollm2["model"], smollm2["tokenizer"], within=1.5)
+    check(smollm2["path"], smollm2["model"], smollm2["tokenizer"], within=0.8)
 
 
 def test_an_adapter_on_the_real_smollm2_is_the_same_in_llama_cpp(smollm2: dict[str, Any], tmp_path: Path) -> None:
@@ -204,4 +204,4 @@ def test_an_adapter_on_the_real_smollm2_is_the_same_in_llama_cpp(smollm2: dict[s
     good("convert", "--adapter", adapter, "--format", "gguf", "--out", tmp_path / "adapter.gguf")
     adapted = load_adapter(smollm2["model"], adapter)
     base = smollm2["folder"] / "f32.gguf"
-    check(base, adapted, smollm2["tokenizer"], within=2e-3, adapter=tmp_path / "adapter.gguf")
+    check(base, adapted, smollm2["tokenizer"], within=1e-3, adapter=tmp_path / "adapter.gguf")

@@ -98,7 +98,7 @@ def in_blocks_of(kind: str, source: Path, target: Path, seed: int = 0) -> Path:
             writer.add_tensor(name, data)
         elif kind in SCALES_OF_256:
             block, size = gguf.GGML_QUANT_SIZES[type]
-            least = 5e-5 if kind == "Q6_K" else 2e-4  # its scale is multiplied by another of 8 bits
+            least = 1e-5 if kind == "Q6_K" else 2e-4  # its scale is multiplied by another of 8 bits
             blocks = rng.integers(0, 256, (len(data), data.shape[1] // block, size), np.uint8)
             scales = blocks[:, :, SCALES_OF_256[kind]]
             scales[...] = (
