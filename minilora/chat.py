@@ -11,11 +11,11 @@ import itertools
 import sys
 
 from minilora.cli import errors
-from minilora.cli.answering import Loaded, add_flags, check_flags, load, pieces, room
+from minilora.cli.answering import Loaded, add_flags, check_flags, load, pieces
 from minilora.cli.flags import dashed
 from minilora.data.prompts import end_of_turn
 from minilora.formats.library import BASE
-from minilora.model.generation import Memory
+from minilora.model.generation import Memory, room
 
 HELP = """\
 /adapter NAME   go on with this adapter; the conversation stays

@@ -115,14 +115,6 @@ def extra_stops(texts: list[str], tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(ids[0] for ids in encoded.values())
 
 
-def room(model: Model, length: int) -> int:
-    """The number of tokens that fit after a prompt of this length. ValueError if none does."""
-    most = model.config.max_position_embeddings - model.virtual_tokens
-    if length >= most:
-        raise ValueError(f"the prompt has {length} tokens, the model sees {most}")
-    return most - length
-
-
 def pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
     """The text of the tokens, as they come. The bytes of an incomplete character are held back until it is complete."""
     seen: list[int] = []

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from minilora.compare.figures import ARRAYS_OF_UPDATE
 from minilora.formats.known_configs import GPT_3, KNOWN_CONFIGS
-from minilora.formats.sizes import numbers, trainable_shapes
+from minilora.formats.sizes import numbers
 from minilora.methods.lora import LoRA
 from minilora.model.config import Config
 from minilora.model.names import parameter_count, parameter_shapes
@@ -24,10 +24,10 @@ class AtGPT3(NamedTuple):
 def at_gpt_3() -> AtGPT3:
     """LoRA on q and v of a Llama of GPT-3's width, depth and size (Brown et al., 2020, arXiv:2005.14165, table 2.1)."""
     config = Config.from_dict(GPT_3)
-    N, M = (numbers(shapes) for shapes in (parameter_shapes(config), trainable_shapes(qv_lora(4), config)))
+    N, M = (numbers(shapes) for shapes in (parameter_shapes(config), qv_lora(4).shapes(config)))
     return AtGPT3(
         config.hidden_size,
-        {r: N / numbers(trainable_shapes(qv_lora(r), config)) for r in (1, 2, 4)},
+        {r: N / numbers(qv_lora(r).shapes(config)) for r in (1, 2, 4)},
         full_bytes=FLOAT32 * (N + ARRAYS_OF_UPDATE * N),
         lora_bytes=FLOAT32 * (N + M + ARRAYS_OF_UPDATE * M),
     )
@@ -41,4 +41,4 @@ def qv_lora(rank: int) -> LoRA:
 def lora_share(model: str, rank: int, targets: tuple[str, ...]) -> float:
     """The share of a known model's parameters that LoRA trains."""
     config = Config.from_dict(KNOWN_CONFIGS[model])
-    return numbers(trainable_shapes(LoRA(rank=rank, target_modules=targets), config)) / parameter_count(config)
+    return numbers(LoRA(rank=rank, target_modules=targets).shapes(config)) / parameter_count(config)

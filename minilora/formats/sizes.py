@@ -19,11 +19,6 @@ def numbers(shapes: Mapping[str, Shape]) -> int:
     return sum(map(math.prod, shapes.values()))
 
 
-def trainable_shapes(method: Method, config: Config) -> dict[str, Shape]:
-    """Name and shape of everything that `method.start` makes."""
-    return method.shapes(config)
-
-
 def file_bytes(shapes: Mapping[str, Shape], dtype: str, metadata: Mapping[str, str] | None = None) -> int:
     """The length of a safetensors file: 8 bytes, a header in JSON filled up to a multiple of 8, and the numbers.
 

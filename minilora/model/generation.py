@@ -71,6 +71,14 @@ def last_logits(model: Model, hidden: Array, rows: int) -> Array:
     return logits
 
 
+def room(model: Model, length: int) -> int:
+    """The number of tokens that fit after a prompt of this length. ValueError if none does."""
+    most = model.config.max_position_embeddings - model.virtual_tokens
+    if length >= most:
+        raise ValueError(f"the prompt has {length} tokens, the model sees {most}")
+    return most - length
+
+
 def complete(
     model: Model,
     prompts: Sequence[Sequence[int]],

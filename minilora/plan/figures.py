@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from minilora.counting.step_count import count_step
-from minilora.formats.sizes import checkpoint_bytes, numbers, saved_bytes, trainable_shapes
+from minilora.formats.sizes import checkpoint_bytes, numbers, saved_bytes
 from minilora.methods.full import Full
 from minilora.methods.method import Method
 from minilora.model.names import parameter_count
@@ -55,7 +55,7 @@ def method_figures(run: PlannedRun, method: Method) -> dict[str, Any]:
     total = count.forward.total + count.backward.total
     written = settings.dtype if method.freezes_base else "float32"  # a whole checkpoint is always float32
     return {
-        "trainable_parameters": numbers(trainable_shapes(method, run.config)),
+        "trainable_parameters": numbers(method.shapes(run.config)),
         "memory": {key: getattr(count, key) for key in MEMORY},
         "saved_file": saved_bytes(method, run.config, written),
         "flops": flops | {"total": total},

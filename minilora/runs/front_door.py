@@ -67,11 +67,9 @@ def complete(
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
     ids = [tokenizer.with_bos(tokenizer.encode(text)) for text in prompts]
-    context = model.config.max_position_embeddings - model.virtual_tokens
-    longest = max(map(len, ids), default=0)
-    limit = min(max_tokens, context - longest)
-    if limit < 1:
-        raise ValueError(f"max_tokens is {max_tokens}, the prompt has {longest} tokens, and the model sees {context}")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}: there is nothing to generate")
+    limit = min(max_tokens, generation.room(model, max(map(len, ids), default=0)))
     choose = generation.sampler(temperature, 0, 1.0, np.random.default_rng(seed))
     answers = generation.complete(model, ids, limit, tokenizer.stop_ids, choose) if ids else []
     texts = [tokenizer.decode(answer) for answer in answers]

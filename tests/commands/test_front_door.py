@@ -67,12 +67,17 @@ def test_an_answer_ends_where_the_context_is_full(loaded: tuple[Model, Tokenizer
     assert most == complete(base, tokenizer, "one and", max_tokens=context - length)
 
 
-@pytest.mark.parametrize(("prompt", "max_tokens"), [("", 8), ("one", 0), (["one", ""], 8), ("one and two. " * 64, 8)])
+@pytest.mark.parametrize("prompt", ["", ["one", ""], "one and two. " * 64])
 def test_a_prompt_that_leaves_nothing_to_do_is_an_error(
-    loaded: tuple[Model, Tokenizer], prompt: str, max_tokens: int
+    loaded: tuple[Model, Tokenizer], prompt: str | list[str]
 ) -> None:
     with pytest.raises(ValueError, match="prompt"):
-        complete(*loaded, prompt, max_tokens=max_tokens)
+        complete(*loaded, prompt, max_tokens=8)
+
+
+def test_fewer_than_one_token_is_an_error(loaded: tuple[Model, Tokenizer]) -> None:
+    with pytest.raises(ValueError, match="max_tokens is 0: there is nothing to generate"):
+        complete(*loaded, "one", max_tokens=0)
 
 
 def test_what_is_not_there_is_named() -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from support.adapter_folders import DENSE, SETTINGS, outcome, tensors, tokens_of
+from support.allocated import peak_bytes
 from support.strategies import TINY, random_weights
 
 from minilora.formats.library import load_adapters, named_adapters
 from minilora.formats.load import load_model
 from minilora.methods.lora import LoRA, LoRALinear
 from minilora.model.base import base_model
+from minilora.model.model import Model
 from minilora.model.names import HEAD
 
 
@@ -39,8 +40,6 @@ def test_another_adapter_costs_the_memory_of_its_own_numbers_only() -> None:
     base = base_model(config, random_weights(config, 0))
     method = LoRA(2, target_modules=("all-linear",))
     trained = [tensors(method, base, seed, np.float32) for seed in range(5)]
-    tracemalloc.start()
-    models = [method.attach(base, each) for each in trained]
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    models: list[Model] = []
+    peak = peak_bytes(lambda: models.extend(method.attach(base, each) for each in trained))
     assert len(models) == 5 and peak < 100_000 < base.sites[HEAD].weight.dense().nbytes * 10

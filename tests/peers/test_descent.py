@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from support.commands import ADAPTER, good
 from support.peers import ONE_STEP_OF_DESCENT, pytorch_loss
-from support.small_parameters import arrays, rates
+from support.small_parameters import arrays, rates, walks_beside
 from support.strategies import seeds
 
 from minilora.training.optimizers import AdamW
@@ -44,16 +44,8 @@ def test_a_step_of_plain_descent_from_pefts_adapter_is_minus_pytorchs_gradient(
 def test_adamw_walks_where_pytorchs_walks(seed: int, rate: float, decay: float) -> None:
     torch = pytest.importorskip("torch")
     parameters = arrays(seed)
-    peers = {name: torch.tensor(p, requires_grad=True) for name, p in parameters.items()}
-    groups = [{"params": [p], "weight_decay": decay if p.ndim == 2 else 0.0} for p in peers.values()]
-    ours, theirs = AdamW(parameters, decay), torch.optim.AdamW(groups, rate, foreach=False)
-    for t in range(60):
-        gradients = arrays(seed + t)
-        for name, p in peers.items():
-            p.grad = torch.tensor(gradients[name])
-        for group in theirs.param_groups:
-            group["lr"] = rate * (1 - t / 60)
-        theirs.step()
-        ours.update(parameters, gradients, rate * (1 - t / 60))
-    for name in parameters:
-        np.testing.assert_allclose(parameters[name], peers[name].detach().numpy(), rtol=1e-10, atol=1e-10)
+    gradients = [arrays(seed + t) for t in range(60)]
+    ours = AdamW(parameters, decay)
+    walks_beside(
+        lambda groups: torch.optim.AdamW(groups, rate, foreach=False), ours, parameters, decay, rate, gradients, 1e-10
+    )

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.small_parameters import walks_beside
 from support.strategies import normal, seeds
 
 from minilora.frozen.nf4 import DYNAMIC, DYNAMIC_UNSIGNED, dequantize, quantize
@@ -58,20 +59,16 @@ def arrays(seed: int, dtype: Any) -> dict[str, np.ndarray]:
 def test_adafactor_walks_where_transformers_walks(seed: int, rate: float, decay: float) -> None:
     transformers = pytest.importorskip("transformers")
     parameters = arrays(seed, np.float64)
-    peers = {name: torch.tensor(p, requires_grad=True) for name, p in parameters.items()}
-    groups = [{"params": [p], "weight_decay": decay if p.ndim >= 2 else 0.0} for p in peers.values()]
-    ours = Adafactor(parameters, decay)
-    theirs = transformers.Adafactor(groups, rate, scale_parameter=False, relative_step=False)
-    for t in range(40):
-        gradients = {name: 1.2**t * g for name, g in arrays(seed + t, np.float64).items()}  # they grow: clipping acts
-        for name, p in peers.items():
-            p.grad = torch.tensor(gradients[name])
-        for group in theirs.param_groups:
-            group["lr"] = rate * (1 - t / 40)
-        theirs.step()
-        ours.update(parameters, gradients, rate * (1 - t / 40))
-    for name in parameters:
-        np.testing.assert_allclose(parameters[name], peers[name].detach().numpy(), rtol=1e-9, atol=1e-9)
+    grow = [{name: 1.2**t * g for name, g in arrays(seed + t, np.float64).items()} for t in range(40)]  # clipping acts
+    walks_beside(
+        lambda groups: transformers.Adafactor(groups, rate, scale_parameter=False, relative_step=False),
+        Adafactor(parameters, decay),
+        parameters,
+        decay,
+        rate,
+        grow,
+        1e-9,
+    )
 
 
 @pytest.mark.parametrize(("table", "signed"), TABLES, ids=["m", "v"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from support.allocated import peak_bytes
 from support.complex_step import check_backward, check_gradients
 from support.models import Trained, loss_and_gradients_in_chunks, loss_only
 from support.strategies import (
@@ -436,13 +436,7 @@ def test_no_array_of_the_size_of_W_is_allocated_forwards_or_backwards() -> None:
     """This is LoRA's saving: the optimiser and the gradients are as small as A and B."""
     n, inner, outer, rank = 2, 600, 700, 4
     site = Site(n, inner, outer, rank, 1.0, 0)
-    tracemalloc.start()
-    try:
-        for mask in (None, np.ones_like(site.x)):
-            site.gradients(mask=mask)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
+    peak = peak_bytes(lambda: [site.gradients(mask=mask) for mask in (None, np.ones_like(site.x))])
     assert peak < site.W.nbytes / 10, "ΔW, dW or a copy of W was formed"
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support.allocated import peak_of_a_pass
 from support.complex_step import check_backward, check_gradients
 from support.doras import doras, trained
 from support.models import logits_of
@@ -144,12 +144,7 @@ def test_no_array_of_the_size_of_W_is_allocated_by_dora_forwards_or_backwards() 
         normal(1, 2, 1000), 0.01 * normal(2, 1000, 2), normal(3, 1000), 1.0,
     )  # fmt: skip
     x, dy = normal(4, 3, 1000), normal(5, 3, 1000)
-    tracemalloc.start()
-    _, cache = site.forward(x)
-    site.backward(dy, cache)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1000 * 1000 * 8 / 4
+    assert peak_of_a_pass(site, x, dy) < 1000 * 1000 * 8 / 4
 
 
 # --- What the parts do ---

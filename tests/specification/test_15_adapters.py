@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.adapter_folders import outcome, summed, tensors, tokens_of
+from support.allocated import peak_bytes
 from support.strategies import ROLES, TINY, VOCAB, configs, normal, random_weights, seeds
 
 from minilora.adapters.combination import (
@@ -106,12 +106,12 @@ def test_errors_of_several_modules_are_weighed_by_the_size_of_their_changes() ->
 def test_no_array_of_the_size_of_W_is_made_in_combining() -> None:
     n = 3000
     parts = [Factors(normal(i, 4, n), normal(i, n, 4), 0.5) for i in range(2)]
-    tracemalloc.start()
-    whole = concatenate(parts)
-    truncate(whole.A, whole.B, 4)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < n * n * 8 / 20
+
+    def combine() -> None:
+        whole = concatenate(parts)
+        truncate(whole.A, whole.B, 4)
+
+    assert peak_bytes(combine) < n * n * 8 / 20
 
 
 @given(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -82,7 +83,11 @@ def good(command: str, *flags: object) -> str:
 
 
 def process(command: str, *flags: object, **options: Any) -> subprocess.Popen[str]:
-    """The command in a process of its own."""
+    """The command in a process of its own, which an interrupt reaches.
+
+    A shell lets its background jobs ignore interrupts, and children ignore what their parent ignores.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     argv = [sys.executable, "-m", f"minilora.{command}", *map(str, flags)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen(argv, cwd=REPOSITORY, text=True, **(pipes | options))
