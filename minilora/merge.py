@@ -25,6 +25,7 @@ from minilora.formats.gguf_tokenizer import tokenizer_fields
 from minilora.formats.gguf_write import GGUF_DTYPES, Q8_0, check_free, rounded, write_gguf
 from minilora.formats.hub import find_adapter, find_model
 from minilora.model.base import base_model
+from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD
 from minilora.runs.evaluation import largest_logit_difference, outside_text
 
@@ -106,6 +107,7 @@ def merge_command(argv: list[str] | None = None) -> None:
                 "change both. With --untie they are written as two"
             )
         weights[f"{HEAD}.weight"] = weights[f"{EMBED}.weight"]
+    raw_merged = merged_config(raw_config, config, adapted.config)
 
     def as_written(name: str, tensor: HostArray) -> HostArray:
         return rounded(name, tensor, args.dtype) if args.format == GGUF else as_dtype(name, tensor, DTYPES[args.dtype])
@@ -125,15 +127,27 @@ def merge_command(argv: list[str] | None = None) -> None:
         "largest_logit_difference": difference,
         "largest_logit": largest,
     }
-    ways = {name: getattr(adapted.config, name) for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
     if args.format == GGUF:
         fields, kind = tokenizer_fields(tokenizer, config.vocab_size), raw_config.get("model_type", "llama")
         write_gguf(args.out, kind, adapted.config, written, args.dtype, fields, tokenizer.stop_texts)
     else:
-        write_checkpoint(args.out, {**raw_config, **ways}, written, args.dtype, int(args.max_shard_size * 1e9))
+        write_checkpoint(args.out, raw_merged, written, args.dtype, int(args.max_shard_size * 1e9))
         save_tokenizer_files(source, args.out)
         write_json(args.out / MERGE_FILE, report)
     tell(report, args.out)
+
+
+def merged_config(raw: dict[str, Any], before: Config, after: Config) -> dict[str, Any]:
+    """The base's config.json with what the adapter has changed. ValueError if its kind of model has no place for it."""
+    merged = dict(raw)
+    if after.tie_word_embeddings != before.tie_word_embeddings:
+        merged["tie_word_embeddings"] = after.tie_word_embeddings
+    if after.biased != before.biased:
+        merged |= {"attention_bias": "o" in after.biased, "mlp_bias": "down" in after.biased}
+    if Config.from_dict(merged).biased != after.biased:
+        kind = raw.get("model_type", "llama")
+        raise ValueError(f"a model of type {kind} has no place for these biases: keep the adapter beside the model")
+    return merged
 
 
 def tell(report: dict[str, Any], out: Path) -> None:

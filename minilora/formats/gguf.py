@@ -20,7 +20,7 @@ from minilora.backend import HostArray
 from minilora.formats.files import check_shapes
 from minilora.frozen.gguf import Blocks, gguf_library
 from minilora.model.config import Config
-from minilora.model.names import EMBED, HEAD, LAYER, NORM, layer_module, parameter_shapes
+from minilora.model.names import EMBED, HEAD, NORM, layer_module, parameter_shapes, roles
 from minilora.ops.rope import rope_frequencies
 
 TENSOR_TYPES = (  # by the library's names: plain numbers, and blocks
@@ -29,7 +29,8 @@ TENSOR_TYPES = (  # by the library's names: plain numbers, and blocks
 )
 GGUF_LAYER = {  # role within a layer → module name within a layer of a GGUF file
     **{"attention_norm": "attn_norm", "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"},
-    **{"mlp_norm": "ffn_norm", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"},
+    **{"q_norm": "attn_q_norm", "k_norm": "attn_k_norm", "mlp_norm": "ffn_norm"},
+    **{"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"},
 }
 ROPE_FACTORS = "rope_freqs.weight"  # by which llama.cpp divides the frequencies: where Llama 3's scaling is kept
 
@@ -45,6 +46,8 @@ class Architecture(NamedTuple):
 ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", True),
     "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", True),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", False),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", False),
 }
 
 
@@ -156,15 +159,18 @@ def _tensor(file: File, name: str) -> Any:
 
 
 def _rope_scaling(file: File, name: str, head_dim: int, theta: float) -> dict[str, Any] | None:
-    """Linear scaling is a field. Llama 3's is a tensor of factors, of which only the result is kept: among the settings
-    that releases have, those that give these very factors are taken."""
+    """Linear scaling and YaRN's are fields. Llama 3's is a tensor of factors, of which only the result is kept: among
+    the settings that releases have, those that give these very factors are taken."""
     kind = file.fields.get(f"{name}.rope.scaling.type", "none")
     if ROPE_FACTORS not in file.tensors:
         if kind == "none":
             return None
+        scaling = {"rope_type": kind, "factor": file[f"{name}.rope.scaling.factor"]}
         if kind == "linear":
-            return {"rope_type": "linear", "factor": file[f"{name}.rope.scaling.factor"]}
-        raise ValueError(f"{file.path}: {name}.rope.scaling.type {kind!r} is not supported, only none and linear")
+            return scaling
+        if kind == "yarn":
+            return scaling | {"original_max_position_embeddings": file[f"{name}.rope.scaling.original_context_length"]}
+        raise ValueError(f"{file.path}: {name}.rope.scaling.type {kind!r} is not supported, only none, linear and yarn")
     factors = file.tensors[ROPE_FACTORS].data
     for original in (8192, 4096, 2048, 16384, 32768, 65536, 131072):
         numbers = {"factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -186,7 +192,7 @@ def tensor_names(config: Config) -> dict[str, str]:
     """The name in a GGUF file of every tensor of a checkpoint, under our name for it."""
     modules = {EMBED: "token_embd", NORM: "output_norm", HEAD: "output"}
     for layer in range(config.num_hidden_layers):
-        for role in LAYER:
+        for role in roles(config):
             modules[layer_module(layer, role)] = f"blk.{layer}.{GGUF_LAYER[role]}"
     split = {name: name.rpartition(".") for name in parameter_shapes(config)}
     return {name: f"{modules[module]}.{kind}" for name, (module, _, kind) in split.items()}

@@ -5,6 +5,7 @@ What differs from Hugging Face's checkpoint is said in `gguf.py`. A written mode
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -42,6 +43,8 @@ def architecture_of(model_type: str, config: Config) -> str:
     every_fourth = tuple((layer + 1) % 4 != 0 for layer in range(config.num_hidden_layers))
     if model_type == "smollm3" and config.rope_layers != every_fourth:
         raise ValueError("format gguf: llama.cpp leaves RoPE out of every fourth layer of smollm3, and this model not")
+    if model_type == "qwen3" and config.biased:
+        raise ValueError("format gguf: llama.cpp's qwen3 has no biases, and this model has")
     return names[model_type]
 
 
@@ -78,6 +81,8 @@ def write_gguf(
     scaling = config.rope_scaling or {}
     if scaling.keys() == {"factor"}:
         own |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
+    if "beta_fast" in scaling:
+        own |= _yarn(scaling)
     fields = {"general.type": "model", "general.file_type": file_type, "general.quantization_version": 2}
     fields |= {f"{name}.{key}": value for key, value in own.items()} | dict(tokenizer)
     tensors: dict[str, tuple[str, HostArray]] = {}
@@ -86,10 +91,24 @@ def write_gguf(
         if ARCHITECTURES[name].permuted and (heads := turned_heads(config, ours)):
             tensor = tensor[order_for_file(len(tensor), heads)]
         tensors[theirs] = (kind if tensor.ndim == 2 else "F32", tensor)
-    if len(scaling) > 1:
+    if "low_freq_factor" in scaling:
         tensors[ROPE_FACTORS] = "F32", rope_factors(config.head_dim, config.rope_theta, scaling)
     _write(path, name, fields, tensors)
     write_text(path.with_name(MODELFILE), modelfile(path.name, stops))
+
+
+def _yarn(scaling: Mapping[str, float]) -> dict[str, Any]:
+    """YaRN's fields. llama.cpp has all else as the paper has it; ValueError where this model differs."""
+    factor = scaling["factor"]
+    usual = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1 + 0.1 * math.log(factor), "truncate": 1.0}
+    for key, value in usual.items():
+        if not math.isclose(scaling[key], value):
+            raise ValueError(f"format gguf: YaRN's {key} is {scaling[key]:g} here, and {value:g} in llama.cpp")
+    return {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": factor,
+        "rope.scaling.original_context_length": int(scaling["original_max_position_embeddings"]),
+    }
 
 
 def check_free(path: Path, whole_model: bool) -> None:

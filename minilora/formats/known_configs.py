@@ -1,4 +1,4 @@
-"""The `config.json` of the SmolLM family's base models, for shapes without a download."""
+"""The `config.json` of the SmolLM family's base models and of two of Qwen's, for shapes without a download."""
 
 from __future__ import annotations
 
@@ -66,6 +66,37 @@ _SMOLLM3: dict[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 
+
+def _qwen(
+    model_type: str,
+    hidden_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    head_dim: int,
+    intermediate_size: int,
+    max_position_embeddings: int,
+) -> dict[str, Any]:
+    shape = _llama(
+        hidden_size,
+        num_hidden_layers,
+        num_attention_heads,
+        num_key_value_heads,
+        intermediate_size,
+        1e6,
+        max_position_embeddings,
+    )
+    return shape | {
+        "architectures": [f"{model_type.capitalize()}ForCausalLM"],
+        "model_type": model_type,
+        "vocab_size": 151936,
+        "head_dim": head_dim,
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643 if model_type == "qwen2" else 151645,
+    }
+
+
 KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
     # hidden, layers, heads, key/value heads, feed-forward, RoPE's θ, positions
     "SmolLM-135M": _llama(576, 30, 9, 3, 1536, 1e4, 2048),
@@ -75,6 +106,9 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
     "SmolLM2-360M": _llama(960, 32, 15, 5, 2560, 1e5, 8192),
     "SmolLM2-1.7B": _llama(2048, 24, 32, 32, 8192, 1.3e5, 8192),
     "SmolLM3-3B": _SMOLLM3,
+    # the same, with the features of a head before the feed-forward's
+    "Qwen2.5-0.5B": _qwen("qwen2", 896, 24, 14, 2, 64, 4864, 32768),
+    "Qwen3-0.6B": _qwen("qwen3", 1024, 28, 16, 8, 128, 3072, 40960),
 }
 
 # GPT-3 (Brown et al., 2020, arXiv:2005.14165, table 2.1) as a Llama, to count with: nobody fills it with weights here.

@@ -19,7 +19,7 @@ from minilora.methods.setting import setting
 from minilora.methods.targets import projections
 from minilora.model.config import Config
 from minilora.model.model import Model
-from minilora.model.names import NORM, Shape, layer_module, weight_shapes
+from minilora.model.names import LINEAR, NORM, Shape, layer_module, norms, weight_shapes
 from minilora.model.sites import FrozenLinear, Gradients
 
 
@@ -81,13 +81,13 @@ class BitFit(Method):
             sites[module] = BiasLinear(_linear(model, module), trainable[f"{module}.bias"])
         for module in self._norms(model.config):
             sites[module] = trained_site(model, module, trainable)
-        return Model(replace(model.config, attention_bias=True, mlp_bias=True), sites)
+        return Model(replace(model.config, biased=LINEAR), sites)
 
     def _norms(self, config: Config) -> list[str]:
         if not self.train_norms:
             return []
         layers = range(config.num_hidden_layers)
-        return [layer_module(layer, role) for layer in layers for role in ("attention_norm", "mlp_norm")] + [NORM]
+        return [layer_module(layer, role) for layer in layers for role in norms(config)] + [NORM]
 
 
 def _linear(model: Model, module: str) -> FrozenLinear:

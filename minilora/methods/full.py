@@ -12,7 +12,7 @@ from minilora.backend import Array
 from minilora.methods.method import Method, Variant
 from minilora.model.config import Config
 from minilora.model.model import Model
-from minilora.model.names import EMBED, HEAD, LINEAR, NORM, Shape, layer_module, parameter_shapes
+from minilora.model.names import EMBED, HEAD, LINEAR, NORM, Shape, layer_module, norms, parameter_shapes
 from minilora.model.sites import FrozenEmbedding, FrozenLinear, FrozenNorm, Gradients, Site
 from minilora.ops.embedding import EmbeddingCache, embedding, embedding_backward
 from minilora.ops.linear import LinearCache, linear, linear_backward
@@ -138,7 +138,7 @@ def full_model(config: Config, trainable: Mapping[str, Array]) -> Model:
     for layer in range(config.num_hidden_layers):
         for role in LINEAR:
             sites[layer_module(layer, role)] = linear_site(layer_module(layer, role))
-        for role in ("attention_norm", "mlp_norm"):
+        for role in norms(config):
             sites[layer_module(layer, role)] = norm_site(layer_module(layer, role))
     sites[HEAD] = FullLinear(E) if config.tie_word_embeddings else linear_site(HEAD)
     return Model(config, sites)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from minilora.model.config import Config
-from minilora.model.names import EMBED, HEAD, LAYER, LINEAR, NORM, layer_module
+from minilora.model.names import EMBED, HEAD, LINEAR, NORM, layer_module, roles
 
 ALL_LINEAR = "all-linear"
 T = TypeVar("T")
@@ -21,7 +21,7 @@ def projections(config: Config) -> list[str]:
 
 def every_module(config: Config) -> list[str]:
     """Every module with parameters, in the order of the forward pass."""
-    layers = (layer_module(layer, role) for layer in range(config.num_hidden_layers) for role in LAYER)
+    layers = (layer_module(layer, role) for layer in range(config.num_hidden_layers) for role in roles(config))
     return [EMBED, *layers, NORM, HEAD]
 
 

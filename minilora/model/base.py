@@ -11,7 +11,7 @@ from minilora.backend import narrow, read_only, to_device, widen
 from minilora.frozen.hold import hold
 from minilora.model.config import Config
 from minilora.model.model import Model
-from minilora.model.names import EMBED, HEAD, LINEAR, NORM, layer_module
+from minilora.model.names import EMBED, HEAD, LINEAR, NORM, layer_module, norms
 from minilora.model.sites import FrozenEmbedding, FrozenLinear, FrozenNorm, Site
 
 
@@ -45,7 +45,7 @@ def base_model(
     for layer in range(config.num_hidden_layers):
         for role in LINEAR:
             sites[layer_module(layer, role)] = linear(layer_module(layer, role), frozen)
-        for role in ("attention_norm", "mlp_norm"):
+        for role in norms(config):
             sites[layer_module(layer, role)] = norm(layer_module(layer, role))
     sites[NORM] = norm(NORM)
     sites[HEAD] = FrozenLinear(embed) if config.tie_word_embeddings else linear(HEAD, outside)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from minilora.backend import Array, xp
 from minilora.model.names import LAYER
-from minilora.model.sites import Gradients, LayerSites
+from minilora.model.sites import Gradients, LayerSites, Site
 from minilora.ops.attention import AttentionCache, QueryBlock, attention, attention_backward
 from minilora.ops.rope import rope, rope_backward
 from minilora.ops.swiglu import SwiGLUCache, swiglu, swiglu_backward
@@ -22,10 +22,15 @@ class Context(NamedTuple):
     blocks: list[QueryBlock]  # which query sees which key
 
 
+class HeadsCache(NamedTuple):
+    linear: Any
+    norm: Any
+
+
 class AttentionBranchCache(NamedTuple):
-    q: Any
-    k: Any
-    v: Any
+    q: HeadsCache
+    k: HeadsCache
+    v: HeadsCache
     attention: AttentionCache
     o: Any
 
@@ -83,10 +88,9 @@ def attention_branch(
     xn: Array, site: LayerSites, context: Context, use_rope: bool, past: KeysValues | None, seed: int | None
 ) -> tuple[Array, KeysValues, AttentionBranchCache]:
     """xn (N, D) → o (N, D), the keys and values seen (those of the past first), and the cache. (docs: M1, M12)"""
-    q, c_q = site.q.forward(xn, seed)
-    k, c_k = site.k.forward(xn, seed)
-    v, c_v = site.v.forward(xn, seed)
-    q, k, v = _split_heads(q, context), _split_heads(k, context), _split_heads(v, context)
+    q, c_q = heads(xn, site.q, site.q_norm, context, seed)
+    k, c_k = heads(xn, site.k, site.k_norm, context, seed)
+    v, c_v = heads(xn, site.v, None, context, seed)
     if use_rope:
         q, k = rope(q, context.cos, context.sin), rope(k, context.cos, context.sin)
     if past is not None:
@@ -110,12 +114,36 @@ def attention_branch_backward(
     dk, dv = dk[:, -T:], dv[:, -T:]
     if use_rope:
         dq, dk = rope_backward(dq, context.cos, context.sin), rope_backward(dk, context.cos, context.sin)
-    dxn, q_grads = site.q.backward(_join_heads(dq), cache.q)
-    dxn_k, k_grads = site.k.backward(_join_heads(dk), cache.k)
-    dxn_v, v_grads = site.v.backward(_join_heads(dv), cache.v)
+    dxn, q_grads, q_norm_grads = heads_backward(dq, site.q, site.q_norm, cache.q)
+    dxn_k, k_grads, k_norm_grads = heads_backward(dk, site.k, site.k_norm, cache.k)
+    dxn_v, v_grads, _ = heads_backward(dv, site.v, None, cache.v)
     dxn += dxn_k
     dxn += dxn_v
-    return dxn, dpast, {"o": o_grads, "q": q_grads, "k": k_grads, "v": v_grads}
+    grads = {"o": o_grads, "q": q_grads, "k": k_grads, "v": v_grads, "q_norm": q_norm_grads, "k_norm": k_norm_grads}
+    return dxn, dpast, grads
+
+
+def heads(xn: Array, linear: Site, norm: Site | None, context: Context, seed: int | None) -> tuple[Array, HeadsCache]:
+    """xn (N, D) → q, k or v (B, T, heads, d), in Qwen3 with each head's q and k normalised, and the cache. (docs: M1)
+
+    The norm sees each head of each token as a row of its own.
+    """
+    y, c_linear = linear.forward(xn, seed)
+    y, c_norm = _split_heads(y, context), None
+    if norm is not None:
+        rows, c_norm = norm.forward(y.reshape(-1, y.shape[-1]), seed)
+        y = rows.reshape(y.shape)
+    return y, HeadsCache(c_linear, c_norm)
+
+
+def heads_backward(dy: Array, linear: Site, norm: Site | None, cache: HeadsCache) -> tuple[Array, Gradients, Gradients]:
+    """dxn (N, D), and the gradients of the linear map and of the norm. (docs: M2)"""
+    norm_grads: Gradients = {}
+    if norm is not None:
+        drows, norm_grads = norm.backward(dy.reshape(-1, dy.shape[-1]), cache.norm)
+        dy = drows.reshape(dy.shape)
+    dxn, linear_grads = linear.backward(_join_heads(dy), cache.linear)
+    return dxn, linear_grads, norm_grads
 
 
 def mlp_branch(xn: Array, site: LayerSites, seed: int | None) -> tuple[Array, MLPBranchCache]:

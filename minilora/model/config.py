@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-ARCHITECTURES = ("llama", "smollm3", "mistral")
+ARCHITECTURES = ("llama", "smollm3", "mistral", "qwen2", "qwen3")
+ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")  # the linear maps of a layer
 
 
 @dataclass(frozen=True)
 class Config:
-    """Hugging Face's names. A head has `head_dim` features; `rope_layers[i]` says whether layer i uses RoPE."""
+    """Hugging Face's names, and three of our own: `rope_layers[i]` says whether layer i uses RoPE, `biased` which of a
+    layer's linear maps have a bias, and `qk_norm` whether the q and k of each head are normalised (Qwen3).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -25,8 +29,8 @@ class Config:
     rope_scaling: dict[str, float] | None
     rope_layers: tuple[bool, ...]
     tie_word_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
+    biased: tuple[str, ...]
+    qk_norm: bool
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Config:
@@ -36,7 +40,7 @@ class Config:
         _refuse_unsupported(raw, kind)
         hidden, heads = _count(raw, "hidden_size"), _count(raw, "num_attention_heads")
         layers = _count(raw, "num_hidden_layers")
-        if "head_dim" not in raw and hidden % heads:
+        if "head_dim" not in raw and kind != "qwen3" and hidden % heads:
             raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
         positions = _count(raw, "max_position_embeddings", 2048)
         theta, scaling = _rope(raw, kind, positions)
@@ -47,15 +51,15 @@ class Config:
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=_count(raw, "num_key_value_heads", heads if kind == "llama" else None),
-            head_dim=_count(raw, "head_dim", hidden // heads),
+            head_dim=_count(raw, "head_dim", 128 if kind == "qwen3" else hidden // heads),
             max_position_embeddings=positions,
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             rope_theta=theta,
             rope_scaling=scaling,
             rope_layers=_rope_layers(raw, kind, layers),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", kind == "smollm3")),
-            attention_bias=bool(raw.get("attention_bias", False)) and kind != "mistral",
-            mlp_bias=bool(raw.get("mlp_bias", False)) and kind != "mistral",
+            biased=_biased(raw, kind),
+            qk_norm=kind == "qwen3",
         )
         if heads % config.num_key_value_heads:
             raise ValueError(
@@ -83,7 +87,8 @@ def _refuse_unsupported(raw: dict[str, Any], kind: str) -> None:
         given = raw.get(key, rope.get(key, value))
         if given != value:
             raise ValueError(f"config.json: {key} {given!r} is not supported, only {value!r}")
-    if kind == "mistral" and "sliding_window" in raw:
+    windows = set(raw.get("layer_types", ())) - {"full_attention"} or (kind == "mistral" and "sliding_window" in raw)
+    if windows:
         raise ValueError("config.json: sliding_window is not supported: attention here sees the whole context")
 
 
@@ -109,6 +114,7 @@ def _rope(raw: dict[str, Any], kind: str, positions: int) -> tuple[float, dict[s
     keys = {
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        "yarn": ("factor", "original_max_position_embeddings"),
     }
     if kind not in keys:
         raise ValueError(f"config.json: rope_type {kind!r} is not supported, only default, {', '.join(keys)}")
@@ -117,7 +123,35 @@ def _rope(raw: dict[str, Any], kind: str, positions: int) -> tuple[float, dict[s
     missing = [key for key in keys[kind] if rope.get(key) is None]
     if missing:
         raise ValueError(f"config.json: rope_type {kind!r} needs {', '.join(missing)}")
-    return float(theta), {key: float(rope[key]) for key in keys[kind]}
+    scaling = {key: float(rope[key]) for key in keys[kind]}
+    return float(theta), scaling | (_yarn(rope, scaling["factor"]) if kind == "yarn" else {})
+
+
+def _yarn(rope: dict[str, Any], factor: float) -> dict[str, float]:
+    """What else YaRN is set by, each as transformers has it where it is not given. `truncate` is 1 or 0."""
+
+    def size(mscale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1
+
+    given = {key: value for key, value in rope.items() if value is not None}
+    both = given.get("mscale") and given.get("mscale_all_dim")
+    usual = size(given["mscale"]) / size(given["mscale_all_dim"]) if both else size(1)
+    return {
+        "beta_fast": float(given.get("beta_fast") or 32),
+        "beta_slow": float(given.get("beta_slow") or 1),
+        "attention_factor": float(given.get("attention_factor", usual)),
+        "truncate": float(given.get("truncate", True)),
+    }
+
+
+def _biased(raw: dict[str, Any], kind: str) -> tuple[str, ...]:
+    """Qwen2 always has three biases a layer and Mistral none; elsewhere two settings say it."""
+    if kind == "qwen2":
+        return ATTENTION[:3]
+    if kind == "mistral":
+        return ()
+    mlp = kind != "qwen3" and bool(raw.get("mlp_bias", False))
+    return (ATTENTION if raw.get("attention_bias", False) else ()) + (MLP if mlp else ())
 
 
 def _rope_layers(raw: dict[str, Any], kind: str, layers: int) -> tuple[bool, ...]:

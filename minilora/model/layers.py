@@ -12,7 +12,7 @@ from minilora.backend import Array, xp
 from minilora.model.block import BlockCache, Context, KeysValues, block, block_backward
 from minilora.model.sites import Gradients, Model, add_gradients, layer_sites
 from minilora.ops.attention import query_blocks
-from minilora.ops.rope import rope_angles, rope_frequencies
+from minilora.ops.rope import rope_amplitude, rope_angles, rope_frequencies
 
 
 class Past(NamedTuple):
@@ -36,10 +36,10 @@ def layers(
     x: Array,
     positions: Array,
     segments: Array,
-    past: Past | None = None,
-    seed: int | None = None,
-    checkpointing: bool = False,
-    keep: bool = True,
+    past: Past | None,
+    seed: int | None,
+    checkpointing: bool,
+    keep: bool,
 ) -> tuple[Array, Past, LayersCache]:
     """x (N, D) at positions and segments (B, T) → x (N, D), the past including these tokens, and the cache. (docs: M3)
 
@@ -52,7 +52,7 @@ def layers(
         seen_segments = xp.concatenate([past.segments, segments], axis=1)
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     context = Context(
-        *rope_angles(positions, frequencies, x.real.dtype),
+        *rope_angles(positions, frequencies, x.real.dtype, rope_amplitude(config.rope_scaling)),
         query_blocks(positions, segments, seen_positions, seen_segments),
     )
     inputs: dict[int, Array] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from minilora.model.config import Config
+from minilora.model.config import ATTENTION, MLP, Config
 
 Shape: TypeAlias = "tuple[int, ...]"
 
@@ -18,12 +18,14 @@ LAYER = {  # role within a layer → module name within a layer
     "k": "self_attn.k_proj",
     "v": "self_attn.v_proj",
     "o": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
     "mlp_norm": "post_attention_layernorm",
     "gate": "mlp.gate_proj",
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-LINEAR = ("q", "k", "v", "o", "gate", "up", "down")  # roles that are linear maps
+LINEAR = (*ATTENTION, *MLP)  # roles that are linear maps
 
 
 def layer_module(layer: int, role: str) -> str:
@@ -31,17 +33,28 @@ def layer_module(layer: int, role: str) -> str:
     return f"model.layers.{layer}.{LAYER[role]}"
 
 
+def norms(config: Config) -> tuple[str, ...]:
+    """The roles of a layer that are norms: of the whole width, and in some models of each head's q and k."""
+    return ("attention_norm", "q_norm", "k_norm", "mlp_norm") if config.qk_norm else ("attention_norm", "mlp_norm")
+
+
+def roles(config: Config) -> list[str]:
+    """The roles of a layer that this model has."""
+    return [role for role in LAYER if role in LINEAR or role in norms(config)]
+
+
 def parameter_shapes(config: Config) -> dict[str, Shape]:
     """Name and shape of every tensor of a checkpoint, in the order of the forward pass. A tied head has none."""
     D, F = config.hidden_size, config.intermediate_size
     Q, K = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     linear = {"q": (Q, D), "k": (K, D), "v": (K, D), "o": (D, Q), "gate": (F, D), "up": (F, D), "down": (D, F)}
+    within = linear | dict.fromkeys(("q_norm", "k_norm"), (config.head_dim,))
     shapes: dict[str, Shape] = {f"{EMBED}.weight": (config.vocab_size, D)}
     for layer in range(config.num_hidden_layers):
-        for role in LAYER:
+        for role in roles(config):
             module = layer_module(layer, role)
-            shapes[f"{module}.weight"] = linear.get(role, (D,))
-            if role in LINEAR and (config.mlp_bias if role in ("gate", "up", "down") else config.attention_bias):
+            shapes[f"{module}.weight"] = within.get(role, (D,))
+            if role in config.biased:
                 shapes[f"{module}.bias"] = linear[role][:1]
     shapes[f"{NORM}.weight"] = (D,)
     if not config.tie_word_embeddings:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from minilora.backend import Array
 from minilora.frozen.weight import FrozenWeight
 from minilora.model.config import Config
-from minilora.model.names import EMBED, LAYER, layer_module
+from minilora.model.names import EMBED, LAYER, layer_module, roles
 from minilora.ops.rmsnorm import rmsnorm, rmsnorm_backward
 
 Gradients = dict[str, Array]
@@ -52,8 +52,9 @@ class Site(Protocol):
     def forward(self, x: Array, seed: int | None = None) -> tuple[Array, Any]:
         """y, and a cache that holds exactly what backward needs.
 
-        x is (N, in) and y (N, out), a row for each of the N = B·T tokens; a norm has in = out = D. The embedding's x is
-        the token ids, (N,) integers. y has the dtype of the computation.
+        x is (N, in) and y (N, out), a row for each of the N = B·T tokens; a norm has in = out = D, one of heads a row
+        for each head of each token and in = out = d. The embedding's x is the token ids, (N,) integers. y has the dtype
+        of the computation.
 
         seed is an integer while training and None otherwise. A site with randomness of its own (dropout) draws from it
         and from a number of its own, so that no two sites draw the same; without a seed it draws nothing.
@@ -121,7 +122,7 @@ class Model:
         if self.sites[EMBED].trains or self.virtual_tokens:
             return 0
         for layer in range(self.config.num_hidden_layers):
-            if any(self.sites[layer_module(layer, role)].trains for role in LAYER):
+            if any(self.sites[layer_module(layer, role)].trains for role in roles(self.config)):
                 return layer
         return self.config.num_hidden_layers
 
@@ -188,11 +189,14 @@ class LayerSites(NamedTuple):
     gate: Site
     up: Site
     down: Site
+    q_norm: Site | None = None
+    k_norm: Site | None = None
 
 
 def layer_sites(sites: Sites, layer: int) -> LayerSites:
-    """The nine sites of a layer, found by their names."""
-    return LayerSites(**{role: sites[layer_module(layer, role)] for role in LAYER})
+    """The sites of a layer, found by their names."""
+    modules = {role: layer_module(layer, role) for role in LAYER}
+    return LayerSites(**{role: sites[module] for role, module in modules.items() if module in sites})
 
 
 def part_seed(seed: int | None, part: int) -> int | None:

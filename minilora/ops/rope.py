@@ -18,7 +18,10 @@ def rope_frequencies(head_dim: int, theta: float, scaling: dict[str, float] | No
 
     `scaling` is Llama 3's `rope_scaling` (Grattafiori et al., 2024, and the code released with it): wavelengths
     longer than the original context are stretched by `factor`, short ones are kept, those between are interpolated.
-    A `scaling` with `factor` alone is linear scaling: every position is divided by it. (docs: O6)
+    A `scaling` with `factor` alone is linear scaling: every position is divided by it. One with `beta_fast` is YaRN
+    (Peng et al., 2023, arXiv:2309.00071, sec. 3.2): pairs that turn more often than `beta_fast` times within the
+    original context are kept, those that turn less than `beta_slow` times are stretched, and between them the pair's
+    number i says how much of each. (docs: O6)
     """
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     if scaling is None:
@@ -26,19 +29,37 @@ def rope_frequencies(head_dim: int, theta: float, scaling: dict[str, float] | No
     stretched = frequencies / scaling["factor"]
     if scaling.keys() == {"factor"}:
         return stretched
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the original context
-    kept = np.clip((turns - low) / (high - low), 0, 1)
+    context = scaling["original_max_position_embeddings"]
+    if "beta_fast" in scaling:  # pair i turns context · θ^(−2i/d) / 2π times; solved for i
+        low, high = (
+            head_dim * math.log(context / (2 * math.pi * turns)) / (2 * math.log(theta))
+            for turns in (scaling["beta_fast"], scaling["beta_slow"])
+        )
+        if scaling["truncate"]:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        kept: np.ndarray = 1 - np.clip((np.arange(head_dim // 2) - low) / (high - low or 0.001), 0, 1)
+    else:
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = context * frequencies / (2 * math.pi)
+        kept = np.clip((turns - low) / (high - low), 0, 1)
     return kept * frequencies + (1 - kept) * stretched
 
 
-def rope_angles(positions: Array, frequencies: np.ndarray, dtype: object) -> tuple[Array, Array]:
-    """cos and sin of position · frequency: positions (B, T) → two (B, T, 1, d/2), ready for every head. (docs: O7)
+def rope_amplitude(scaling: dict[str, float] | None) -> float:
+    """What q and k are multiplied by as they are turned: YaRN's attention factor √(1/t), else 1. (docs: O7)"""
+    return scaling.get("attention_factor", 1.0) if scaling else 1.0
 
-    The angles are formed in float64: at position 8,000 a float32 angle is already off by 5e-4.
+
+def rope_angles(
+    positions: Array, frequencies: np.ndarray, dtype: object, amplitude: float = 1.0
+) -> tuple[Array, Array]:
+    """amplitude · cos and sin of position · frequency: positions (B, T) → two (B, T, 1, d/2), ready for every head.
+
+    The angles are formed in float64: at position 8,000 a float32 angle is already off by 5e-4. (docs: O7)
     """
     angles = positions[:, :, None, None] * to_device(frequencies)
-    return xp.cos(angles).astype(dtype), xp.sin(angles).astype(dtype)
+    return (amplitude * xp.cos(angles)).astype(dtype), (amplitude * xp.sin(angles)).astype(dtype)
 
 
 def rope(x: Array, cos: Array, sin: Array) -> Array:
@@ -48,5 +69,8 @@ def rope(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def rope_backward(dy: Array, cos: Array, sin: Array) -> Array:
-    """dx (B, T, heads, d). Forward was a rotation y = R x, so dx = Rᵀ dy: by the opposite angle. (docs: O9)"""
+    """dx (B, T, heads, d). Forward was a rotation y = R x, so dx = Rᵀ dy: by the opposite angle. (docs: O9)
+
+    YaRN's factor a stands in cos and sin: y = a R x, and dx = a Rᵀ dy.
+    """
     return rope(dy, cos, -sin)

@@ -15,18 +15,23 @@ from minilora.data.batches import Batch
 from minilora.model.model import Model
 from minilora.model.sites import Gradients
 from minilora.training.optimizers import global_norm
-from minilora.training.step import accumulate, labelled_tokens
+from minilora.training.step import Run, accumulate, labelled_tokens
 
 FIRST, LEAST, LARGEST = 2.0**16, 2.0, 2.0**24
 GROWS_AFTER = 2000  # steps without overflow; this and the first scale are PyTorch's
 
 
 def scaled_loss_and_gradients(
-    S: float, model: Model, batches: Sequence[Batch], *arguments: Any
+    S: float,
+    model: Model,
+    batches: Sequence[Batch],
+    seeds: Sequence[int] | None = None,
+    checkpointing: bool = False,
+    run: Run = map,
 ) -> tuple[float, Gradients]:
     """`loss_and_gradients` by a backward in which every gradient is S times as large. (docs: H2)"""
     M = labelled_tokens(batches)
-    total, gradients = accumulate(model, batches, S / M, *arguments)
+    total, gradients = accumulate(model, batches, S / M, seeds, checkpointing, run)
     for gradient in gradients.values():
         gradient *= 1 / S
     return total / M, gradients

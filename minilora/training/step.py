@@ -40,9 +40,9 @@ def accumulate(
     model: Model,
     batches: Sequence[Batch],
     dloss: float,
-    seeds: Sequence[int] | None = None,
-    checkpointing: bool = False,
-    run: Run = map,
+    seeds: Sequence[int] | None,
+    checkpointing: bool,
+    run: Run,
 ) -> tuple[float, Gradients]:
     """Σ_j L_j over all micro-batches, and the gradients of dloss · Σ_j L_j; for the mean, dloss is 1/M. (docs: M9)"""
 
@@ -59,7 +59,7 @@ def accumulate(
 
 
 def summed_loss(
-    model: Model, batch: Batch, dloss: float, seed: int | None = None, checkpointing: bool = False
+    model: Model, batch: Batch, dloss: float, seed: int | None, checkpointing: bool
 ) -> tuple[float, Gradients]:
     """L_j, the summed loss of one micro-batch, and the gradients of dloss · L_j. (docs: M9)
 

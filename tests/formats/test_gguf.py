@@ -219,7 +219,7 @@ def test_a_tokenizer_without_a_name_in_llama_cpp_is_refused(tmp_path: Path, file
         ({"llama__block_count": 4}, "blk.3.attn_norm.weight"),
         ({"llama__expert_count": 8}, "llama.expert_count 8"),
         ({"llama__rope__dimension_count": 8}, "llama.rope.dimension_count 8"),
-        ({"llama__rope__scaling__type": "yarn"}, "'yarn'"),
+        ({"llama__rope__scaling__type": "longrope", "llama__rope__scaling__factor": 2.0}, "'longrope'"),
         ({"split__count": 3}, "one of 3 parts"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -130,6 +130,8 @@ ADAPTERS: dict[str, tuple[str, LoRA]] = {
         LoRA(rank=3, target_modules=("embed_tokens", "lm_head", "q_proj", "o_proj")),
     ),
     "smollm3": ("smollm3", LoRA(rank=4)),
+    "qwen2": ("qwen2", LoRA(rank=4)),
+    "qwen3": ("qwen3", LoRA(rank=4)),
 }
 
 

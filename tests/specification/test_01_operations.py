@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.complex_step import check_backward, check_gradients
-from support.strategies import LLAMA3, normal, seeds, sizes
+from support.strategies import LLAMA3, YARN, normal, seeds, sizes
 
 from minilora.ops import attention as attention_module
 from minilora.ops.attention import (
@@ -28,7 +28,7 @@ from minilora.ops.cross_entropy import IGNORE, cross_entropy, cross_entropy_back
 from minilora.ops.embedding import embedding, embedding_backward
 from minilora.ops.linear import linear, linear_backward
 from minilora.ops.rmsnorm import rmsnorm, rmsnorm_backward
-from minilora.ops.rope import rope, rope_angles, rope_backward, rope_frequencies
+from minilora.ops.rope import rope, rope_amplitude, rope_angles, rope_backward, rope_frequencies
 from minilora.ops.swiglu import sigmoid, swiglu, swiglu_backward
 
 
@@ -89,13 +89,13 @@ def rmsnorm_case(draw: st.DrawFn) -> Case:
 
 
 @st.composite
-def rope_case(draw: st.DrawFn) -> Case:
+def rope_case(draw: st.DrawFn, amplitudes: st.SearchStrategy[float] = st.just(1.0)) -> Case:
     batch, time, heads, d, seed = draw(sizes), draw(sizes), draw(sizes), 2 * draw(sizes), draw(seeds)
     positions = np.random.default_rng(seed).integers(0, 1000, (batch, time))
-    frequencies = rope_frequencies(d, 10000.0)
+    frequencies, amplitude = rope_frequencies(d, 10000.0), draw(amplitudes)
     return Case(
-        lambda x: (rope(x, *rope_angles(positions, frequencies, x.real.dtype)), x.real.dtype),
-        lambda dy, dtype: rope_backward(dy, *rope_angles(positions, frequencies, dtype)),
+        lambda x: (rope(x, *rope_angles(positions, frequencies, x.real.dtype, amplitude)), x.real.dtype),
+        lambda dy, dtype: rope_backward(dy, *rope_angles(positions, frequencies, dtype, amplitude)),
         {"x": normal(seed, batch, time, heads, d)},
     )
 
@@ -143,7 +143,7 @@ scales = st.sampled_from([0.01, 1.0, 10.0])
 OPERATIONS = {
     "linear": linear_case(),
     "rmsnorm": rmsnorm_case(),
-    "rope": rope_case(),
+    "rope": rope_case(st.floats(0.5, 2)),
     "attention": attention_case(),
     "swiglu": swiglu_case(),
     "embedding": embedding_case(),
@@ -321,6 +321,45 @@ def llama3_as_released(frequency: float, context: float, factor: float) -> float
         return frequency / factor
     smooth = (context / wavelength - low) / (high - low)
     return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+@given(st.integers(1, 64), st.sampled_from([1e2, 1e4, 5e5]), st.sampled_from([16.0, 8192.0]), st.floats(1, 32))
+def test_yarn_keeps_pairs_that_turn_often_stretches_those_that_hardly_turn_and_fades_from_one_to_the_other(
+    half: int, theta: float, context: float, factor: float
+) -> None:
+    for truncate in (0.0, 1.0):
+        scaling = {**YARN, "factor": factor, "original_max_position_embeddings": context, "truncate": truncate}
+        found = rope_frequencies(2 * half, theta, scaling)
+        np.testing.assert_allclose(found, yarn_by_hand(half, theta, scaling), **rounding())
+
+
+def yarn_by_hand(half: int, theta: float, scaling: dict[str, float]) -> list[float]:
+    """Pair by pair. Where a number of turns falls is found by interpolating between the turns of the pairs."""
+
+    def turns(i: float) -> float:
+        return float(scaling["original_max_position_embeddings"] * theta ** (-i / half) / (2 * math.pi))
+
+    def pair(wanted: float) -> float:
+        return math.log(turns(0) / wanted) / math.log(turns(0) / turns(1))
+
+    first, last = pair(scaling["beta_fast"]), pair(scaling["beta_slow"])
+    if scaling["truncate"]:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * half - 1)
+    found = []
+    for i in range(half):
+        frequency = theta ** (-i / half)
+        way = (i - first) / ((last - first) or 0.001)
+        kept = 1 - min(max(way, 0), 1)
+        found.append(frequency * kept + frequency / scaling["factor"] * (1 - kept))
+    return found
+
+
+def test_only_yarn_stretches_what_it_turns() -> None:
+    assert rope_amplitude(None) == rope_amplitude({"factor": 2.0}) == rope_amplitude(LLAMA3) == 1.0
+    assert rope_amplitude(YARN) == YARN["attention_factor"] != 1.0
+    cos, sin = rope_angles(np.array([[3, 5]]), rope_frequencies(6, 100.0), float, 1.2)
+    np.testing.assert_allclose(cos**2 + sin**2, 1.44)
 
 
 # --- Attention: y = softmax(q kᵀ/√d) v over the visible keys ---

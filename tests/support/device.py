@@ -13,6 +13,7 @@ from minilora import backend
 from minilora.data.batches import collate
 from minilora.data.examples import Example
 from minilora.model.config import Config
+from minilora.model.names import LINEAR
 
 
 class DeviceArray:
@@ -136,4 +137,4 @@ BATCHES = [
     ),
     collate([[Example([3, 2, 1], [False, False, True])]], 0, left=True),
 ]
-UNTIED = Config(**{**vars(TINY), "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True})
+UNTIED = Config(**{**vars(TINY), "tie_word_embeddings": False, "biased": LINEAR})

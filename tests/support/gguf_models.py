@@ -39,12 +39,16 @@ LLAMA: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 SHAPES: dict[str, dict[str, Any]] = {
     "tied": LLAMA,
     "untied with biases": LLAMA | {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
     "wide heads": LLAMA | {"head_dim": 32, "rms_norm_eps": 1e-3},
     "llama3 scaling": LLAMA | {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8192}, "head_dim": 32},
     "linear scaling": LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "yarn": LLAMA | {"rope_scaling": YARN},
+    "qwen2": LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": False},
+    "qwen3": LLAMA | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 32},
     "smollm3": LLAMA | {"model_type": "smollm3", "num_hidden_layers": 4, "architectures": ["SmolLM3ForCausalLM"]},
 }
 QUIET = 0.01

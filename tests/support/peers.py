@@ -31,6 +31,8 @@ def peer_of(raw: dict[str, Any], weights: dict[str, np.ndarray]) -> Any:
     classes = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     }
     make_config, make_model = classes[raw["model_type"]]
     config = make_config(**{key: value for key, value in raw.items() if key != "model_type"})
@@ -126,7 +128,7 @@ def raw_configs(draw: st.DrawFn) -> dict[str, Any]:
     """A `config.json` as it lies on the Hugging Face hub, of a tiny model."""
     key_value_heads, layers = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     raw = {
-        "model_type": draw(st.sampled_from(["llama", "smollm3"])),
+        "model_type": draw(st.sampled_from(["llama", "smollm3", "qwen2", "qwen3"])),
         "vocab_size": VOCAB,
         "hidden_size": 12,
         "intermediate_size": 20,
@@ -139,7 +141,24 @@ def raw_configs(draw: st.DrawFn) -> dict[str, Any]:
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "rope_scaling": draw(
-            st.sampled_from([None, {"rope_type": "linear", "factor": 2.0}, {"rope_type": "llama3", **LLAMA3, **WHOLE}])
+            st.sampled_from(
+                [
+                    None,
+                    {"rope_type": "linear", "factor": 2.0},
+                    {"rope_type": "llama3", **LLAMA3, **WHOLE},
+                    {"rope_type": "yarn", "factor": 4.0, **WHOLE},
+                    {
+                        "rope_type": "yarn",
+                        "factor": 8.0,
+                        "truncate": False,
+                        "beta_fast": 2.0,
+                        "beta_slow": 0.5,
+                        **WHOLE,
+                    },
+                    {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.3, **WHOLE},
+                    {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7, "mscale_all_dim": 0.4, **WHOLE},
+                ]
+            )
         ),
         "tie_word_embeddings": draw(st.booleans()),
         "attention_bias": draw(st.booleans()),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from minilora.data.batches import Batch, collate
 from minilora.data.examples import Example
 from minilora.methods.lora import LoRA
-from minilora.model.config import Config
+from minilora.model.config import ATTENTION, MLP, Config
 from minilora.model.names import parameter_shapes
 
 VOCAB = 11
@@ -30,8 +30,8 @@ TINY = Config(
     rope_scaling=None,
     rope_layers=(True, True),
     tie_word_embeddings=True,
-    attention_bias=False,
-    mlp_bias=False,
+    biased=(),
+    qk_norm=False,
     max_position_embeddings=64,
 )
 LLAMA3 = {
@@ -39,6 +39,14 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16.0,
+}
+YARN = {
+    "factor": 4.0,
+    "original_max_position_embeddings": 16.0,
+    "beta_fast": 2.0,
+    "beta_slow": 0.5,
+    "attention_factor": 1.2,
+    "truncate": 0.0,
 }
 
 seeds = st.integers(0, 2**32 - 1)
@@ -65,11 +73,11 @@ def configs(draw: st.DrawFn, max_layers: int = 2) -> Config:
         head_dim=draw(st.sampled_from([2, 4, 6])),
         rms_norm_eps=draw(st.sampled_from([1e-5, 1e-2])),
         rope_theta=draw(st.sampled_from([100.0, 10000.0])),
-        rope_scaling=draw(st.sampled_from([None, {"factor": 2.0}, LLAMA3])),
+        rope_scaling=draw(st.sampled_from([None, {"factor": 2.0}, LLAMA3, YARN])),
         rope_layers=tuple(draw(st.lists(st.booleans(), min_size=layers, max_size=layers))),
         tie_word_embeddings=draw(st.booleans()),
-        attention_bias=draw(st.booleans()),
-        mlp_bias=draw(st.booleans()),
+        biased=draw(st.sampled_from(["", ATTENTION[:3], ATTENTION, MLP, ATTENTION + MLP]).map(tuple)),
+        qk_norm=draw(st.booleans()),
         max_position_embeddings=64,
     )
 

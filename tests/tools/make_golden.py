@@ -61,6 +61,8 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 0,
 }
 LLAMA3_SCALING = {"rope_type": "llama3", **LLAMA3, "original_max_position_embeddings": 16}
+YARN_SCALING = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+YARN_SCALING |= {"beta_fast": 2.0, "beta_slow": 0.5, "truncate": False}
 CASES: dict[str, tuple[dict[str, Any], LoRA]] = {
     "llama": ({}, LoRA(2, 8.0, target_modules=("q_proj", "v_proj"))),
     "llama_untied_with_biases": (
@@ -83,6 +85,14 @@ CASES: dict[str, tuple[dict[str, Any], LoRA]] = {
     "smollm3": (
         {"model_type": "smollm3", "num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "num_attention_heads": 4},
         LoRA(2, 3.0, target_modules=("all-linear",)),
+    ),
+    "qwen2": (
+        {"model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False},
+        LoRA(2, 3.0, target_modules=("all-linear",)),
+    ),
+    "qwen3_yarn": (
+        {"model_type": "qwen3", "num_attention_heads": 4, "head_dim": 6, "rope_scaling": YARN_SCALING},
+        LoRA(3, 2.0, target_modules=("q_proj", "k_proj", "up_proj")),
     ),
 }
 
