@@ -13,6 +13,7 @@ from support.merging import ADAPTERS, TOKENS, adapter, base, merge
 
 from minilora.formats.adapters import load_adapter
 from minilora.formats.load import load_model
+from minilora.methods.bitfit import BitFit
 from minilora.methods.lora import LoRA
 from minilora.model.model import Model, forward
 from minilora.model.names import HEAD
@@ -47,6 +48,20 @@ def test_a_tied_model_is_untied_only_where_that_is_asked_for(
     assert merge(model, adapter(tmp_path / "adapter", model, ADAPTERS[name]), tmp_path / "out") == 2
     assert "--untie" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_biases_for_which_a_kind_of_model_has_no_place_are_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind in ("qwen2", "mistral", "llama"):
+        model = base(tmp_path / kind, tied=True, model_type=kind, rope_theta=1e4)
+        folder = adapter(tmp_path / f"adapter of {kind}", model, BitFit())
+        merged = merge(model, folder, tmp_path / f"merged {kind}")
+        if kind == "llama":
+            assert merged == 0
+        else:
+            assert merged == 2 and f"of type {kind} has no place for these biases" in capsys.readouterr().err
+            assert not (tmp_path / f"merged {kind}").exists()
 
 
 def test_what_rounding_costs_is_measured_on_the_very_weights_that_are_written(tmp_path: Path) -> None:

@@ -252,11 +252,20 @@ def test_errors_in_a_configuration_name_its_file(tmp_path: Path, change: dict[st
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("135M", 134_515_008), ("360M", 361_821_120), ("1.7B", 1_711_376_384), ("3B", 3_075_098_624)],
+    [
+        ("SmolLM-135M", 134_515_008),
+        ("SmolLM2-135M", 134_515_008),
+        ("SmolLM-360M", 361_821_120),
+        ("SmolLM2-360M", 361_821_120),
+        ("SmolLM-1.7B", 1_711_376_384),
+        ("SmolLM2-1.7B", 1_711_376_384),
+        ("SmolLM3-3B", 3_075_098_624),
+        ("Qwen2.5-0.5B", 494_032_768),
+        ("Qwen3-0.6B", 596_049_920),
+    ],
 )
 def test_the_known_configurations_have_the_published_sizes(name: str, parameters: int) -> None:
-    matching = [raw for known, raw in KNOWN_CONFIGS.items() if known.endswith(name)]
-    assert [parameter_count(Config.from_dict(raw)) for raw in matching] == [parameters] * (1 if name == "3B" else 2)
+    assert parameter_count(Config.from_dict(KNOWN_CONFIGS[name])) == parameters
 
 
 def test_random_weights_follow_seed_dtype_and_kind() -> None:
@@ -388,3 +397,52 @@ def test_old_and_new_spellings_of_a_configuration_mean_the_same(
     assert Config.from_dict(cls(**copy.deepcopy(old), **special).to_dict()) == expected
     assert (expected.num_key_value_heads, expected.rope_theta) == (heads[1], theta)
     assert expected.rope_layers == tuple(map(bool, getattr(new, "no_rope_layers", None) or [1] * layers))
+
+
+# --- Qwen ---
+
+QWEN2 = {**RAW, "model_type": "qwen2"}
+QWEN3 = {**RAW, "model_type": "qwen3"}
+
+
+def test_qwen2_has_biases_at_q_k_and_v_and_qwen3_norms_of_heads() -> None:
+    of_qwen2 = {name for name in parameter_shapes(Config.from_dict(QWEN2)) if name.endswith(".bias")}
+    assert {name.rpartition("self_attn.")[2] for name in of_qwen2} == {"q_proj.bias", "k_proj.bias", "v_proj.bias"}
+    shapes = parameter_shapes(Config.from_dict(QWEN3))
+    assert shapes["model.layers.0.self_attn.q_norm.weight"] == shapes["model.layers.0.self_attn.k_norm.weight"]
+    assert len(shapes["model.layers.0.self_attn.q_norm.weight"]) == 1
+    assert not any(name.endswith(".bias") for name in shapes)
+
+
+def test_a_head_of_qwen3_has_128_features_unless_the_file_says_otherwise() -> None:
+    raw = {key: value for key, value in QWEN3.items() if key != "head_dim"}
+    assert Config.from_dict(raw).head_dim == 128
+    assert Config.from_dict(raw | {"head_dim": 6}).head_dim == 6
+
+
+@pytest.mark.parametrize("window", [{"use_sliding_window": True}, {"layer_types": ["sliding_attention"]}])
+def test_windows_are_refused(window: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="sliding_window"):
+        Config.from_dict(QWEN2 | window)
+    Config.from_dict(QWEN2 | {"use_sliding_window": False, "sliding_window": 4096, "layer_types": ["full_attention"]})
+
+
+# --- YaRN ---
+
+
+def test_what_yarn_does_not_say_is_as_in_the_paper() -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0}
+    scaling = Config.from_dict(RAW | {"rope_scaling": rope, "max_position_embeddings": 64}).rope_scaling
+    assert scaling == {
+        "factor": 4.0,
+        "original_max_position_embeddings": 64.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "attention_factor": pytest.approx(0.1 * np.log(4) + 1),
+        "truncate": 1.0,
+    }
+
+
+def test_yarn_without_a_factor_is_refused() -> None:
+    with pytest.raises(ValueError, match="'yarn' needs factor"):
+        Config.from_dict(RAW | {"rope_scaling": {"rope_type": "yarn"}})

@@ -18,6 +18,7 @@ from support.gguf_models import (
     LLAMA3,
     SCALES_OF_256,
     SHAPES,
+    YARN,
     in_blocks_of,
     write_adapter_of,
     write_model,
@@ -407,6 +408,24 @@ def test_a_merged_file_is_the_merged_folder_rounded_with_tokenizer_template_and_
     good("merge", *flags, "--out", tmp_path / "folder")
     there = as_gguf(tmp_path / "folder", tmp_path / "there" / "merged.gguf", "--dtype", dtype)
     assert there.read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("raw", "named"),
+    [
+        (SHAPES["qwen3"] | {"attention_bias": True}, "llama.cpp's qwen3 has no biases"),
+        (LLAMA | {"rope_scaling": YARN | {"beta_fast": 16.0}}, "YaRN's beta_fast is 16 here, and 32 in llama.cpp"),
+        (LLAMA | {"rope_scaling": YARN | {"attention_factor": 1.0}}, "YaRN's attention_factor is 1 here"),
+    ],
+    ids=["biases of qwen3", "beta of yarn", "factor of yarn"],
+)
+def test_a_model_that_llama_cpp_would_compute_otherwise_is_not_written(
+    tmp_path: Path, raw: dict[str, Any], named: str
+) -> None:
+    source = write_model(tmp_path / "model", raw)
+    result = run("convert", "--model", source, "--format", "gguf", "--out", tmp_path / "out" / "m.gguf")
+    assert_refused(result, named)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_written_file_replaces_nothing_and_appears_whole_or_not_at_all(

@@ -15,6 +15,7 @@ from minilora.formats.checkpoint import random_weights, read_config, write_check
 from minilora.formats.load import SHIPPED_MODEL, load_model
 from minilora.merge import main
 from minilora.methods.lora import LoRA
+from minilora.methods.method import Method
 from minilora.model.config import Config
 
 RAW: dict[str, Any] = {
@@ -45,14 +46,14 @@ ADAPTERS = {
 }
 
 
-def base(folder: Path, tied: bool, biases: bool = False, dtype: str = "float32") -> Path:
-    raw = {**RAW, "tie_word_embeddings": tied, "attention_bias": biases, "mlp_bias": biases}
+def base(folder: Path, tied: bool, biases: bool = False, dtype: str = "float32", **fields: Any) -> Path:
+    raw = {**RAW, "tie_word_embeddings": tied, "attention_bias": biases, "mlp_bias": biases, **fields}
     write_checkpoint(folder, raw, random_weights(Config.from_dict(raw), 0, std=0.2), dtype)
     save_tokenizer_files(SHIPPED_MODEL, folder)
     return folder
 
 
-def adapter(folder: Path, model: Path, method: LoRA) -> Path:
+def adapter(folder: Path, model: Path, method: Method) -> Path:
     rng = np.random.default_rng(1)
     started = method.start(load_model(model)[0], rng)
     trained = {name: to_host(p) + 0.2 * rng.standard_normal(p.shape).astype(np.float32) for name, p in started.items()}
