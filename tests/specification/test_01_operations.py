@@ -324,7 +324,12 @@ def llama3_as_released(frequency: float, context: float, factor: float) -> float
     return (1 - smooth) * frequency / factor + smooth * frequency
 
 
-@given(st.integers(1, 64), st.sampled_from([1e2, 1e4, 5e5]), st.sampled_from([16.0, 8192.0]), st.floats(1, 32))
+@given(
+    st.integers(1, 64),
+    st.sampled_from([1e2, 1e4, 5e5]),
+    st.sampled_from([2.0, 16.0, 8192.0, 2.0**20]),
+    st.floats(1, 32),
+)
 def test_yarn_keeps_pairs_that_turn_often_stretches_those_that_hardly_turn_and_fades_from_one_to_the_other(
     half: int, theta: float, context: float, factor: float
 ) -> None:
@@ -560,6 +565,19 @@ def test_cross_entropy_does_not_see_a_shift_of_a_rows_logits(case: Case, shift: 
     """Softmax divides a common factor away."""
     logits = case.inputs["logits"]
     assert float(case.forward(logits + shift)[0]) == pytest.approx(float(case.forward(logits)[0]), abs=1e-10)
+
+
+@given(cross_entropy_case(), st.floats(0.1, 2))
+def test_logits_probabilities_and_gradient_may_be_one_array_after_the_other_in_the_same_place(
+    case: Case, dloss: float
+) -> None:
+    logits = case.inputs["logits"].copy()
+    apart, cache = case.forward(logits)
+    expected = cross_entropy_backward(dloss, cache)
+    together, cache = cross_entropy(logits, cache.labels, overwrite=True)
+    dlogits = cross_entropy_backward(dloss, cache, overwrite=True)
+    assert together == apart and np.array_equal(dlogits, expected)
+    assert np.shares_memory(dlogits, logits)
 
 
 @given(st.integers(1, 50), st.floats(-100, 100))

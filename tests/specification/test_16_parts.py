@@ -37,6 +37,13 @@ def assert_same(one: tuple[float, Gradients], other: tuple[float, Gradients]) ->
         np.testing.assert_allclose(gradient, other[1][name], rtol=1e-9, atol=1e-12 * max(1, abs(gradient).max()))
 
 
+@given(st.integers(0, 2**62), st.integers(0, 2**62), st.integers(0, 64), st.integers(0, 64))
+def test_no_two_parts_draw_by_the_same_seed(seed: int, other_seed: int, part: int, other_part: int) -> None:
+    assert part_seed(seed, 0) == seed and part_seed(None, part) is None
+    for other in (other_seed, seed + 1):  # the next micro-batch's seed is the next number
+        assert part_seed(seed, 1 + part) != part_seed(other, 1 + other_part) or (seed, part) == (other, other_part)
+
+
 @given(
     config=configs(max_layers=2), drawn=st.lists(batches(), min_size=1, max_size=2), most=st.integers(1, 3), seed=seeds
 )

@@ -83,9 +83,7 @@ class Row(NamedTuple):
 
 COLUMNS = ("mutants", "killed", "survived", "explained")
 HEAD = "| file | mutants | killed | survived | explained | made from |\n|---|---|---|---|---|---|\n"
-ROW = re.compile(
-    r"^\| \[[^\]]*\]\(\.\./(\S+\.py)\)[^|]*" + r"\| *([\d,]+) *" * 4 + r"\|(?: *[`–]*(\w*)[`–]* *\|)?\n", flags=re.M
-)
+ROW = re.compile(r"^\| \[[^\]]*\]\(\.\./(\S+\.py)\)[^|]*" + r"\| *([\d,]+) *" * 4 + r"\| *`(\w+)` *\|\n", flags=re.M)
 TABLE = re.compile(r"^\| file \| mutants .*\n(?:\|.*\n)+", flags=re.M)
 
 
@@ -113,13 +111,9 @@ def row(counts: list[int], made_from: str) -> Row:
 
 
 def stale() -> list[str]:
-    """The files that have changed since their row was made. A row without a hash was made before there were hashes."""
+    """The files that have no row, or have changed since it was made."""
     known = rows()
-    return [file for file in mutated_files() if file in known and known[file].made_from not in ("", digest(file))]
-
-
-def made(row: Row) -> str:
-    return f"`{row.made_from}`" if row.made_from else "–"
+    return [file for file in mutated_files() if file not in known or known[file].made_from != digest(file)]
 
 
 def write(new: dict[str, Row]) -> None:
@@ -127,8 +121,8 @@ def write(new: dict[str, Row]) -> None:
     files = mutated_files()
     table = {file: row for file, row in sorted((rows() | new).items()) if file in files}
     lines = [
-        f"| [{file.removeprefix('minilora/')}](../{file}) | {' | '.join(f'{n:,}' for n in row[:4])} | {made(row)} |"
-        for file, row in table.items()
+        f"| [{file.removeprefix('minilora/')}](../{file}) | {' | '.join(f'{n:,}' for n in counts)} | `{made_from}` |"
+        for file, (*counts, made_from) in table.items()
     ]
     total = [f"{sum(getattr(row, column) for row in table.values()):,}" for column in COLUMNS]
     lines.append(f"| **all** | {' | '.join(total)} | |")
