@@ -27,7 +27,7 @@ from minilora.formats.gguf import (
 from minilora.frozen.gguf import gguf_library
 from minilora.methods.lora import LoRA
 from minilora.methods.method import Method
-from minilora.model.config import Config
+from minilora.model.config import Config, yarn
 from minilora.model.names import EMBED, HEAD
 
 Q8_0 = "q8_0"  # 8 bits a weight and a scale for each 32, the one kind of blocks that is offered
@@ -100,8 +100,7 @@ def write_gguf(
 def _yarn(scaling: Mapping[str, float]) -> dict[str, Any]:
     """YaRN's fields. llama.cpp has all else as the paper has it; ValueError where this model differs."""
     factor = scaling["factor"]
-    usual = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1 + 0.1 * math.log(factor), "truncate": 1.0}
-    for key, value in usual.items():
+    for key, value in yarn({}, factor).items():
         if not math.isclose(scaling[key], value):
             raise ValueError(f"format gguf: YaRN's {key} is {scaling[key]:g} here, and {value:g} in llama.cpp")
     return {

@@ -124,10 +124,10 @@ def _rope(raw: dict[str, Any], kind: str, positions: int) -> tuple[float, dict[s
     if missing:
         raise ValueError(f"config.json: rope_type {kind!r} needs {', '.join(missing)}")
     scaling = {key: float(rope[key]) for key in keys[kind]}
-    return float(theta), scaling | (_yarn(rope, scaling["factor"]) if kind == "yarn" else {})
+    return float(theta), scaling | (yarn(rope, scaling["factor"]) if kind == "yarn" else {})
 
 
-def _yarn(rope: dict[str, Any], factor: float) -> dict[str, float]:
+def yarn(rope: dict[str, Any], factor: float) -> dict[str, float]:
     """What else YaRN is set by, each as transformers has it where it is not given. `truncate` is 1 or 0."""
 
     def size(mscale: float) -> float:

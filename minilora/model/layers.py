@@ -63,7 +63,7 @@ def layers(
         if layer >= lowest and checkpointing:
             inputs[layer] = x
         layer_past = past.layers[layer] if past else None
-        x, kv, cache = block(x, layer_sites(model.sites, layer), context, config.rope_layers[layer], layer_past, seed)
+        x, kv, cache = block(x, layer_sites(model, layer), context, config.rope_layers[layer], layer_past, seed)
         keys_values.append(kv)
         if layer >= lowest and not checkpointing:
             blocks[layer] = cache
@@ -80,7 +80,7 @@ def layers_backward(model: Model, dx: Array, cache: LayersCache) -> tuple[Array,
     grads: Gradients = {}
     dpast: list[KeysValues] = []
     for layer in reversed(range(model.lowest_trained_layer, config.num_hidden_layers)):
-        site, use_rope = layer_sites(model.sites, layer), config.rope_layers[layer]
+        site, use_rope = layer_sites(model, layer), config.rope_layers[layer]
         if layer in cache.inputs:
             layer_past = cache.past.layers[layer] if cache.past else None
             _, _, block_cache = block(cache.inputs[layer], site, cache.context, use_rope, layer_past, cache.seed)

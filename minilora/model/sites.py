@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from minilora.backend import Array
 from minilora.frozen.weight import FrozenWeight
 from minilora.model.config import Config
-from minilora.model.names import EMBED, LAYER, layer_module, roles
+from minilora.model.names import EMBED, layer_module, roles
 from minilora.ops.rmsnorm import rmsnorm, rmsnorm_backward
 
 Gradients = dict[str, Array]
@@ -193,10 +193,9 @@ class LayerSites(NamedTuple):
     k_norm: Site | None = None
 
 
-def layer_sites(sites: Sites, layer: int) -> LayerSites:
+def layer_sites(model: Model, layer: int) -> LayerSites:
     """The sites of a layer, found by their names."""
-    modules = {role: layer_module(layer, role) for role in LAYER}
-    return LayerSites(**{role: sites[module] for role, module in modules.items() if module in sites})
+    return LayerSites(**{role: model.sites[layer_module(layer, role)] for role in roles(model.config)})
 
 
 def part_seed(seed: int | None, part: int) -> int | None:

@@ -29,21 +29,33 @@ def rope_frequencies(head_dim: int, theta: float, scaling: dict[str, float] | No
     stretched = frequencies / scaling["factor"]
     if scaling.keys() == {"factor"}:
         return stretched
-    context = scaling["original_max_position_embeddings"]
-    if "beta_fast" in scaling:  # pair i turns context · θ^(−2i/d) / 2π times; solved for i
-        low, high = (
-            head_dim * math.log(context / (2 * math.pi * turns)) / (2 * math.log(theta))
-            for turns in (scaling["beta_fast"], scaling["beta_slow"])
-        )
-        if scaling["truncate"]:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, head_dim - 1)
-        kept: np.ndarray = 1 - np.clip((np.arange(head_dim // 2) - low) / (high - low or 0.001), 0, 1)
-    else:
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = context * frequencies / (2 * math.pi)
-        kept = np.clip((turns - low) / (high - low), 0, 1)
+    kept = _kept_by_pair(head_dim, theta, scaling) if "beta_fast" in scaling else _kept_by_turns(frequencies, scaling)
     return kept * frequencies + (1 - kept) * stretched
+
+
+def _kept_by_turns(frequencies: np.ndarray, scaling: dict[str, float]) -> np.ndarray:
+    """How much of each frequency Llama 3's scaling keeps: all from `high` turns on, nothing up to `low`. (docs: O6)"""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the original context
+    kept: np.ndarray = np.clip((turns - low) / (high - low), 0, 1)
+    return kept
+
+
+def _kept_by_pair(head_dim: int, theta: float, scaling: dict[str, float]) -> np.ndarray:
+    """How much of each frequency YaRN keeps: all up to the pair that turns `beta_fast` times within the original
+    context, nothing from the one that turns `beta_slow` times on. Pair i turns context · θ^(−2i/d) / 2π times.
+    (docs: O6)
+    """
+    context = scaling["original_max_position_embeddings"]
+    first, last = (
+        head_dim * math.log(context / (2 * math.pi * turns)) / (2 * math.log(theta))
+        for turns in (scaling["beta_fast"], scaling["beta_slow"])
+    )
+    if scaling["truncate"]:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    kept: np.ndarray = 1 - np.clip((np.arange(head_dim // 2) - first) / (last - first or 0.001), 0, 1)
+    return kept
 
 
 def rope_amplitude(scaling: dict[str, float] | None) -> float:
