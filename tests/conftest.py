@@ -9,6 +9,7 @@ settings.register_profile(
     max_examples=100,
     database=None,
     print_blob=False,
+    report_multiple_bugs=False,  # the smallest failure is enough
     phases=(Phase.explicit, Phase.generate, Phase.shrink),
     suppress_health_check=[HealthCheck.too_slow],
 )

@@ -31,7 +31,8 @@ def flags_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """The settings as words of a command line."""
     words: list[str] = []
     for name, value in settings.items():
-        words += [flag(name)] if value is True else [flag(name), str(value)]
+        values = value if isinstance(value, tuple) else (value,)
+        words += [flag(name)] if value is True else [flag(name), *map(str, values)]
     return tuple(words)
 
 

@@ -93,6 +93,8 @@ class LoRA(Placed):
         Variant("loraplus", "LoRA, B 16 times as fast as A", {"loraplus_lr_ratio": 16}, (3e-4, 1e-3, 3e-3)),
         Variant("pissa", "LoRA from W's principal part", {"init": "pissa"}, (1e-3, 3e-3, 1e-2)),
         Variant("orthogonal", "LoRA from orthogonal A and B", {"init": "orthogonal"}, (3e-3, 1e-2, 3e-2)),
+        Variant("lora-qv", "LoRA on q and v alone", {"target_modules": ("q_proj", "v_proj")}, (3e-3, 1e-2, 3e-2)),
+        Variant("lora-stored", "LoRA on W in the file's own type", {"frozen": "stored"}, (3e-3, 1e-2, 3e-2)),
         Variant("qlora", "LoRA on W in 4 bits", {"method": "qlora"}, (3e-3, 1e-2, 3e-2)),
     )
 

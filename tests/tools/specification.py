@@ -12,12 +12,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "specification.md"
 CHAPTERS = sorted((ROOT / "tests" / "specification").glob("test_*.py"))
+LAWS = sorted((ROOT / "tests" / "specification" / "laws").glob("test_*.py"))  # for everybody's implementation
 SECTION = re.compile(r"^# --- (.*) ---$")
 NAMES = {
     "adafactor": "Adafactor", "adafactors": "Adafactor's", "adamw": "AdamW", "adamws": "AdamW's", "bitfit": "BitFit",
     "dora": "DoRA", "kaiming": "Kaiming", "lion": "Lion", "llama3": "Llama 3", "lora": "LoRA", "loraplus": "LoRA+",
-    "miss": "MiSS", "mlp": "MLP", "nf4": "NF4", "peft": "PEFT", "pissa": "PiSSA", "pytorchs": "PyTorch's",
-    "rmsnorm": "RMSNorm", "rope": "RoPE", "rslora": "rsLoRA", "sgd": "SGD", "silu": "SiLU", "swiglu": "SwiGLU",
+    "miss": "MiSS", "mlp": "MLP", "nf4": "NF4", "peft": "PEFT", "pefts": "PEFT's", "pissa": "PiSSA",
+    "pytorchs": "PyTorch's", "rmsnorm": "RMSNorm", "rope": "RoPE", "rslora": "rsLoRA", "sgd": "SGD", "silu": "SiLU",
+    "swiglu": "SwiGLU",
 }  # fmt: skip
 TITLES = {"golden": "Golden values", "parts": "Parts of a batch", "prefix prompt": "Prefix and prompt tuning"}
 HEAD = """# The specification
@@ -31,10 +33,16 @@ is shrunk to a small example. How gradients are checked to ten digits, and what 
 `pytest tests/specification` tries all of them, with NumPy and Hypothesis alone. This page is made from the tests by
 `python tests/tools/specification.py`."""
 
+DOOR = """# The laws for everybody's implementation
+
+The laws below know nothing of minilora. `pytest tests/specification --implementation FILE.py` holds them against any
+code that offers the functions of [the template](../tests/specification/implementations/template.py), minilora's own
+among them: [how](testing.md#the-laws-held-against-your-implementation)."""
+
 
 def page() -> str:
     """The whole page."""
-    return "\n\n".join([HEAD, *map(chapter, CHAPTERS)]) + "\n"
+    return "\n\n".join([HEAD, *map(chapter, CHAPTERS), DOOR, *map(chapter, LAWS)]) + "\n"
 
 
 def chapter(path: Path) -> str:
@@ -42,8 +50,9 @@ def chapter(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
     headings = {i: found[1] for i, line in enumerate(text.splitlines()) if (found := SECTION.match(line))}
-    title = re.sub(r"^test_\d+_", "", path.stem).replace("_", " ")
-    parts = [f"## {TITLES.get(title, spelt(title))}", one_line(ast.get_docstring(tree))]
+    title = re.sub(r"^test_(laws_)?\d+_", "", path.stem).replace("_", " ")
+    title = TITLES.get(title, spelt(title)) + ": laws for everybody" * (path in LAWS)
+    parts = [f"## {title}", one_line(ast.get_docstring(tree))]
     lines: list[str] = []
     for node in tree.body:
         if not (isinstance(node, ast.FunctionDef) and node.name.startswith("test_")):
