@@ -10,7 +10,8 @@ import pytest
 from support.pages import DOCS, LINK, ROOT, TABLE, anchors, definitions, displayed, file_of, prose, table
 from tools import mutation, settings_page, specification
 
-PAGES = [*sorted(DOCS.glob("*.md")), *filter(Path.is_file, (ROOT / "README.md", ROOT / "weights" / "README.md"))]
+OTHERS = ("README.md", "weights/README.md", "tests/golden/README.md")
+PAGES = [*sorted(DOCS.glob("*.md")), *filter(Path.is_file, (ROOT / name for name in OTHERS))]
 MATHEMATICS = [
     ROOT / "minilora" / name
     for name in (

@@ -1,7 +1,7 @@
 """The outside world, without installing it: values that transformers, PEFT and PyTorch's AdamW wrote down.
 
-`make_golden.py` wrote the files of `golden/`, with peers in float64 throughout, so that ten digits can be compared.
-`tests/peers` asks the peers themselves, about many more configurations, where they are installed.
+`make_golden.py` wrote the files of `golden/models/`, with peers in float64 throughout, so that ten digits can be
+compared. `tests/peers` asks the peers themselves, about many more configurations, where they are installed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support.golden import CASES, GOLDEN, RATE, STEPS, WEIGHT_DECAY
+from support.golden import CASES, MODELS, RATE, STEPS, WEIGHT_DECAY, assert_agree
 
 from minilora.data.batches import Batch
 from minilora.formats.files import read_json
@@ -28,12 +28,12 @@ each_dtype = pytest.mark.parametrize(("dtype", "relative"), [(np.float64, 1e-10)
 
 
 def batch_of(case: str) -> Batch:
-    return Batch(**load_file(GOLDEN / case / "batch.safetensors"))
+    return Batch(**load_file(MODELS / case / "batch.safetensors"))
 
 
 def weights_of(case: str, dtype: type) -> tuple[Config, Arrays]:
-    weights = load_file(GOLDEN / case / "weights.safetensors")
-    return Config.from_dict(read_json(GOLDEN / case / "config.json")), as_dtype(weights, dtype)
+    weights = load_file(MODELS / case / "weights.safetensors")
+    return Config.from_dict(read_json(MODELS / case / "config.json")), as_dtype(weights, dtype)
 
 
 def as_dtype(arrays: Arrays, dtype: type) -> Arrays:
@@ -49,22 +49,13 @@ def fully_trained(case: str, dtype: type = np.float64) -> tuple[Model, Arrays]:
 def adapted(case: str, dtype: type = np.float64) -> tuple[Model, Arrays]:
     """The model of a case with the adapter that PEFT wrote, and its A and B."""
     config, weights = weights_of(case, dtype)
-    settings, tensors, *_ = read_adapter(GOLDEN / case / "adapter", config)
+    settings, tensors, *_ = read_adapter(MODELS / case / "adapter", config)
     trainable = as_dtype(tensors, dtype)
     return settings.attach(base_model(config, weights, dtype), trainable), trainable
 
 
 def part(values: Arrays, kind: str) -> Arrays:
     return {name.removeprefix(f"{kind}."): a for name, a in values.items() if name.startswith(f"{kind}.")}
-
-
-def assert_agree(ours: Arrays, theirs: Arrays, relative: float) -> None:
-    """Within `relative` of each array's largest entry. Gradients that are zero but for rounding count as equal."""
-    assert ours.keys() == theirs.keys()
-    largest = max(float(np.abs(a).max()) for a in theirs.values())
-    for name, a in theirs.items():
-        tolerance = relative * max(float(np.abs(a).max()), 1e-3 * largest)
-        np.testing.assert_allclose(ours[name], a, rtol=0, atol=tolerance, err_msg=name)
 
 
 def assert_computes(model: Model, batch: Batch, values: Arrays, relative: float) -> None:
@@ -85,7 +76,7 @@ def test_a_model_computes_the_logits_loss_and_gradients_that_transformers_wrote_
 ) -> None:
     """To ten digits in float64, for every kind of model that is read."""
     model, _ = fully_trained(case, dtype)
-    assert_computes(model, batch_of(case), load_file(GOLDEN / case / "full.safetensors"), relative)
+    assert_computes(model, batch_of(case), load_file(MODELS / case / "full.safetensors"), relative)
 
 
 @each_dtype
@@ -94,7 +85,7 @@ def test_an_adapter_that_peft_wrote_computes_the_logits_loss_dA_and_dB_that_peft
     case: str, dtype: type, relative: float
 ) -> None:
     model, _ = adapted(case, dtype)
-    assert_computes(model, batch_of(case), load_file(GOLDEN / case / "lora.safetensors"), relative)
+    assert_computes(model, batch_of(case), load_file(MODELS / case / "lora.safetensors"), relative)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -102,7 +93,7 @@ def test_an_adapter_that_peft_wrote_computes_the_logits_loss_dA_and_dB_that_peft
 def test_five_steps_of_adamw_end_where_pytorchs_ended(case: str, method: str) -> None:
     """Through the losses of the same steps. Full fine-tuning decays matrices, and neither gains nor biases."""
     model, trainable = fully_trained(case) if method == "full" else adapted(case)
-    batch, values = batch_of(case), load_file(GOLDEN / case / f"{method}.safetensors")
+    batch, values = batch_of(case), load_file(MODELS / case / f"{method}.safetensors")
     optimizer, losses = AdamW(trainable, WEIGHT_DECAY), []
     for _ in range(STEPS):
         loss, gradients = loss_and_gradients(model, [batch])

@@ -1,9 +1,9 @@
-"""Write tests/golden/: what transformers, PEFT and PyTorch's AdamW computed, for machines where they are not installed.
+"""Write tests/golden/models/: what transformers, PEFT and PyTorch's AdamW computed, where they are not installed.
 
     pip install -e ".[test,peers]" && python tests/tools/make_golden.py
 
-Run by hand, and only where a case is added or the format changes: the files are the outside world's word, so a test
-that fails is no reason to write them again. Each case is a folder:
+Run by hand, where a case is added. A folder that is there stays as it is: it is the outside world's word, so a test
+that fails is no reason to write it again. Each case is a folder (more in golden/README.md):
 
     config.json                 as transformers reads it
     weights.safetensors         float32, random
@@ -18,7 +18,6 @@ The peers run in float64 throughout, so that ten digits can be compared.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support.golden import GOLDEN, RATE, STEPS, WEIGHT_DECAY
+from support.golden import MODELS, RATE, STEPS, WEIGHT_DECAY
 from support.peers import float64_throughout, peer_loss, peer_of, with_peft
 from support.strategies import LLAMA3, VOCAB, random_adapter, random_weights
 
@@ -156,8 +155,7 @@ def write_case(folder: Path, raw: dict[str, Any], settings: LoRA, seed: int) -> 
 
 
 if __name__ == "__main__":
-    shutil.rmtree(GOLDEN, ignore_errors=True)
     for seed, (name, (changes, settings)) in enumerate(CASES.items()):
-        write_case(GOLDEN / name, {**COMMON, **changes}, settings, seed)
-    files = [path for path in GOLDEN.rglob("*") if path.is_file()]
-    print(f"{len(files)} files, {sum(path.stat().st_size for path in files):,} bytes in {GOLDEN}")
+        if not (MODELS / name).exists():
+            write_case(MODELS / name, {**COMMON, **changes}, settings, seed)
+            print(MODELS / name)

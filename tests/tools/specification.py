@@ -18,10 +18,13 @@ NAMES = {
     "adafactor": "Adafactor", "adafactors": "Adafactor's", "adamw": "AdamW", "adamws": "AdamW's", "bitfit": "BitFit",
     "dora": "DoRA", "kaiming": "Kaiming", "lion": "Lion", "llama3": "Llama 3", "lora": "LoRA", "loraplus": "LoRA+",
     "miss": "MiSS", "mlp": "MLP", "nf4": "NF4", "peft": "PEFT", "pefts": "PEFT's", "pissa": "PiSSA",
-    "pytorchs": "PyTorch's", "rmsnorm": "RMSNorm", "rope": "RoPE", "rslora": "rsLoRA", "sgd": "SGD", "silu": "SiLU",
-    "swiglu": "SwiGLU",
+    "pytorch": "PyTorch", "pytorchs": "PyTorch's", "rmsnorm": "RMSNorm", "rope": "RoPE", "rslora": "rsLoRA",
+    "sgd": "SGD", "silu": "SiLU", "swiglu": "SwiGLU",
 }  # fmt: skip
-TITLES = {"golden": "Golden values", "parts": "Parts of a batch", "prefix prompt": "Prefix and prompt tuning"}
+TITLES = {
+    "golden": "Golden values", "golden laws": "Golden values of single laws", "parts": "Parts of a batch",
+    "kit": "The kit", "prefix prompt": "Prefix and prompt tuning",
+}  # fmt: skip
 HEAD = """# The specification
 
 What an implementation of LoRA, and of the model beneath it, must satisfy. Each law is a test's name, read without its
