@@ -20,22 +20,25 @@ from minilora.cli import errors, train_flags
 from minilora.cli.flags import dashed
 from minilora.cli.train_flags import choose_settings
 from minilora.compare import figures
-from minilora.compare.claims import as_page
+from minilora.compare.claims import Claim, ClaimsByModel, as_page, claims
 from minilora.compare.inputs import write_rows
 from minilora.compare.latency import latency
 from minilora.compare.plots import plot_comparison
 from minilora.compare.report import comparison_tables
 from minilora.compare.rivals import FULL, LORA, RIVALS, Rival, choose, lora_of_rank
 from minilora.compare.spectrum import spectra
+from minilora.compare.trained import python_perplexity, trained_model
 from minilora.compare.trials import Field, expected_trials
+from minilora.data.tokenizer import Tokenizer
 from minilora.figures.machine import facts, usable_cores
 from minilora.figures.tables import as_markdown, as_text, check_markdown_file, machine_line, write_markdown
 from minilora.formats.files import read_json, write_json, write_text
-from minilora.formats.load import SHIPPED_MODEL
+from minilora.formats.hub import find_model
+from minilora.formats.load import SHIPPED_MODEL, load_model
 from minilora.runs.settings import read_settings
 
 RESULTS_FILE, BUDGET_FILE = "comparison.json", "budget.json"
-PAGES = ("comparison.md", "claims.md")
+CLAIMS_PAGE, CLAIMS_FILE = "claims.md", "claims.json"
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -75,6 +78,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--docs", type=Path, metavar="FOLDER", help="write the results into the pages of this folder, too"
     )
+    parser.add_argument(
+        "--page", default="comparison.md", help="the page of --docs that gets the tables and pictures (%(default)s)"
+    )
     return parser.parse_known_args(dashed(argv))
 
 
@@ -90,7 +96,7 @@ def check_comparison(args: argparse.Namespace, shared: list[str]) -> None:
     if args.cipher and args.data:
         raise ValueError("--cipher enciphers the built-in task: leave out --data")
     if args.docs:
-        for page in PAGES:
+        for page in (args.page, CLAIMS_PAGE):
             check_markdown_file(args.docs / page)
 
 
@@ -159,7 +165,6 @@ def compare_command(argv: list[str] | None = None) -> None:
     machine = facts(usable_cores())
     print(machine_line(machine))
     results = comparison.run()
-    print("answering, singular values …", flush=True)
     results |= after_training(results)
     write_json(args.out / RESULTS_FILE, {"machine": machine, "budget": read_json(args.out / BUDGET_FILE), **results})
     tables = comparison_tables(results)
@@ -167,39 +172,56 @@ def compare_command(argv: list[str] | None = None) -> None:
     for table in tables:
         print(f"\n{as_text(table)}")
     pictures = plot_comparison(results, args.out)
-    write_text(args.out / "claims.md", as_page(results))
+    judged = {Path(args.model).stem: claims(results)}
+    write_text(args.out / CLAIMS_PAGE, as_page(judged))
     if args.docs:
-        write_pages(args.docs, results, machine, pictures)
+        write_tables(args.docs / args.page, results, machine, pictures)
+        write_claims(args.docs, judged)
     print(f"\n{args.out}: {', '.join(sorted(path.name for path in args.out.glob('*.*')))}")
 
 
 def after_training(results: dict[str, Any]) -> dict[str, Any]:
-    """Measure the trained models: the latency of each, and the spectra of full fine-tuning's and LoRA's ΔW.
+    """Measure the trained models: latency, what was forgotten, and the spectra of full fine-tuning's and LoRA's ΔW.
 
     A process inherits the peak memory of the one that starts it, so this process measures only after all trials.
     """
     good = {result["method"]: result for result in results["methods"] if result["seeds"]}
-    trained = next((Path(result["folder"]) for result in good.values() if "rates" in result), None)
-    if trained:
-        for result in good.values():
-            result["latency"] = latency(result, read_settings(trained))
+    of_folders = [result for result in (*good.values(), *results["ranks"]) if result["seeds"] and "rates" in result]
+    if of_folders:
+        settings = read_settings(Path(of_folders[0]["folder"]))
+        for result in tqdm(good.values(), desc="answering", unit="method", dynamic_ncols=True, leave=False):
+            result["latency"] = latency(result, settings)
+        source = find_model(settings.model, settings.revision).folder
+        tokenizer = Tokenizer.load(source)
+        before = python_perplexity(load_model(source)[0], tokenizer)
+        for result in tqdm(of_folders, desc="perplexity of Python", unit="method", dynamic_ncols=True, leave=False):
+            _, trained = trained_model(source, Path(result["folder"]))
+            after = python_perplexity(trained, tokenizer)
+            result |= {"base_python_perplexity": before, "python_perplexity": after}
     comparable = {"full", "lora"} <= good.keys()
     spectrum = spectra(Path(good["full"]["folder"]), Path(good["lora"]["folder"])) if comparable else {}
     return {"spectrum": spectrum}
 
 
-def write_pages(docs: Path, results: dict[str, Any], machine: dict[str, Any], pictures: Sequence[Path]) -> None:
-    """Write the tables and pictures of docs/comparison.md, and the claims of docs/claims.md."""
+def write_tables(page: Path, results: dict[str, Any], machine: dict[str, Any], pictures: Sequence[Path]) -> None:
+    """Write tables and pictures into a page such as docs/comparison.md."""
     shown = []
     for picture in pictures:
-        place = docs / "images" / f"compare-{picture.name}"
+        place = page.parent / "images" / f"{page.stem}-{picture.name}"
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(picture.read_bytes())
         shown.append(f"![{picture.stem}](images/{place.name})")
-    write_markdown(
-        docs / PAGES[0], "\n\n".join([as_markdown(comparison_tables(results), machine, []).rstrip(), *shown]) + "\n"
-    )
-    write_markdown(docs / PAGES[1], as_page(results))
+    tables = as_markdown(comparison_tables(results), machine, []).rstrip()
+    write_markdown(page, "\n\n".join([tables, *shown]) + "\n")
+
+
+def write_claims(docs: Path, judged: ClaimsByModel) -> None:
+    """Write this model's column of docs/claims.md. The other models' are kept: claims.json holds all."""
+    path = docs / CLAIMS_FILE
+    known = read_json(path) if path.exists() else {}
+    by_model = {model: [Claim(*claim) for claim in judged] for model, judged in known.items()} | judged
+    write_json(path, by_model)
+    write_markdown(docs / CLAIMS_PAGE, as_page(by_model))
 
 
 def main(argv: list[str] | None = None) -> int:

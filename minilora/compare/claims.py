@@ -23,10 +23,17 @@ class Claim(NamedTuple):
     verdict: str
 
 
-def as_page(comparison: dict[str, Any]) -> str:
-    """The claims as a table in Markdown."""
-    lines = ["| claim | measured | verdict |", "|---|---|---|"]
-    lines += [f"| {claim} | {measured} | {verdict} |" for claim, measured, verdict in claims(comparison)]
+ClaimsByModel = dict[str, list[Claim]]
+
+
+def as_page(by_model: ClaimsByModel) -> str:
+    """The claims as a table in Markdown: for each model what was measured and the verdict, in columns of its own."""
+    head = ["claim", *(f"{model} | verdict" for model in by_model)]
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---|---|" * len(by_model)]
+    found = [{claim.claim: claim for claim in judged} for judged in by_model.values()]
+    for claim in dict.fromkeys(name for of_model in found for name in of_model):
+        cells = [of_model.get(claim, Claim(claim, "…", "not measured")) for of_model in found]
+        lines.append(f"| {claim} | " + " | ".join(f"{cell.measured} | {cell.verdict}" for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 

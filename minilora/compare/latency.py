@@ -9,23 +9,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from minilora.adapters.merging import merged_parameters
-from minilora.backend import to_host
 from minilora.compare.figures import MethodResult
 from minilora.compare.rivals import SHOTS
+from minilora.compare.trained import merged_model, trained_model
 from minilora.data.examples import encode_row
 from minilora.data.few_shot import few_shot_rows
 from minilora.data.tokenizer import Tokenizer
-from minilora.formats.adapters import load_adapter
-from minilora.formats.checkpoint import read_config, read_weights
 from minilora.formats.hub import find_model
 from minilora.formats.load import load_model
-from minilora.model.base import base_model
 from minilora.model.generation import stream
 from minilora.model.model import Model
-from minilora.model.names import EMBED, HEAD
 from minilora.runs.run import default_max_length
-from minilora.runs.settings import Settings, read_settings
+from minilora.runs.settings import Settings
 from minilora.runs.task import load_data
 
 NEW_TOKENS, REPEATS = 64, 7
@@ -45,8 +40,8 @@ def latency(result: MethodResult, settings: Settings) -> dict[str, Any]:
     if "shots" in result:
         tasks["adapted"], reason = (base, shown_prompt), "it is the base, after a longer prompt"
     else:
-        folder = Path(result["folder"])
-        adapted, merged, reason = models(source, folder, read_settings(folder))
+        held, adapted = trained_model(source, Path(result["folder"]))
+        merged, reason = merged_model(source, held, adapted)
         tasks |= {"adapted": (adapted, prompt)} | ({"merged": (merged, prompt)} if merged else {})
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(REPEATS + 1):
@@ -63,24 +58,6 @@ def seconds(model: Model, prompt: Sequence[int]) -> float:
     for _ in islice(stream(model, [prompt]), NEW_TOKENS):
         pass
     return time.perf_counter() - started
-
-
-def models(source: Path, folder: Path, settings: Settings) -> tuple[Model, Model | None, str]:
-    """The trained model as the run left it; the same merged into plain weights, or None; and the reason for None."""
-    if not settings.method.freezes_base:
-        model = load_model(folder)[0]
-        return model, model, ""
-    base, _ = load_model(source, settings.dtype, settings.frozen, settings.mixed_precision)
-    adapted = load_adapter(base, folder)
-    config, _ = read_config(source)
-    weights = dict(read_weights(source, config))
-    if not adapted.config.tie_word_embeddings:
-        weights.setdefault(f"{HEAD}.weight", weights[f"{EMBED}.weight"])
-    try:
-        weights |= {name: to_host(value) for name, value in merged_parameters(base, adapted)}
-    except ValueError as error:
-        return adapted, None, str(error)
-    return adapted, base_model(adapted.config, weights), ""
 
 
 def prompts(settings: Settings, base: Model, tokenizer: Tokenizer, few_shot: bool) -> tuple[list[int], list[int]]:

@@ -34,6 +34,12 @@ def worth_table(title: str, results: Sequence[MethodResult]) -> Table:
     if trained:
         loss, match = trained["base_loss"], trained["base_exact_match"]
         rows = [["base", "0", "", "", f"{loss:.3f}", percent(match), "0"], *rows]
+    read = next((result["base_python_perplexity"] for result in results if "python_perplexity" in result), None)
+    if read:
+        head.append("Python perplexity")
+        of_rows = [result.get("python_perplexity") for result in results]
+        for row, value in zip(rows, [read, *of_rows], strict=True):
+            row.append(f"{value:.1f}" if value else "")
     notes = [f"{SPREAD}: {counted(results)}", *failures(results)]
     edges = [result["method"] for result in results if result.get("at_edge")]
     if edges:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from minilora.backend import HostArray, to_host
 from minilora.data.tokenizer import Tokenizer
@@ -26,20 +27,34 @@ from minilora.runs.task import load_task
 from minilora.training.step import mean_loss
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
+MOST = max(RANKS)
 
 Changes = dict[str, HostArray]  # module → ΔW of its linear map
+
+
+class Factors(NamedTuple):
+    """ΔW = U diag(σ) Vᵀ, of whose vectors the first MOST are kept."""
+
+    U: HostArray  # (out, MOST)
+    sigma: HostArray  # all singular values, falling
+    Vt: HostArray  # (MOST, in)
 
 
 def spectra(full: Path, lora: Path) -> dict[str, Any]:
     """The spectra of two trials on the same data: full fine-tuning's ΔW, LoRA's, and ΔW cut to lower ranks."""
     settings = read_settings(full)
     source = find_model(settings.model, settings.revision).folder
-    of_full = changes_of_full(source, full)
+    of_full, of_lora = changes_of_full(source, full), changes_of_lora(source, lora)
+    with tqdm(total=len(of_full), desc="singular values", unit="map", dynamic_ncols=True, leave=False) as bar:
+        factors = {}
+        for module, change in of_full.items():
+            factors[module] = factored(change)
+            bar.update()
     return {
-        "full": {module: spectrum_of(change) for module, change in of_full.items()},
-        "lora": {module: spectrum_of(change) for module, change in changes_of_lora(source, lora).items()},
-        "noise": spectrum_of(noise_like(of_full)),
-        "cut": list(cut(source, settings, of_full)),
+        "full": {module: spectrum_of(sigma) for module, (_, sigma, _) in factors.items()},
+        "lora": {module: spectrum_of(singular_values(change)) for module, change in of_lora.items()},
+        "noise": spectrum_of(singular_values(noise_like(of_full))),
+        "cut": list(cut(source, settings, of_full, factors)),
     }
 
 
@@ -67,9 +82,18 @@ def noise_like(changes: Mapping[str, HostArray]) -> HostArray:
     return np.random.default_rng(0).standard_normal((rows, columns))
 
 
-def spectrum_of(change: HostArray) -> dict[str, Any]:
+def singular_values(change: HostArray) -> HostArray:
+    return np.asarray(np.linalg.svd(change.astype(np.float64), compute_uv=False))
+
+
+def factored(change: HostArray) -> Factors:
+    """The singular value decomposition, once for all ranks."""
+    U, sigma, Vt = np.linalg.svd(change.astype(np.float64), full_matrices=False)
+    return Factors(U[:, :MOST].astype(change.dtype), sigma, Vt[:MOST].astype(change.dtype))
+
+
+def spectrum_of(sigma: HostArray) -> dict[str, Any]:
     """The singular values divided by the largest, the share of ‖ΔW‖² in the largest r, and the effective rank."""
-    sigma = np.linalg.svd(change.astype(np.float64), compute_uv=False)
     return {
         "sigma": (sigma / sigma[0]).round(8).tolist(),
         "shares": {str(r): share_of_largest(sigma, r) for r in RANKS if r <= len(sigma)},
@@ -89,13 +113,13 @@ def effective_rank(sigma: HostArray) -> float:
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
-def truncated(change: HostArray, r: int) -> HostArray:
-    """The nearest matrix of at most rank r."""
-    U, sigma, Vt = np.linalg.svd(change, full_matrices=False)
-    return np.asarray((U[:, :r] * sigma[:r]) @ Vt[:r])
+def truncated(factors: Factors, r: int) -> HostArray:
+    """The nearest matrix of at most rank r, r ≤ MOST."""
+    U, sigma, Vt = factors
+    return np.asarray((U[:, :r] * sigma[:r].astype(U.dtype)) @ Vt[:r])
 
 
-def cut(source: Path, settings: Settings, changes: Changes) -> Iterator[dict[str, Any]]:
+def cut(source: Path, settings: Settings, changes: Changes, factors: Mapping[str, Factors]) -> Iterator[dict[str, Any]]:
     """The quality of the base plus ΔW cut to each rank. Only the linear maps change.
 
     Rank 0 is the base, and None is all of ΔW.
@@ -103,10 +127,11 @@ def cut(source: Path, settings: Settings, changes: Changes) -> Iterator[dict[str
     config, _ = read_config(source)
     weights, tokenizer = read_weights(source, config), Tokenizer.load(source)
     most = max(min(change.shape) for change in changes.values())
-    for r in (0, *(r for r in RANKS if r < most), None):
+    ranks = (0, *(r for r in RANKS if r < most), None)
+    for r in tqdm(ranks, desc="ΔW cut to ranks", unit="rank", dynamic_ncols=True, leave=False):
         changed = {
             f"{module}.weight": weights[f"{module}.weight"].astype(np.float32)
-            + (change if r is None else truncated(change, r))
+            + (change if r is None else truncated(factors[module], r))
             for module, change in changes.items()
         }
         yield {"rank": r, **worth(config, {**weights, **changed}, tokenizer, settings)}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pydoc_data.topics
+import sysconfig
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from minilora.backend import Array, to_device, xp
 from minilora.data.batches import Batch, pad
@@ -16,6 +18,7 @@ from minilora.model.names import HEAD
 from minilora.training.step import hidden_states
 
 MOST_ANSWER_TOKENS = 128
+T = TypeVar("T")
 
 
 def answers(
@@ -97,9 +100,22 @@ def _log_softmax(logits: Array) -> Array:
 def outside_text(tokenizer: Tokenizer, texts: int = 16, length: int = 128) -> list[Batch]:
     """Text outside any task that every Python has: the beginnings of the topics of its language reference."""
     topics = pydoc_data.topics.topics
-    names = sorted(topics)[:: max(1, len(topics) // texts)][:texts]
-    examples = []
-    for name in names:
-        tokens = tokenizer.with_bos(tokenizer.encode(topics[name]))[:length]
-        examples.append(Example(tokens, [True] * len(tokens)))
-    return [pad(examples, tokenizer.pad_id)]
+    return _beginnings(tokenizer, [topics[name] for name in _spread(sorted(topics), texts)], length)
+
+
+def python_source(tokenizer: Tokenizer, texts: int = 16, length: int = 128) -> list[Batch]:
+    """Python that every Python has: what follows the middle of files of its standard library."""
+    files = sorted(path for path in Path(sysconfig.get_path("stdlib")).glob("*.py") if path.stat().st_size > 8000)
+    sources = [path.read_text(encoding="utf-8") for path in _spread(files, texts)]
+    return _beginnings(tokenizer, [source[source.index("\n", len(source) // 2) :] for source in sources], length)
+
+
+def _spread(things: Sequence[T], count: int) -> Sequence[T]:
+    """So many of the things, evenly spread."""
+    return things[:: max(1, len(things) // count)][:count]
+
+
+def _beginnings(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> list[Batch]:
+    """The first tokens of each text, all to be predicted."""
+    rows = [tokenizer.with_bos(tokenizer.encode(text))[:length] for text in texts]
+    return [pad([Example(tokens, [True] * len(tokens)) for tokens in rows], tokenizer.pad_id)]

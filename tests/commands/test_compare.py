@@ -21,7 +21,7 @@ from minilora.adapters.merging import merged_parameters
 from minilora.cli.train_flags import choose_settings, parse
 from minilora.compare import __main__ as compare
 from minilora.compare import latency, rivals, trials
-from minilora.compare.claims import HERE, NOT, claims
+from minilora.compare.claims import HERE, NOT, Claim, claims
 from minilora.compare.figures import mean_and_spread
 from minilora.compare.inputs import enciphered
 from minilora.compare.inputs import write_rows as write_task
@@ -29,11 +29,23 @@ from minilora.compare.plots import apart
 from minilora.compare.report import comparison_tables
 from minilora.compare.rivals import LORA, RIVALS, Rival, choose, lora_of_rank, neighbour
 from minilora.compare.scale import at_gpt_3, lora_share
-from minilora.compare.spectrum import changes_of_full, changes_of_lora, effective_rank, share_of_largest, truncated
+from minilora.compare.spectrum import (
+    changes_of_full,
+    changes_of_lora,
+    effective_rank,
+    factored,
+    share_of_largest,
+    singular_values,
+    truncated,
+)
 from minilora.compare.trials import MOST_RATES, Summary, Trial, best_rate, next_trial
+from minilora.data.batches import count_labels
+from minilora.data.tokenizer import Tokenizer
 from minilora.figures.tables import BEGIN, END
 from minilora.formats.adapters import load_adapter
 from minilora.formats.load import load_model
+from minilora.runs.evaluation import python_source
+from minilora.training.step import mean_loss
 
 ladder = st.integers(-8, 0).map(lambda k: neighbour(1.0, k))
 
@@ -144,7 +156,7 @@ def compared(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:
     for part in ("train", "valid", "test"):
         write_rows(folder / "data" / f"{part}.jsonl", 2 * PAIRS)
     (folder / "docs").mkdir()
-    for page in compare.PAGES:
+    for page in ("comparison.md", compare.CLAIMS_PAGE):
         (folder / "docs" / page).write_text(f"before\n{BEGIN}\n{END}\nafter\n")
     flags: list[object] = ["--methods", "full", "lora", "few-shot", "--model", model, "--data", folder / "data"]
     flags += ["--steps", 80, "--batch-size", 2, "--eval-rows", 2, "--seeds", 0, "--out", folder / "out"]
@@ -198,7 +210,7 @@ def test_no_two_cuts_of_the_change_are_worth_the_same_as_all_of_it_and_nothing_o
 
 def test_tables_and_pictures_stand_between_the_lines_of_the_pages(compared: Compared) -> None:
     docs = compared.out.parent / "docs"
-    for page in compare.PAGES:
+    for page in ("comparison.md", compare.CLAIMS_PAGE):
         text = (docs / page).read_text()
         assert text.startswith("before\n") and text.endswith("after\n")
     for line in (docs / "comparison.md").read_text().splitlines():
@@ -206,6 +218,33 @@ def test_tables_and_pictures_stand_between_the_lines_of_the_pages(compared: Comp
             assert (docs / line[line.index("(") + 1 : -1]).read_bytes().startswith(b"\x89PNG")
     assert (docs / "comparison.md").read_text().count("![") == 4
     assert "| the change of full fine-tuning has a low intrinsic rank |" in (docs / "claims.md").read_text()
+
+
+def test_the_perplexity_of_python_is_that_of_the_trained_model(compared: Compared, model: Path) -> None:
+    full, lora = read(compared.out / "comparison.json")["methods"][:2]
+    tokenizer, (base, _) = Tokenizer.load(model), load_model(model)
+    batches = python_source(tokenizer)
+    assert sum(map(count_labels, batches)) > 1000
+    for result, trained in (
+        (full, load_model(Path(full["folder"]))[0]),
+        (lora, load_adapter(base, Path(lora["folder"]))),
+    ):
+        assert math.isclose(result["base_python_perplexity"], math.exp(mean_loss(base, batches)))
+        assert math.isclose(result["python_perplexity"], math.exp(mean_loss(trained, batches)))
+        assert result["python_perplexity"] != result["base_python_perplexity"]
+    worth = (compared.out / "comparison.md").read_text()
+    assert f"| {lora['python_perplexity']:.1f} |" in worth and f"| {lora['base_python_perplexity']:.1f} |" in worth
+
+
+def test_the_page_of_claims_keeps_the_columns_of_other_models(compared: Compared, tmp_path: Path, model: Path) -> None:
+    (tmp_path / "claims.md").write_text(f"{BEGIN}\n{END}\n")
+    compare.write_claims(tmp_path, {"one": [Claim("it is small", "2 MB", HERE), Claim("only here", "1", NOT)]})
+    compare.write_claims(tmp_path, {"two": [Claim("it is small", "3 MB", NOT)]})
+    page = (tmp_path / "claims.md").read_text()
+    assert "| claim | one | verdict | two | verdict |" in page
+    assert f"| it is small | 2 MB | {HERE} | 3 MB | {NOT} |" in page
+    assert f"| only here | 1 | {NOT} | … | not measured |" in page
+    assert f"| {model.stem} | verdict |" in (compared.out / "claims.md").read_text()
 
 
 def test_what_is_done_is_not_done_again(compared: Compared) -> None:
@@ -250,7 +289,7 @@ def test_the_effective_rank_of_k_equal_singular_values_is_k(k: int, seed: int) -
 @given(st.integers(1, 6), st.integers(0, 2**32 - 1))
 def test_the_share_of_the_largest_is_what_the_nearest_matrix_of_that_rank_keeps(r: int, seed: int) -> None:
     change = np.random.default_rng(seed).standard_normal((6, 9))
-    kept, sigma = truncated(change, r), np.linalg.svd(change, compute_uv=False)
+    kept, sigma = truncated(factored(change), r), singular_values(change)
     assert np.linalg.matrix_rank(kept) == r
     assert math.isclose(share_of_largest(sigma, r), (kept**2).sum() / (change**2).sum())
     assert math.isclose(((change - kept) ** 2).sum(), (sigma[r:] ** 2).sum(), abs_tol=1e-12)
