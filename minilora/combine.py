@@ -11,10 +11,10 @@ from typing import Any, cast
 
 from minilora.adapters.combination import Combination, Summand, combine, relative_error
 from minilora.cli import errors
+from minilora.cli.base import find_base
 from minilora.cli.flags import dashed, flags
 from minilora.formats.checkpoint import read_config, read_weights
 from minilora.formats.files import write_json
-from minilora.formats.hub import find_model
 from minilora.formats.library import contradiction, named_adapters, trained_on
 from minilora.formats.peft import CONFIG, check_copies, read_adapter, write_adapter
 from minilora.methods.lora import LoRA
@@ -97,16 +97,14 @@ def combine_command(argv: list[str] | None = None) -> None:
     folders = named_adapters(args.adapter)
     if (different := contradiction(folders)) and not args.force:
         raise ValueError(f"{different}: a sum of the two is right for neither. --force combines them all the same")
-    trained = trained_on(next(iter(folders.values())))
-    model = args.model or str(trained.base)
-    if not model:
-        raise ValueError(f"{next(iter(folders))} does not say which base it belongs to: name it with --model")
-    model_folder = find_model(model, "" if args.model or Path(model).exists() else trained.revision).folder
+    first, trained = next((name, trained_on(folder)) for name, folder in folders.items())
+    source = find_base(args.model, "", {first: folders[first]})
+    model_folder = source.folder
     config, _ = read_config(model_folder)
     adapters = [read_linear(name, folder, config, model_folder) for name, folder in folders.items()]
     rank = None if args.combination_type == "cat" else args.rank or largest_rank(adapters, config)
     combination = combine(config, adapters, weights, rank)
-    base, revision = trained.base or model, trained.revision or None
+    base, revision = trained.base or source.name, trained.revision or None
     write_adapter(args.out, combination.method, combination.tensors, config, base, revision)
     report = combination_report(combination, folders, weights, args.combination_type)
     write_json(args.out / COMBINE_FILE, report)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from minilora.backend import to_host, use
 from minilora.cli import errors
+from minilora.cli.base import find_base
 from minilora.cli.flags import dashed, flags
 from minilora.data.tokenizer import Tokenizer, save_tokenizer_files
 from minilora.formats.adapters import FORMATS, read_method, write_method
@@ -66,17 +67,15 @@ def convert_command(argv: list[str] | None = None) -> None:
 def convert_adapter(args: argparse.Namespace) -> None:
     folder = find_adapter(args.adapter).folder
     trained = trained_on(folder)
-    if not (args.model or trained.base):
-        raise ValueError(f"{folder} does not say which base it belongs to: name it with --model")
-    model = args.model or trained.base
-    revision = "" if args.model or Path(model).exists() else trained.revision
-    base, raw = load_model(find_model(model, revision).folder, frozen="stored")
+    source = find_base(args.model, "", {args.adapter: folder})
+    base, raw = load_model(source.folder, frozen="stored")
     method, tensors = read_method(folder, base)
     host = {name: to_host(tensor) for name, tensor in tensors.items()}
     if args.format == GGUF:
         write_gguf_adapter(args.out, method, host, raw.get("model_type", "llama"), base.config)
     else:
-        write_method(args.out, method, host, base.config, trained.base or model, trained.revision or None, args.format)
+        named = trained.base or source.name, trained.revision or None
+        write_method(args.out, method, host, base.config, *named, args.format)
     print(f"{args.out}: {len(host)} tensors of {sum(tensor.size for tensor in host.values()):,} numbers, {args.format}")
 
 

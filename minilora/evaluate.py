@@ -11,6 +11,7 @@ from typing import Any
 
 from minilora.backend import use
 from minilora.cli import errors
+from minilora.cli.base import find_base
 from minilora.cli.flags import add_model_flags, dashed, flags
 from minilora.data.batches import batches_of
 from minilora.data.conversations import TRAIN_ON
@@ -20,7 +21,7 @@ from minilora.data.few_shot import few_shot_rows, first_answer
 from minilora.data.report import report
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.adapters import load_adapter
-from minilora.formats.hub import find_adapter, find_model
+from minilora.formats.hub import find_adapter
 from minilora.formats.load import load_model
 from minilora.runs.evaluation import answers, can_be_matched, drift, exact_match, outside_text
 from minilora.runs.run import default_max_length
@@ -79,9 +80,10 @@ def evaluate_command(argv: list[str] | None = None) -> None:
     if args.batch_size < 1 or min(args.eval_rows, args.max_length, args.few_shot, args.seed) < 0:
         raise ValueError("--batch-size must be at least 1; --eval-rows, --max-length, --few-shot and --seed at least 0")
     use(args.device)
-    folder = find_model(args.model, args.revision).folder
+    adapters = {args.adapter: find_adapter(args.adapter).folder} if args.adapter else {}
+    folder = find_base(args.model, args.revision, adapters).folder
     base, _ = load_model(folder)
-    model = load_adapter(base, find_adapter(args.adapter).folder) if args.adapter else base
+    model = load_adapter(base, adapters[args.adapter]) if args.adapter else base
     tokenizer = Tokenizer.load(folder)
     features = {name: key for name in FLAGS if (key := getattr(args, name))}
     rows = held_out_rows(args.data, features)

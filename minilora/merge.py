@@ -16,6 +16,7 @@ from tqdm import tqdm
 from minilora.adapters.merging import merged_parameters
 from minilora.backend import Array, HostArray, to_host, use
 from minilora.cli import errors
+from minilora.cli.base import find_base
 from minilora.cli.flags import add_model_flags, dashed, flags
 from minilora.data.tokenizer import Tokenizer, save_tokenizer_files
 from minilora.formats.adapters import load_adapter
@@ -23,13 +24,14 @@ from minilora.formats.checkpoint import DTYPES, as_dtype, read_config, read_weig
 from minilora.formats.files import write_json
 from minilora.formats.gguf_tokenizer import tokenizer_fields
 from minilora.formats.gguf_write import GGUF_DTYPES, Q8_0, check_free, rounded, write_gguf
-from minilora.formats.hub import find_adapter, find_model
+from minilora.formats.hub import find_adapter
 from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD
-from minilora.runs.evaluation import largest_logit_difference, outside_text
+from minilora.runs.evaluation import drift, largest_logit_difference, outside_text
 
 MERGE_FILE = "merge.json"
+MUCH = 0.1  # of the adapter's effect: more than this is not lost in silence
 GGUF, FOLDER = "gguf", "huggingface"
 
 
@@ -95,11 +97,12 @@ def merge_command(argv: list[str] | None = None) -> None:
     if not args.max_shard_size > 0:
         raise ValueError(f"--max-shard-size {args.max_shard_size} is not a size")
     use("cpu")
-    source = find_model(args.model, args.revision).folder
+    adapter = find_adapter(args.adapter).folder
+    source = find_base(args.model, args.revision, {args.adapter: adapter}).folder
     config, raw_config = read_config(source)
     weights = dict(read_weights(source, config))
     base = base_model(config, weights, frozen="stored")
-    adapted = load_adapter(base, find_adapter(args.adapter).folder)
+    adapted = load_adapter(base, adapter)
     if adapted.config.tie_word_embeddings != config.tie_word_embeddings:
         if not args.untie:
             raise ValueError(
@@ -126,6 +129,8 @@ def merge_command(argv: list[str] | None = None) -> None:
         **rounding.report(),
         "largest_logit_difference": difference,
         "largest_logit": largest,
+        "rounding_kl": drift(adapted, plain, texts),
+        "adapter_kl": drift(adapted, base, texts),
     }
     if args.format == GGUF:
         fields, kind = tokenizer_fields(tokenizer, config.vocab_size), raw_config.get("model_type", "llama")
@@ -160,7 +165,9 @@ def tell(report: dict[str, Any], out: Path) -> None:
         f"on sample text the logits, the largest of which is {report['largest_logit']:.3g}, differ by at most "
         f"{report['largest_logit_difference']:.2g} from base and adapter together"
     )
-    if report["lost_share_of_update"] > 0.1:
+    cost, effect = report["rounding_kl"], report["adapter_kl"]
+    print(f"there rounding costs {cost:.2g} nats a token (KL), where the adapter's whole effect is {effect:.2g}")
+    if cost > MUCH * effect:
         print(
             "much of what was learnt is lost: write --dtype float32, or keep the adapter beside the base",
             file=sys.stderr,

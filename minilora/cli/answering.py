@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from minilora.backend import use
+from minilora.cli.base import find_base
 from minilora.cli.flags import add_model_flags, flags
 from minilora.data.tokenizer import Tokenizer
-from minilora.formats.hub import find_model
 from minilora.formats.library import BASE, contradiction, load_adapters, named_adapters
 from minilora.formats.load import load_model
 from minilora.frozen.hold import FROZEN
@@ -95,8 +95,8 @@ class Loaded(NamedTuple):
 def load(args: argparse.Namespace) -> Loaded:
     """Load the base, the adapters on it, and the tokenizer. Prints a remark if adapters name different bases."""
     use(args.device)
-    folder = find_model(args.model, args.revision).folder
     adapters = named_adapters(args.adapter)
+    folder = find_base(args.model, args.revision, adapters).folder
     base, _ = load_model(folder, frozen=args.frozen)
     models = load_adapters(base, adapters)
     if different := contradiction(adapters):

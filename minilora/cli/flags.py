@@ -14,7 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minilora.formats.load import SHIPPED_MODEL
 from minilora.methods.method import known_methods
 from minilora.methods.setting import flag
 from minilora.runs.settings import all_settings
@@ -59,9 +58,9 @@ def flags(name: str, aliases: Mapping[str, tuple[str, ...]] = OTHER_COMMANDS) ->
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """`--model` and `--revision`, as `find_model` takes them."""
-    help = "the folder of the model, a .gguf file, or its id on the Hugging Face Hub (default: tinysmol)"
-    parser.add_argument(*flags("model"), default=str(SHIPPED_MODEL), metavar="MODEL", help=help)
+    """`--model` and `--revision`, as `find_base` takes them."""
+    help = "the folder of the model, a .gguf file, or its id on the hub (default: the adapter's own base, or tinysmol)"
+    parser.add_argument(*flags("model"), default="", metavar="MODEL", help=help)
     parser.add_argument(*flags("revision"), default="", metavar="NAME", help="the branch, tag or commit of that id")
 
 

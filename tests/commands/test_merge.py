@@ -11,12 +11,15 @@ import pytest
 from safetensors.numpy import load_file
 from support.merging import ADAPTERS, TOKENS, adapter, base, merge
 
+from minilora.data.tokenizer import Tokenizer
 from minilora.formats.adapters import load_adapter
 from minilora.formats.load import load_model
+from minilora.merge import MUCH
 from minilora.methods.bitfit import BitFit
 from minilora.methods.lora import LoRA
 from minilora.model.model import Model, forward
 from minilora.model.names import HEAD
+from minilora.runs.evaluation import drift, outside_text
 
 UNTYING = [name for name in ADAPTERS if name not in ("projections", "patterns")]
 
@@ -94,3 +97,21 @@ def test_a_merge_of_an_update_that_bfloat16_cannot_hold_warns(
     report = json.loads((tmp_path / "out" / "merge.json").read_text())
     assert report["unchanged_share"] > 0.5 and report["lost_share_of_update"] > 0.5
     assert "much of what was learnt is lost" in capsys.readouterr().err
+
+
+def test_a_merge_is_judged_by_what_it_costs_not_by_the_share_of_the_norm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rounding errors are random and the update is not: much of its norm may be lost and nearly nothing of its effect."""
+    model = base(tmp_path / "base", tied=True, dtype="bfloat16")
+    folder = adapter(tmp_path / "adapter", model, LoRA(2, 0.05, target_modules=("all-linear",)))
+    assert merge(model, folder, tmp_path / "out", "--dtype", "bfloat16") == 0
+    report, told = json.loads((tmp_path / "out" / "merge.json").read_text()), capsys.readouterr()
+    base_model, merged = load_model(model)[0], load_model(tmp_path / "out")[0]
+    adapted, texts = load_adapter(base_model, folder), outside_text(Tokenizer.load(model))
+    assert math.isclose(report["adapter_kl"], drift(adapted, base_model, texts), rel_tol=1e-2)
+    assert math.isclose(report["rounding_kl"], drift(adapted, merged, texts), rel_tol=1e-2, abs_tol=1e-7)
+    assert report["lost_share_of_update"] > 0.1
+    assert report["rounding_kl"] < MUCH * report["adapter_kl"]
+    assert "much of what was learnt" not in told.err
+    assert f"{report['rounding_kl']:.2g} nats a token" in told.out

@@ -1,0 +1,44 @@
+"""The base of an adapter: the model that the user names, or else the one that the adapter's folder names."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from minilora.formats.hub import Source, find_model, is_hub_id
+from minilora.formats.library import Trained, contradiction, trained_on
+from minilora.formats.load import SHIPPED_MODEL
+
+
+def find_base(model: str, revision: str, adapters: Mapping[str, Path]) -> Source:
+    """`--model` if it is given; else the base that the adapters name, which is told; else tinysmol.
+
+    `adapters` are folders by name. FileNotFoundError or ValueError where their base is not here, not said or not one.
+    """
+    if model or not adapters:
+        return find_model(model or str(SHIPPED_MODEL), revision)
+    if different := contradiction(adapters):
+        raise ValueError(f"{different}: choose one with --model")
+    name, trained = next(
+        ((name, said) for name, folder in adapters.items() if (said := trained_on(folder)).base), ("", Trained("", ""))
+    )
+    if not name:
+        raise ValueError(
+            f"{', '.join(map(str, adapters.values()))} does not say which base it belongs to: give --model"
+        )
+    base = _here(trained.base)
+    try:
+        source = find_model(base, revision or (trained.revision if is_hub_id(base) else ""))
+    except FileNotFoundError as error:
+        reason = str(error).partition(": ")[2]
+        raise FileNotFoundError(
+            f"{adapters[name]} was trained on {trained}, which is not here ({reason}): name its place with --model"
+        ) from error
+    print(f"base: {trained}, which {adapters[name]} names", file=sys.stderr)
+    return source
+
+
+def _here(base: str) -> str:
+    """The base's name; tinysmol is found wherever minilora is installed."""
+    return str(SHIPPED_MODEL) if not Path(base).exists() and Path(base).name == SHIPPED_MODEL.name else base
