@@ -17,7 +17,9 @@ from minilora.model.model import Model
 from minilora.model.names import HEAD
 from minilora.training.step import hidden_states
 
-MOST_ANSWER_TOKENS = 128
+MOST_ANSWER_TOKENS = 128  # of a right answer
+ROOM = 8  # tokens more, in which it may end: white space, a stop token, or the line break before the model's next row
+CUT_OFF = "…"  # the last character of an answer that did not end
 T = TypeVar("T")
 
 
@@ -28,18 +30,22 @@ def answers(
     batch_size: int = 64,
     on_batch: Callable[[int], Any] = lambda count: None,
 ) -> list[str]:
-    """The greedy completion of each row's prompt. `on_batch` is called with the number of rows in each batch done."""
+    """The greedy completion of each row's prompt. `on_batch` is called with the number of rows in each batch done.
+
+    One that would go on is cut off, soon after the length of the longest right answer, and says so by its last
+    character: it is not right, even if nothing but white space or special tokens had come after the right answer.
+    """
     prompts = [tokenizer.with_bos(tokenizer.encode(row["prompt"])) for row in rows]
     longest = max(len(tokenizer.encode(row["completion"])) for row in rows)  # no right answer is longer
     texts = [""] * len(rows)
     asked = [i for i in range(len(rows)) if prompts[i]]  # an empty prompt asks nothing
     order = sorted(asked, key=lambda i: len(prompts[i]))
+    limit = min(longest, MOST_ANSWER_TOKENS) + ROOM
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        limit = min(longest + 1, MOST_ANSWER_TOKENS)
         completions = complete(model, [prompts[i] for i in batch], limit, tokenizer.stop_ids)
         for i, tokens in zip(batch, completions, strict=True):
-            texts[i] = tokenizer.decode(tokens)
+            texts[i] = tokenizer.decode(tokens) + (CUT_OFF if len(tokens) == limit else "")
         on_batch(len(batch))
     return texts
 

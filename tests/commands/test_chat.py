@@ -339,10 +339,13 @@ def test_ctrl_c_in_a_process_stops_the_answer_and_not_the_program(folder: Path, 
     save_tokenizer_files(folder / "base", endless)
     chat = process("chat", "--model", endless, "--max-tokens", 1_000_000, bufsize=0)
     assert chat.stdin and chat.stdout
-    chat.stdin.write("one\n")
-    assert chat.stdout.read(20)  # it is talking
-    chat.send_signal(signal.SIGINT)
-    rest, err = chat.communicate("/list\n/quit\n", timeout=60)
+    try:
+        chat.stdin.write("one\n")
+        assert chat.stdout.read(20)  # it is talking
+        chat.send_signal(signal.SIGINT)
+        rest, err = chat.communicate("/list\n/quit\n", timeout=60)
+    finally:
+        chat.kill()  # one that does not hear would talk on and on
     assert chat.returncode == 0 and rest.endswith("* base\n") and "Traceback" not in err
 
 

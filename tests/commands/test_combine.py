@@ -51,6 +51,29 @@ def test_the_rank_is_that_of_the_largest_adapter_unless_told_otherwise(folder: P
     assert at_q < 1e-6 < 0.01 < at_v  # of rank 4, and of 4 + 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "largest"),
+    [
+        (LoRA(2, target_modules=QV, rank_pattern={"v_proj": 6}), 6),  # more than the rank of all others
+        (LoRA(9, target_modules=QV, rank_pattern={".*": 5}), 5),  # the rank of none
+        (LoRA(5, target_modules=QV), 5),
+    ],
+)
+def test_the_rank_of_an_adapter_is_that_of_its_modules_whatever_its_patterns_say(
+    folder: Path, tmp_path: Path, settings: LoRA, largest: int
+) -> None:
+    base, _ = load_model(folder / "base")
+    rng = np.random.default_rng(0)
+    trained = {name: rng.standard_normal(shape, np.float32) for name, shape in settings.shapes(base.config).items()}
+    write_adapter(tmp_path / "d", settings, trained, DENSE, str(folder / "base"))
+    flags = ("--adapter", folder / "a", "--adapter", tmp_path / "d", "--combination-type", "svd")
+    good("combine", *flags, "--out", tmp_path / "out")
+    method, tensors, *_ = read_adapter(tmp_path / "out", DENSE)
+    at_v = "model.layers.0.self_attn.v_proj"  # where both add up to more
+    assert max(place.rank for place in method.places(DENSE).values()) == method.places(DENSE)[at_v].rank == largest
+    assert len(tensors[adapter_names(at_v)[0]]) == largest
+
+
 def test_modules_that_several_adapters_change_are_named(folder: Path, tmp_path: Path) -> None:
     printed = combined(folder, tmp_path / "out")
     report = json.loads((tmp_path / "out" / "combine.json").read_text())

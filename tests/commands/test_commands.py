@@ -351,10 +351,13 @@ def test_the_commands_work_as_processes_with_pipes(model: Path, adapter: Path, d
 def test_an_interrupt_from_the_keyboard_says_how_to_go_on(model: Path, data: Path, tmp_path: Path) -> None:
     flags = ("--model", model, "--data", data / "pairs.jsonl", "--out", tmp_path / "run", "--steps", 100_000)
     child = process("train", *flags)
-    while child.poll() is None and _line_count(tmp_path / "run" / "metrics.jsonl") < 5:
-        time.sleep(0.01)
-    child.send_signal(signal.SIGINT)
-    out, err = child.communicate()
+    try:
+        while child.poll() is None and _line_count(tmp_path / "run" / "metrics.jsonl") < 5:
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()  # one that does not hear would train on and on
     assert child.returncode == 130 and f"--resume {tmp_path / 'run'}" in out and "Traceback" not in err
 
 

@@ -102,7 +102,7 @@ def test_a_merge_of_an_update_that_bfloat16_cannot_hold_warns(
 def test_a_merge_is_judged_by_what_it_costs_not_by_the_share_of_the_norm(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rounding errors are random and the update is not: much of its norm may be lost and nearly nothing of its effect."""
+    """Rounding is random, the update is not: much of its norm may be lost and nearly nothing of its effect."""
     model = base(tmp_path / "base", tied=True, dtype="bfloat16")
     folder = adapter(tmp_path / "adapter", model, LoRA(2, 0.05, target_modules=("all-linear",)))
     assert merge(model, folder, tmp_path / "out", "--dtype", "bfloat16") == 0

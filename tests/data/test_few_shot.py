@@ -124,6 +124,20 @@ def evaluated(*flags: Any) -> dict[str, Any]:
     return json.loads(good("evaluate", *flags, "--json"))
 
 
+@pytest.mark.parametrize(("shots", "matched"), [(0, 0.0), (2, 1.0)])
+def test_evaluate_cuts_off_the_rows_that_a_model_adds_where_it_was_shown_some(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shots: int, matched: float
+) -> None:
+    """Shown rows one after the other, a model that was not taught to stop writes more of them."""
+    write_rows(tmp_path / "train.jsonl", PAIRS[:3])
+    write_rows(tmp_path / "test.jsonl", [{"prompt": "up and", "completion": f" left{SEPARATOR}right"}, *PAIRS[3:]])
+    on_and_on = f"{SEPARATOR}down ->{SEPARATOR}up ->"
+    monkeypatch.setattr(
+        "minilora.evaluate.answers", lambda model, tokenizer, rows: [row["completion"] + on_and_on for row in rows]
+    )
+    assert evaluated("--model", model, "--data", tmp_path, "--few-shot", shots)["exact_match"] == matched
+
+
 def test_evaluate_shows_training_rows_and_says_how_many_fitted(model: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", PAIRS[:3])
     write_rows(tmp_path / "test.jsonl", PAIRS[3:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -83,14 +84,20 @@ def good(command: str, *flags: object) -> str:
 
 
 def process(command: str, *flags: object, **options: Any) -> subprocess.Popen[str]:
-    """The command in a process of its own, which an interrupt reaches.
-
-    A shell lets its background jobs ignore interrupts, and children ignore what their parent ignores.
-    """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """The command in a process of its own, which an interrupt reaches."""
     argv = [sys.executable, "-m", f"minilora.{command}", *map(str, flags)]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen(argv, cwd=REPOSITORY, text=True, **(pipes | options))
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    hears: dict[str, Any] = {} if os.name == "nt" else {"preexec_fn": hear_interrupts}
+    return subprocess.Popen(argv, cwd=REPOSITORY, text=True, **(pipes | hears | options))
+
+
+def hear_interrupts() -> None:
+    """In a new process: an interrupt ends it, whatever its parent does on one.
+
+    A shell lets its background jobs ignore interrupts, and children ignore or block what their parent does.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def assert_refused(result: Result, *named: str) -> None:

@@ -1,6 +1,7 @@
 """A tokenizer as a release has it, small enough to be trained in a test, and the chat templates to go with it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,25 @@ POST_PROCESSORS = {
 }
 
 
-def write_tokenizer(folder: Path, post_processor: str = "none", **config: Any) -> Path:
-    """A byte-level BPE like SmolLM2-Instruct's; `config` overrides what tokenizer_config.json holds."""
+def write_tokenizer(
+    folder: Path,
+    post_processor: str = "none",
+    corpus: Sequence[str] = CORPUS,
+    metaspace: bool = False,
+    **config: Any,
+) -> Path:
+    """A byte-level BPE like SmolLM2-Instruct's, or one that writes spaces as Llama 2's does; `config` overrides what
+    tokenizer_config.json holds."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
+    if metaspace:
+        bpe.pre_tokenizer, bpe.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=320, special_tokens=[END, START, STOP], initial_alphabet=alphabet, show_progress=False
     )
-    bpe.train_from_iterator(CORPUS, trainer)
+    bpe.train_from_iterator(corpus, trainer)
     if POST_PROCESSORS[post_processor] is not None:
         bpe.post_processor = POST_PROCESSORS[post_processor]
     bpe.enable_truncation(8)  # as a careless export leaves it: loading must undo it
