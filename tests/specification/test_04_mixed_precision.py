@@ -210,7 +210,7 @@ def test_the_scale_over_many_steps_with_a_pencil(monkeypatch: pytest.MonkeyPatch
         (2, [8, 4, 2], 2, 1), (1, [2], 2, 2), (99, [2], 2, 3),  # below 2 it does not go
         (99, [4], 4, 1), (99, [4], 4, 2), (99, [4], 4, 3), (99, [8], 8, 1), (99, [8], 8, 2), (99, [8], 8, 3),
         (99, [16], 16, 1), (99, [16], 16, 2), (99, [16], 16, 3), (99, [32], 32, 1), (99, [32], 32, 2),
-        (99, [32], 32, 3), (99, [32], 32, 4), (99, [32], 32, 5), (31, [32, 16], 16, 1),  # above the largest it does not go
+        (99, [32], 32, 3), (99, [32], 32, 4), (99, [32], 32, 5), (31, [32, 16], 16, 1),  # nor above the largest
     ):  # fmt: skip
         calls: list[float] = []
         scale.largest_fit(overflowing(limit, calls))
