@@ -18,7 +18,7 @@ from support.strategies import TINY, batches, normal, random_weights, seeds, siz
 from minilora.data.batches import Batch, collate
 from minilora.data.examples import Example
 from minilora.frozen.half import HALVES, HalfWeight, half_product
-from minilora.frozen.hold import FROZEN
+from minilora.frozen.hold import FROZEN, hold
 from minilora.frozen.weight import DenseWeight
 from minilora.methods.lora import LoRA
 from minilora.model.base import base_model
@@ -120,6 +120,14 @@ def test_loss_and_gradients_in_16_bits_are_nearly_those_in_32(
     apart = math.sqrt(sum(float(((g - rough[name]) ** 2).sum()) for name, g in gradients.items()))
     assert apart < within * length
     assert all(gradient.dtype == np.float32 for gradient in rough.values())
+
+
+@in_halves
+@pytest.mark.parametrize("frozen", ["widened", "stored", "nf4"])
+def test_a_weight_of_16_bit_products_is_handed_out_in_the_dtype_of_the_computation(half: str, frozen: str) -> None:
+    """Its rows are what an embedding looks up, and all that follows is computed in their dtype."""
+    held = hold(np.ones((4, 64), np.float32), np.float64, frozen, half)
+    assert held.dense().dtype == held.rows(np.array([1])).dtype == np.float64
 
 
 # --- The loss scale ---
