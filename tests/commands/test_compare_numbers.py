@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from support.comparisons import comparison_of, failed_figures, few_shot_figures, method_figures, spectrum_figures
+from tqdm import tqdm
 
+from minilora.compare import __main__ as compare
+from minilora.compare import latency
 from minilora.compare.figures import result
 from minilora.compare.report import comparison_tables, cost_table, cut_table, share_table, worth_table
 from minilora.compare.rivals import Rival, lora_of_rank
 from minilora.compare.scale import at_gpt_3, lora_share
 from minilora.compare.spectrum import effective_rank, gain_kept, noise_like, share_of_largest, spectrum_of
-from minilora.compare.trials import Trial
+from minilora.compare.trials import Trial, best_rate
 from minilora.figures.tables import Table
+from minilora.runs.settings import make_settings
 
 RIVAL = Rival("mine", "what it is", (), (0.01, 0.03, 0.1))
 
@@ -118,6 +123,58 @@ def test_lora_of_another_rank_has_alpha_twice_the_rank() -> None:
         rival = lora_of_rank(rank, [0.01])
         assert rival.flags == ("--rank", str(rank), "--alpha", str(2 * rank))
         assert rival[:2] == (f"lora-r{rank}", f"LoRA, rank {rank}, α {2 * rank}") and rival.rates == (0.01,)
+
+
+def test_of_two_rates_with_the_same_loss_the_lower_is_the_best() -> None:
+    done = {Trial(RIVAL, rate, 5): summary(0, loss) for rate, loss in ((0.1, 0.5), (0.03, 0.5), (0.01, 0.6))}
+    assert best_rate(RIVAL, 5, done) == 0.03
+    assert best_rate(RIVAL, 5, {Trial(RIVAL, 0.1, 7): summary(0, 0.1)} | done) == 0.03  # another seed has no say
+
+
+def test_a_trial_is_the_run_that_its_flags_say(tmp_path: Path) -> None:
+    """All methods share the budget: no weight decay, and validation in the middle and at the end."""
+    flags = "--model m --steps 31 --batch-size 6 --eval-rows 9 --seeds 5 7 --alpha 3"
+    args, shared = compare.parse([*flags.split(), "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    field = compare.Comparison(args, shared).field(tmp_path / "out", "rows", tqdm(disable=True))
+    rival = Rival("mine", "", ("--rank", "4"), (0.03,))
+    common = ["--model", "m", "--data", "rows", "--eval-rows", "9"]
+    budget = ["--steps", "31", "--batch-size", "6", "--weight-decay", "0", "--eval-every", "15", "--save-every", "15"]
+    own = ["--rank", "4", "--seed", "5"]
+    folder = str(tmp_path / "out" / "trials" / "mine-0.03-5")
+    assert field.command(Trial(rival, 0.03, 5))[3:] == [
+        *(*common, *budget, "--alpha", "3", *own, "--learning-rate", "0.03", "--out", folder),
+    ]
+    assert field.command(Trial(rival, 0.0, 5))[2:] == ["minilora.evaluate", *common, *own, "--json"]
+
+
+def test_the_latency_is_the_median_of_a_token_after_the_first_of_all_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the three takes its turn with 64 tokens; the first turn only warms up."""
+    turns = {"base": [64.0, 0.64, 1.28, 2.56], "adapted": [64.0, 6.4, 5.12, 3.2], "merged": [64.0, 0.128, 12.8, 0.32]}
+    taken: list[tuple[str, list[int]]] = []
+
+    def seconds(model: str, prompt: list[int]) -> float:
+        taken.append((model, prompt))
+        return turns[model][sum(one[0] == model for one in taken) - 1]
+
+    monkeypatch.setattr(latency, "REPEATS", 3)
+    monkeypatch.setattr(latency, "find_model", lambda *_: SimpleNamespace(folder=Path("source")))
+    monkeypatch.setattr(latency, "load_model", lambda *_: ("base", None))
+    monkeypatch.setattr("minilora.compare.latency.Tokenizer.load", lambda *_: None)
+    monkeypatch.setattr(latency, "prompts", lambda *_: ([1, 2], [3]))
+    monkeypatch.setattr(latency, "read_settings", lambda *_: None)
+    monkeypatch.setattr(latency, "seconds", seconds)
+    monkeypatch.setattr(latency, "models", lambda *_: ("adapted", "merged", ""))
+    found = latency.latency({"folder": "run"}, make_settings({}))
+    assert found == {"base": pytest.approx(20), "adapted": pytest.approx(80), "merged": pytest.approx(5)}
+    assert taken == [("base", [1, 2]), ("adapted", [1, 2]), ("merged", [1, 2])] * 4
+    taken.clear()
+    monkeypatch.setattr(latency, "models", lambda *_: ("adapted", None, "virtual tokens"))
+    found = latency.latency({"folder": "run"}, make_settings({}))
+    assert found.keys() == {"base", "adapted", "not_merged"} and found["not_merged"] == "virtual tokens"
+    taken.clear()
+    turns["base"] = [1.0] * 8
+    found = latency.latency({"shots": [4]}, make_settings({}))  # it is the base, after solved rows
+    assert taken == [("base", [1, 2]), ("base", [3])] * 4 and found.keys() == {"base", "adapted", "not_merged"}
 
 
 # --- The tables ---
