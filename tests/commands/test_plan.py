@@ -205,6 +205,7 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {  # → the mom
     "q and v, half of it labelled": ("a layer's backward", (SMALL, LoRA(4, target_modules=QV), Rows(4, 64, 100)), {}),
     "all-linear": ("a layer's backward", (SMALL, LoRA(8, target_modules=ALL), Rows(4, 64, 252)), {}),
     "all-linear, long rows": ("a layer's backward", (SMALL, LoRA(8, target_modules=ALL), Rows(2, 256, 200)), {}),
+    "all-linear, 1,024 tokens": ("a layer's backward", (SMALL, LoRA(8, target_modules=ALL), Rows(1, 1024, 200)), {}),
     "all-linear, one short row": ("a layer's backward", (UNTIED, LoRA(8, target_modules=ALL), Rows(1, 40, 20)), {}),
     "all-linear, rank 64": ("a layer's backward", (SMALL, LoRA(64, target_modules=ALL), Rows(4, 64, 60)), {}),
     "all-linear, dropout": ("a layer's backward", (SMALL, LoRA(8, 16, 0.1, target_modules=ALL), Rows(4, 64, 60)), {}),
@@ -465,8 +466,16 @@ def wrapped_step(module: WrappedModule, config: Config, method: Method, work: Ro
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("name", COUNTED)
 def test_a_step_makes_the_products_and_the_calls_that_were_counted(name: str, checkpointing: bool) -> None:
+    check_products_and_calls(COUNTED[name], Rows(3, 10, 20), checkpointing)
+
+
+@pytest.mark.parametrize("work", [Rows(2, 65, 100), Rows(1, 1024, 700)], ids=["two blocks of queries", "sixteen"])
+def test_a_step_on_long_rows_makes_the_products_and_the_calls_that_were_counted(work: Rows) -> None:
+    check_products_and_calls(LoRA(3, target_modules=ALL), work, checkpointing=False)
+
+
+def check_products_and_calls(method: Method, work: Rows, checkpointing: bool) -> None:
     config = replace(SMALL, hidden_size=24, head_dim=4, intermediate_size=40, vocab_size=50)
-    method, work = COUNTED[name], Rows(3, 10, 20)
     with wrapped_numpy() as module:
         wrapped_step(module, config, method, work, checkpointing)
     counted = counted_step(config, method, work, checkpointing=checkpointing)

@@ -128,6 +128,14 @@ def test_no_shard_exceeds_the_limit_unless_it_holds_one_tensor(tmp_path: Path) -
         assert len(members) == 1 or sum(weights[name].nbytes for name in members) <= 1500
 
 
+def test_a_checkpoint_that_just_fits_the_limit_is_one_file(tmp_path: Path) -> None:
+    total = sum(tensor.nbytes for tensor in random_weights(CONFIG, seed=0).values())
+    for limit, whole in ((total, ["model.safetensors"]), (total - 1, None)):
+        checkpoint(tmp_path, max_shard_bytes=limit)
+        written = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+        assert written == (whole or ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"])
+
+
 @quick
 @given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=12, max_size=12))
 def test_narrowing_to_bfloat16_rounds_to_nearest_even(tmp_path: Path, values: list[float]) -> None:

@@ -113,6 +113,28 @@ def test_a_folder_in_a_file_and_back_is_the_same_model_to_the_last_bit(tmp_path:
     np.testing.assert_array_equal(logits(tmp_path / "folder")[:, :5], logits(tmp_path / "folder", "stored")[:, :5])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "known"),
+    [("float32", "ALL_F32"), ("float16", "MOSTLY_F16"), ("bfloat16", "MOSTLY_BF16"), ("q8_0", "MOSTLY_Q8_0")],
+)
+def test_the_fields_of_a_file_are_llama_cpps_with_the_models_own_numbers(
+    tmp_path: Path, dtype: str, known: str
+) -> None:
+    """No two of the numbers are equal, but those that are one thing under several names."""
+    raw = LLAMA | {"head_dim": 32, "rope_theta": 50000.0, "rms_norm_eps": 0.25, "rope_scaling": YARN}
+    fields = open_gguf(as_gguf(write_model(tmp_path / "model", raw), tmp_path / "m.gguf", "--dtype", dtype)).fields
+    own = {
+        "context_length": 256, "embedding_length": 64, "block_count": 3, "feed_forward_length": 96,
+        "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 32,
+        "attention.value_length": 32, "attention.layer_norm_rms_epsilon": 0.25, "rope.dimension_count": 32,
+        "rope.freq_base": 50000.0, "vocab_size": 320, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 64,
+    }  # fmt: skip
+    assert {name.removeprefix("llama."): value for name, value in fields.items() if name.startswith("llama.")} == own
+    assert fields["general.file_type"] == gguf.LlamaFileType[known].value
+    assert fields["general.architecture"] == "llama" and fields["general.quantization_version"] == 2
+
+
 def test_q8_0_holds_each_block_of_32_by_its_largest_and_reads_back_to_the_same_bytes(
     tmp_path: Path, file: Path
 ) -> None:

@@ -28,6 +28,7 @@ from minilora.formats.files import read_json, write_json
 from minilora.formats.load import load_model
 from minilora.formats.peft import read_adapter, write_adapter
 from minilora.methods.lora import LoRA
+from minilora.methods.miss import MiSS
 from minilora.methods.targets import target_module_names
 from minilora.model.base import base_model
 from minilora.model.config import Config
@@ -195,6 +196,27 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, field: str, va
     change_adapter(tmp_path, {field: value})
     with pytest.raises(ValueError, match=rf"adapter_config\.json: .*{field}|{field}.*expected"):
         read_adapter(tmp_path, CONFIG)
+
+
+def test_a_field_that_is_missing_has_the_default_of_peft(tmp_path: Path) -> None:
+    """PEFT's own defaults, which differ from ours: it takes α = 8 and q and v alone where we take 16 and all maps."""
+    raw: dict[str, Any] = {"peft_type": "LORA"}
+    assert LoRA.from_fields(tmp_path, raw, CONFIG) == LoRA(
+        rank=8, alpha=8, dropout=0, init="kaiming", rslora=False, target_modules=("q_proj", "v_proj")
+    )
+    assert LoRA.from_fields(tmp_path, raw | {"r": 2}, CONFIG).scale == 4
+    assert MiSS.from_fields(tmp_path, {"peft_type": "MISS"}, CONFIG) == MiSS(
+        rank=64, dropout=0, target_modules=("q_proj", "v_proj")
+    )
+
+
+def test_the_defaults_of_a_missing_field_are_those_of_the_peft_that_is_installed(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    lora, miss = peft.LoraConfig(), peft.MissConfig()
+    read = LoRA.from_fields(tmp_path, {"peft_type": "LORA"}, CONFIG)
+    assert (read.rank, read.alpha, read.dropout) == (lora.r, lora.lora_alpha, lora.lora_dropout)
+    shards = MiSS.from_fields(tmp_path, {"peft_type": "MISS"}, CONFIG)
+    assert (shards.rank, shards.dropout) == (miss.r, miss.miss_dropout)
 
 
 def test_layers_to_transform_with_a_pattern_is_refused_as_peft_does(tmp_path: Path) -> None:

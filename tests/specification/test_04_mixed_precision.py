@@ -18,12 +18,13 @@ from support.strategies import TINY, batches, normal, random_weights, seeds, siz
 from minilora.data.batches import Batch, collate
 from minilora.data.examples import Example
 from minilora.frozen.half import HALVES, HalfWeight, half_product
-from minilora.frozen.hold import FROZEN
+from minilora.frozen.hold import FROZEN, hold
 from minilora.frozen.weight import DenseWeight
 from minilora.methods.lora import LoRA
 from minilora.model.base import base_model
 from minilora.model.model import Model
 from minilora.model.names import HEAD, layer_module
+from minilora.training import loss_scale
 from minilora.training.loss_scale import FIRST, GROWS_AFTER, LARGEST, LEAST, LossScale, scaled_loss_and_gradients
 from minilora.training.optimizers import global_norm
 from minilora.training.step import loss_and_gradients
@@ -121,6 +122,14 @@ def test_loss_and_gradients_in_16_bits_are_nearly_those_in_32(
     assert all(gradient.dtype == np.float32 for gradient in rough.values())
 
 
+@in_halves
+@pytest.mark.parametrize("frozen", ["widened", "stored", "nf4"])
+def test_a_weight_of_16_bit_products_is_handed_out_in_the_dtype_of_the_computation(half: str, frozen: str) -> None:
+    """Its rows are what an embedding looks up, and all that follows is computed in their dtype."""
+    held = hold(np.ones((4, 64), np.float32), np.float64, frozen, half)
+    assert held.dense().dtype == held.rows(np.array([1])).dtype == np.float64
+
+
 # --- The loss scale ---
 
 
@@ -166,7 +175,8 @@ def test_a_real_overflow_is_mended_without_a_warning() -> None:
 
 @given(power=st.integers(1, 16))
 def test_a_step_that_overflows_is_computed_again_with_half_of_the_scale(power: int) -> None:
-    scale, calls = LossScale(FIRST, steps=7), []
+    scale = LossScale(FIRST, steps=7)
+    calls: list[float] = []
     assert scale.largest_fit(overflowing(2.0**power, calls)) == (1.0, {"A": np.array([3.0])})
     assert calls == [2.0**p for p in range(16, power - 1, -1)]
     assert scale == LossScale(2.0**power, 8 if power == 16 else 1)
@@ -191,3 +201,30 @@ def test_the_scale_doubles_after_many_steps_without_an_overflow_and_a_scale_of_1
         assert scale.value == before
         scale.largest_fit(overflowing(math.inf, []))
         assert scale.value == after
+
+
+def test_the_scale_over_many_steps_with_a_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's limit is the largest scale that it takes. The count begins again after each growth and each overflow,
+    and a halved step counts as the first that went well."""
+    monkeypatch.setattr(loss_scale, "GROWS_AFTER", 3)
+    monkeypatch.setattr(loss_scale, "LARGEST", 32.0)
+    scale = LossScale(8.0)
+    for limit, tried, value, steps in (
+        (99, [8], 8, 1), (99, [8], 8, 2), (99, [8], 8, 3),
+        (99, [16], 16, 1), (99, [16], 16, 2), (99, [16], 16, 3),  # doubled, and not again one step later
+        (16, [32, 16], 16, 1), (99, [16], 16, 2),  # what was doubled overflows
+        (4, [16, 8, 4], 4, 1), (99, [4], 4, 2), (99, [4], 4, 3),
+        (99, [8], 8, 1), (99, [8], 8, 2), (7, [8, 4], 4, 1), (99, [4], 4, 2), (99, [4], 4, 3),
+        (2, [8, 4, 2], 2, 1), (1, [2], 2, 2), (99, [2], 2, 3),  # below 2 it does not go
+        (99, [4], 4, 1), (99, [4], 4, 2), (99, [4], 4, 3), (99, [8], 8, 1), (99, [8], 8, 2), (99, [8], 8, 3),
+        (99, [16], 16, 1), (99, [16], 16, 2), (99, [16], 16, 3), (99, [32], 32, 1), (99, [32], 32, 2),
+        (99, [32], 32, 3), (99, [32], 32, 4), (99, [32], 32, 5), (31, [32, 16], 16, 1),  # nor above the largest
+    ):  # fmt: skip
+        calls: list[float] = []
+        scale.largest_fit(overflowing(limit, calls))
+        assert (calls, scale) == (tried, LossScale(value, steps))
+
+
+def test_the_loss_scales_constants_are_pytorchs() -> None:
+    """Its GradScaler begins with 2¹⁶ and doubles after 2,000 steps; the ends of the range are ours."""
+    assert (FIRST, GROWS_AFTER, LEAST, LARGEST) == (65536, 2000, 2, 16777216)

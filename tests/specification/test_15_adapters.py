@@ -22,13 +22,15 @@ from minilora.adapters.combination import (
     settings_of_scale_one,
     truncate,
 )
+from minilora.adapters.merging import merged_parameters
 from minilora.adapters.mixed import mixed
 from minilora.lora import delta
 from minilora.methods.dora import DoRA
+from minilora.methods.full import full_model
 from minilora.methods.lora import LoRA
 from minilora.methods.prefix import PrefixTuning
 from minilora.methods.prompt import PromptTuning
-from minilora.methods.targets import every_module
+from minilora.methods.targets import every_module, projections
 from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.generation import complete
@@ -131,6 +133,27 @@ def test_a_combined_adapter_is_written_with_these_ranks_and_the_scale_one(
     assert found.places(config) == {module: (rank, 1.0) for module, rank in chosen.items()}
     if whole_ends:
         assert all("." not in name for name in (*found.target_modules, *found.rank_pattern))
+
+
+def test_the_rank_of_most_modules_is_the_combined_adapters_and_only_the_others_are_named() -> None:
+    ranks = {name: 5 if name.endswith("k_proj") else 2 for name in projections(TINY)}
+    found = settings_of_scale_one(TINY, ranks)
+    assert (found.rank, found.alpha) == (2, 2.0)
+    assert (found.rank_pattern, found.alpha_pattern) == ({"k_proj": 5}, {"k_proj": 5.0})
+
+
+# --- merging ---
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_merging_a_fully_trained_model_gives_each_tensor_of_its_checkpoint_once(tied: bool) -> None:
+    """The head of a tied model is its embedding, and no tensor of its own."""
+    config = replace(TINY, tie_word_embeddings=tied)
+    weights = random_weights(config, 0)
+    trained = {name: weight + 1 for name, weight in weights.items()}
+    merged = list(merged_parameters(base_model(config, weights, np.float64), full_model(config, trained)))
+    assert sorted(name for name, _ in merged) == sorted(weights)
+    assert all(value is trained[name] for name, value in merged)
 
 
 @some
