@@ -15,6 +15,7 @@ from minilora.backend import use
 from minilora.cli import errors
 from minilora.cli.train_flags import choose_settings, parse
 from minilora.data.examples import Row
+from minilora.data.prompts import last_words, question
 from minilora.data.show import show_batch
 from minilora.formats.files import write_json
 from minilora.runs.advice import out_of_memory
@@ -83,9 +84,10 @@ def describe(run: Run, device: str) -> None:
 def print_examples(rows: list[Row], before: Judgement, after: Judgement, count: int = 3) -> None:
     """Print a few held-out rows: the prompt, the right answer, and the answers before and after training."""
     for i in range(0, len(after.answers), max(1, len(after.answers) // count))[:count]:
-        print(f"\n{rows[i]['prompt']}")
+        asked, right = question(rows[i]) or ({"prompt": ""}, "")  # rows that were answered ask something
+        print(f"\n{last_words(asked)}")
         for name, answer in (
-            ("right", rows[i]["completion"]),
+            ("right", right),
             ("before", before.answers[i]),
             ("after", after.answers[i]),
         ):

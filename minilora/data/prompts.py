@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minilora.data.conversations import is_conversation, template_arguments
+from minilora.data.conversations import TEMPLATE_KEYS, is_conversation, template_arguments
+from minilora.data.examples import Row
 from minilora.data.tokenizer import Tokenizer
 
 PromptRow = dict[str, Any]
@@ -50,6 +51,27 @@ def _check(row: Any) -> PromptRow:
 def conversation(row: PromptRow) -> Any:
     """The messages for the chat template; a text if the prompt is a text."""
     return row["prompt"] if "prompt" in row else row["messages"]
+
+
+def question(row: Row) -> tuple[PromptRow, str] | None:
+    """What a row asks, and its one right answer as text. None if it asks nothing, as a plain text.
+
+    A conversation whose last turn is the assistant's asks for that turn.
+    """
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return {"prompt": prompt}, completion
+    messages = row["messages"] if "messages" in row else [*(prompt or []), *(completion or [])]
+    if len(messages) < 2 or messages[-1]["role"] != "assistant" or not isinstance(messages[-1].get("content"), str):
+        return None
+    others = {key: row[key] for key in TEMPLATE_KEYS if key in row}
+    return {"messages": messages[:-1], **others}, messages[-1]["content"]
+
+
+def last_words(row: PromptRow) -> str:
+    """What is to be answered: the text of a prompt, or the last message."""
+    asked = conversation(row)
+    return asked if isinstance(asked, str) else str(asked[-1].get("content") or "")
 
 
 def as_messages(text: str, system: str = "") -> list[Mapping[str, str]]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from minilora.backend import Array, to_device, xp
 from minilora.data.batches import Batch, pad
 from minilora.data.examples import Example, Row
+from minilora.data.prompts import PromptRow, encode_prompt, end_of_turn, question
 from minilora.data.tokenizer import Tokenizer
 from minilora.model.generation import complete
 from minilora.model.model import Model
@@ -35,15 +36,18 @@ def answers(
     One that would go on is cut off, soon after the length of the longest right answer, and says so by its last
     character: it is not right, even if nothing but white space or special tokens had come after the right answer.
     """
-    prompts = [tokenizer.with_bos(tokenizer.encode(row["prompt"])) for row in rows]
-    longest = max(len(tokenizer.encode(row["completion"])) for row in rows)  # no right answer is longer
+    asked_of = [_question(row) for row in rows]
+    prompts = [encode_prompt(asked, tokenizer) for asked, _ in asked_of]
+    longest = max(len(tokenizer.encode(right)) for _, right in asked_of)  # no right answer is longer
+    is_chat = any("messages" in asked for asked, _ in asked_of)
+    stop_ids = tokenizer.stop_ids | (end_of_turn(tokenizer) if is_chat else frozenset())
     texts = [""] * len(rows)
     asked = [i for i in range(len(rows)) if prompts[i]]  # an empty prompt asks nothing
     order = sorted(asked, key=lambda i: len(prompts[i]))
     limit = min(longest, MOST_ANSWER_TOKENS) + ROOM
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        completions = complete(model, [prompts[i] for i in batch], limit, tokenizer.stop_ids)
+        completions = complete(model, [prompts[i] for i in batch], limit, stop_ids)
         for i, tokens in zip(batch, completions, strict=True):
             texts[i] = tokenizer.decode(tokens) + (CUT_OFF if len(tokens) == limit else "")
         on_batch(len(batch))
@@ -51,16 +55,21 @@ def answers(
 
 
 def exact_match(texts: Sequence[str], rows: Sequence[Row]) -> float:
-    """The share of answers that equal the row's completion, apart from white space at the ends."""
-    right = sum(answer.strip() == str(row["completion"]).strip() for answer, row in zip(texts, rows, strict=True))
+    """The share of answers that equal the row's right one, apart from white space at the ends."""
+    right = sum(answer.strip() == _question(row)[1].strip() for answer, row in zip(texts, rows, strict=True))
     return right / len(rows)
 
 
 def can_be_matched(rows: Sequence[Row]) -> bool:
-    """Whether the exact match is defined: every row gives a prompt and one right completion, both as text."""
-    return bool(rows) and all(
-        isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str) for row in rows
-    )
+    """Whether the exact match is defined: every row asks something and has one right answer."""
+    return bool(rows) and all(map(question, rows))
+
+
+def _question(row: Row) -> tuple[PromptRow, str]:
+    asked = question(row)
+    if asked is None:
+        raise ValueError(f"the row with the keys {sorted(row)} asks nothing that has one right answer")
+    return asked
 
 
 def drift(base: Model, adapted: Model, batches: Sequence[Batch], chunk: int = 512) -> float:
