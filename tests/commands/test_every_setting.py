@@ -28,7 +28,7 @@ from minilora.methods.method import known_methods
 from minilora.methods.setting import settings_of
 from minilora.methods.starts import STARTS
 from minilora.model.config import Config
-from minilora.runs.settings import DEFAULT_METHOD, Settings, all_settings
+from minilora.runs.settings import DEFAULT_METHOD, Settings, all_settings, read_settings
 from minilora.runs.task import load_data
 from minilora.training.loss_scale import FIRST
 from minilora.training.optimizers import OPTIMIZERS
@@ -302,10 +302,12 @@ SETTINGS = [
 def test_another_value_of_a_setting_changes_what_it_is_there_for(look: Look, method: str, name: str) -> None:
     for value, acts_on, becomes, beside in CASES.get(f"{method}.{name}") or CASES[name]:
         beside = beside if method == DEFAULT_METHOD().name else {"method": method} | beside
-        before, after = acts_on(look(beside)), acts_on(look(beside | {name: value}))
+        plain, changed = look(beside), look(beside | {name: value})
+        before, after = acts_on(plain), acts_on(changed)
         assert after != before
         if becomes is not ANOTHER:
             assert after == (becomes(before) if isinstance(becomes, FunctionType) else becomes)
+        assert changed.refusal or read_settings(changed.folder) == changed.run.settings  # so that it is resumed with it
 
 
 def test_every_choice_of_a_setting_is_tried_above() -> None:
