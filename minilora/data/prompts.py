@@ -61,8 +61,11 @@ def question(row: Row) -> tuple[PromptRow, str] | None:
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         return {"prompt": prompt}, completion
-    messages = row["messages"] if "messages" in row else [*(prompt or []), *(completion or [])]
-    if len(messages) < 2 or messages[-1]["role"] != "assistant" or not isinstance(messages[-1].get("content"), str):
+    both = prompt + completion if isinstance(prompt, list) and isinstance(completion, list) else []
+    messages = row.get("messages", both)
+    if not is_conversation(messages) or len(messages) < 2 or messages[-1]["role"] != "assistant":
+        return None
+    if not isinstance(messages[-1].get("content"), str):  # a call of tools
         return None
     others = {key: row[key] for key in TEMPLATE_KEYS if key in row}
     return {"messages": messages[:-1], **others}, messages[-1]["content"]

@@ -36,6 +36,19 @@ from support.commands import (
 from minilora import generate
 from minilora.data.tokenizer import Tokenizer
 
+
+@pytest.fixture(scope="module")
+def adapter_of_chats(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of an adapter that has learnt the chats, and what the command printed."""
+    folder = tmp_path_factory.mktemp("chats")
+    for part in ("train", "valid", "test"):
+        write_rows(folder / "data" / f"{part}.jsonl", ROWS["messages"])
+    flags = "--steps 120 --learning-rate 0.01 --rank 4".split()
+    out = good("train", "--model", model, "--data", folder / "data", "--out", folder / "run", *flags)
+    (folder / "run" / "log.txt").write_text(out)
+    return folder / "run"
+
+
 # --- train: what it takes, and what it leaves ---
 
 
@@ -45,7 +58,7 @@ def test_a_run_on_each_shape_of_data_leaves_all_that_is_promised(train: Any, nam
     assert {path.name for path in run_folder.iterdir()} == RUN_FILES
     summary = read(run_folder / "summary.json")
     assert summary.keys() >= SUMMARY_KEYS
-    held_out, matched = name != "train-only", name == "pairs.jsonl"
+    held_out, matched = name != "train-only", name in ("pairs.jsonl", "messages.jsonl", "chat-pairs.jsonl")
     assert (summary["base_loss"] is not None) == (summary["adapted_loss"] is not None) == held_out
     assert (summary["base_exact_match"] is not None) == (summary["adapted_exact_match"] is not None) == matched
     assert summary["drift_kl"] >= 0 and summary["tokens_per_second"] > 0 and summary["peak_memory_bytes"] > 1e6
@@ -233,6 +246,20 @@ def test_merging_rounds_only_where_asked_and_tells_what_is_lost(
         assert report["unchanged_share"] == same / sum(base[name].size for name in adapted)
         assert f"lost {lost[dtype]:.2%} of the update" in out
     assert 0 == lost["float32"] < lost["float16"] < lost["bfloat16"] < 1
+
+
+def test_a_conversation_is_answered_shown_and_matched_as_other_rows_are(
+    model: Path, tmp_path: Path, adapter_of_chats: Path
+) -> None:
+    """The assistant's last turn is the right answer, and the token that closes a turn ends it."""
+    out = (adapter_of_chats / "log.txt").read_text()
+    summary = read(adapter_of_chats / "summary.json")
+    assert summary["adapted_exact_match"] > summary["base_exact_match"] == 0
+    for told in ("up ->", "right: UP", "after: UP"):
+        assert told in out
+    flags = ("--model", model, "--adapter", adapter_of_chats, "--data", tmp_path / "chats.jsonl", "--json")
+    write_rows(tmp_path / "chats.jsonl", ROWS["messages"])
+    assert json.loads(good("evaluate", *flags))["exact_match"] == summary["adapted_exact_match"]
 
 
 # --- generate ---

@@ -127,9 +127,15 @@ def test_exact_match_wants_one_answer_for_each_row() -> None:
         exact_match(["a"], rows_of(["a", "b"]))
 
 
-def test_only_rows_with_a_prompt_and_one_completion_in_words_can_be_matched() -> None:
+def test_only_rows_that_ask_something_and_have_one_answer_in_words_can_be_matched() -> None:
+    asked, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    call = {"role": "assistant", "content": None, "tool_calls": [{}]}
     assert can_be_matched(rows_of(["a", "b"]))
+    assert can_be_matched([{"messages": [asked, answer]}, {"prompt": [asked], "completion": [answer]}])
     for rows in (
+        [{"messages": [asked, answer, asked]}],
+        [{"messages": [answer]}],
+        [{"messages": [asked, call]}],
         [],
         [{"prompt": "a"}],
         [{"completion": "a"}],
