@@ -23,7 +23,7 @@ HELP = """\
 /list           the adapters, and which one answers
 /clear          forget the conversation
 /help           this list
-/quit           leave, as does Ctrl-D; Ctrl-C stops an answer"""
+/quit           leave, as do exit, quit and Ctrl-D; Ctrl-C stops an answer"""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -108,6 +108,8 @@ def chat_command(argv: list[str] | None = None) -> None:
     while True:
         try:
             line = input(f"{chat.adapter}> " if terminal else "").strip()
+            if line.lower() in ("exit", "quit"):
+                break
             if line.startswith("/"):
                 if not chat.obey(line):
                     break

@@ -42,7 +42,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         '"adapter": "NAME"; a prompt without one is answered by every --adapter',
     )
     parser.add_argument(
-        "--chat", action="store_true", help="put each prompt into the chat template as a user's message"
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="put each prompt into the chat template as a user's message (default: if adapters learnt from messages)",
     )
     parser.add_argument(*flags("batch_size"), metavar="N", type=int, default=8, help="prompts in a batch (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line, even for a single prompt")
@@ -65,7 +67,7 @@ def generate_command(argv: list[str] | None = None) -> None:
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
     loaded = load(args)
-    rows = given_prompts(args)
+    rows = given_prompts(args, in_template(args.chat, loaded))
     requests = [
         make_request(row, adapter, loaded, args.max_tokens)
         for row in rows
@@ -87,12 +89,23 @@ def generate_command(argv: list[str] | None = None) -> None:
         write_text(args.out, "".join(f"{line}\n" for line in lines))
 
 
-def given_prompts(args: argparse.Namespace) -> list[PromptRow]:
-    """All prompts in order. With `--chat`, texts become messages."""
+def in_template(asked: bool | None, loaded: Loaded) -> bool:
+    """Whether texts are to become messages: as asked, or else as the adapters' training rows were, which is told."""
+    if asked is None and loaded.learnt_to_chat:
+        if not loaded.tokenizer.templates:
+            print("the adapter learnt from messages, but this model has no chat template to show them", file=sys.stderr)
+            return False
+        print("prompts go into the chat template, as the adapter's training rows did: --no-chat", file=sys.stderr)
+        return True
+    return bool(asked)
+
+
+def given_prompts(args: argparse.Namespace, chat: bool) -> list[PromptRow]:
+    """All prompts in order. With `chat`, texts become messages."""
     texts = args.prompt or ([] if args.prompts else ["-"])
     rows: list[PromptRow] = [{"prompt": sys.stdin.read() if text == "-" else text} for text in texts]
     rows += read_prompts(args.prompts) if args.prompts else []
-    if args.chat:
+    if chat:
         for row in rows:
             if isinstance(conversation(row), str):
                 row["prompt"] = as_messages(row["prompt"], args.system_prompt)

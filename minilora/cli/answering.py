@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,10 +15,11 @@ from minilora.backend import use
 from minilora.cli.base import find_base
 from minilora.cli.flags import add_model_flags, flags
 from minilora.data.tokenizer import Tokenizer
+from minilora.formats.files import read_json
 from minilora.formats.library import BASE, contradiction, load_adapters, named_adapters
 from minilora.formats.load import load_model
 from minilora.frozen.hold import FROZEN
-from minilora.model.generation import Choose, sampler
+from minilora.model.generation import Choose, penalised, sampler
 from minilora.model.model import Model
 
 
@@ -53,6 +56,8 @@ def add_flags(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     parser.add_argument(
         "--top-p", type=float, default=1.0, help="draw from the fewest tokens whose probabilities reach p (%(default)s)"
     )
+    penalty = "divide the logits of tokens that the text has already; 1.1 is usual, 1 changes nothing (%(default)s)"
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help=penalty)
     parser.add_argument("--seed", type=int, default=0, help="the seed of the draws (%(default)s)")
     parser.add_argument(
         "--extra-eos-token",
@@ -72,6 +77,7 @@ def check_flags(args: argparse.Namespace) -> None:
         ("temp", args.temp >= 0),
         ("top_k", args.top_k >= 0),
         ("top_p", 0 < args.top_p <= 1),
+        ("repetition_penalty", 0 < args.repetition_penalty < math.inf),
         ("seed", args.seed >= 0),
     ):
         if not sensible:
@@ -85,6 +91,7 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
     choose: Choose
     stop_ids: frozenset[int]
+    learnt_to_chat: bool  # every adapter's training rows were messages
 
     @property
     def adapters(self) -> list[str]:
@@ -102,8 +109,17 @@ def load(args: argparse.Namespace) -> Loaded:
     if different := contradiction(adapters):
         print(f"remark: {different}", file=sys.stderr)
     tokenizer = Tokenizer.load(folder)
-    choose = sampler(args.temp, args.top_k, args.top_p, np.random.default_rng(args.seed))
-    return Loaded(models, tokenizer, choose, tokenizer.stop_ids | extra_stops(args.extra_eos_token, tokenizer))
+    drawn = sampler(args.temp, args.top_k, args.top_p, np.random.default_rng(args.seed))
+    choose = penalised(drawn, args.repetition_penalty)
+    stop_ids = tokenizer.stop_ids | extra_stops(args.extra_eos_token, tokenizer)
+    return Loaded(models, tokenizer, choose, stop_ids, bool(adapters) and all(map(learnt_to_chat, adapters.values())))
+
+
+def learnt_to_chat(adapter: Path) -> bool:
+    """Whether the folder is that of a run whose training rows were messages."""
+    summary = adapter / "summary.json"
+    shapes = read_json(summary).get("data", {}).get("train", {}).get("shapes", []) if summary.exists() else []
+    return bool(shapes) and all("messages" in shape for shape in shapes)
 
 
 def extra_stops(texts: list[str], tokenizer: Tokenizer) -> frozenset[int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -11,10 +11,15 @@ from minilora.backend import Array, HostArray, to_device, to_host
 from minilora.model.model import Model, Past, forward
 from minilora.model.names import HEAD
 
-Choose = Callable[[HostArray], HostArray]  # logits (B, V) → tokens (B,)
+Texts = Sequence[Sequence[int]]
 
 
-def greedy(logits: HostArray) -> HostArray:
+class Choose(Protocol):
+    def __call__(self, logits: HostArray, texts: Texts = ()) -> HostArray:
+        """The next token of each row (B,), from its logits (B, V) and the tokens of its text so far."""
+
+
+def greedy(logits: HostArray, texts: Texts = ()) -> HostArray:
     """The most probable token of each row."""
     return np.asarray(logits.argmax(axis=-1))
 
@@ -25,7 +30,7 @@ def sampler(temperature: float, top_k: int, top_p: float, rng: np.random.Generat
     if temperature == 0:
         return greedy
 
-    def choose(logits: HostArray) -> HostArray:
+    def choose(logits: HostArray, texts: Texts = ()) -> HostArray:
         order = np.argsort(-logits, axis=-1, kind="stable")
         z = np.take_along_axis(logits.astype(np.float64), order, axis=-1)
         p = np.exp((z - z[:, :1]) / temperature)
@@ -39,6 +44,25 @@ def sampler(temperature: float, top_k: int, top_p: float, rng: np.random.Generat
         return np.asarray(np.take_along_axis(order, rank, axis=-1)[:, 0])
 
     return choose
+
+
+def penalised(choose: Choose, penalty: float) -> Choose:
+    """Choose after the logit of each token that the text has already is made smaller.
+
+    It is divided by the penalty, or multiplied where it is negative, as transformers does (Keskar et al., 2019,
+    arXiv:1909.05858, section 4.1). A penalty of 1 changes nothing.
+    """
+    if penalty == 1:
+        return choose
+
+    def choose_anew(logits: HostArray, texts: Texts = ()) -> HostArray:
+        logits = logits.copy()
+        for row, text in zip(logits, texts, strict=True):
+            said = np.unique(np.asarray(text, np.int64))
+            row[said] = np.where(row[said] > 0, row[said] / penalty, row[said] * penalty)
+        return choose(logits, texts)
+
+    return choose_anew
 
 
 def stream(model: Model, prompts: Sequence[Sequence[int]], choose: Choose = greedy) -> Iterator[HostArray]:
@@ -57,9 +81,12 @@ def stream(model: Model, prompts: Sequence[Sequence[int]], choose: Choose = gree
         segments[b, longest - len(prompt) :] = 1
     positions = np.maximum(segments.cumsum(axis=1) - 1, 0)
     past: Past | None = None
+    texts = [list(prompt) for prompt in prompts]
     while True:
         hidden, past, _ = forward(model, to_device(tokens), to_device(positions), to_device(segments), past, keep=False)
-        tokens = choose(to_host(last_logits(model, hidden, len(prompts))))[:, None]
+        tokens = choose(to_host(last_logits(model, hidden, len(prompts))), texts)[:, None]
+        for text, token in zip(texts, tokens[:, 0].tolist(), strict=True):
+            text.append(token)
         positions, segments = positions[:, -1:] + 1, np.ones_like(tokens)
         yield tokens[:, 0]
 
@@ -132,7 +159,7 @@ class Memory:
             ones = to_device(np.ones((1, len(new)), np.int64))
             hidden, past, _ = forward(self.model, tokens, positions, ones, self.seen.past, keep=False)
             self.seen = Seen(self.seen.tokens + new, past)  # at once: an interrupt finds both or neither
-            new = choose(to_host(last_logits(self.model, hidden, 1))).tolist()
+            new = choose(to_host(last_logits(self.model, hidden, 1)), [self.seen.tokens]).tolist()
             yield new[0]
 
     def keep(self, count: int) -> None:

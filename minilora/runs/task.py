@@ -12,7 +12,7 @@ import numpy as np
 
 from minilora.data.batches import Batch, Rows, collate, of_like_length, pack, padding_share
 from minilora.data.datasets import Dataset, load_dataset
-from minilora.data.examples import Example, Row, encode_rows
+from minilora.data.examples import Example, Row, encode_rows, row_shape
 from minilora.data.report import figures, report
 from minilora.data.tokenizer import Tokenizer
 from minilora.runs.settings import Settings
@@ -70,7 +70,10 @@ def load_task(settings: Settings, tokenizer: Tokenizer, max_length: int) -> Task
         valid=[collate(group, tokenizer.pad_id) for group in groups.get("valid", [])],
         held_out=[collate(group, tokenizer.pad_id) for group in groups.get(judged, [])],
         held_out_rows=encoded[judged].kept(getattr(data, judged)) if judged in encoded else [],
-        figures={name: figures(part, padding[name]) for name, part in encoded.items()},
+        figures={
+            name: figures(part, padding[name]) | {"shapes": sorted({*map(row_shape, getattr(data, name))})}
+            for name, part in encoded.items()
+        },
         report=lines + tokenizer.remarks,
     )
 

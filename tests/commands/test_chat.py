@@ -294,7 +294,9 @@ def test_the_commands_tell_what_there_is(talk: Any) -> None:
     assert talk("/adaptor b") == ["no command /adaptor b: /help tells them"]
     helped = "\n".join(talk("/help"))
     assert all(command in helped for command in ("/adapter NAME", "/base", "/list", "/clear", "/help", "/quit"))
-    assert talk("/quit", "/help") == [] == talk("", "  ")
+    for leave in ("/quit", "exit", "quit", "Exit"):
+        assert talk(leave, "/help") == []
+    assert talk("", "  ") == []
 
 
 def test_a_conversation_that_fills_the_context_says_so_and_goes_on_after_clear(folder: Path, talk: Any) -> None:

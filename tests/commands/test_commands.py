@@ -265,6 +265,17 @@ def test_a_conversation_is_answered_shown_and_matched_as_other_rows_are(
 # --- generate ---
 
 
+def test_an_adapter_that_learnt_from_messages_is_asked_in_the_chat_template(
+    model: Path, adapter: Path, adapter_of_chats: Path
+) -> None:
+    """Unless --no-chat says otherwise. One that learnt from prompts is not."""
+    flags = ("generate", "--adapter", adapter_of_chats, "--prompt", "up ->", "--max-tokens", 4)
+    asked, plain = run(*flags), run(*flags, "--no-chat")
+    assert asked.out == good(*flags, "--chat") != plain.out
+    assert "--no-chat" in asked.err and "--no-chat" not in plain.err
+    assert "--no-chat" not in run("generate", "--adapter", adapter, "--prompt", "up ->", "--max-tokens", 4).err
+
+
 def test_greedy_generation_is_the_same_each_time_and_answers_what_was_learnt(model: Path, adapter: Path) -> None:
     flags = ("--model", model, "--adapter", adapter, "--prompt", "left ->")
     assert good("generate", *flags) == good("generate", *flags, "--seed", 7) == " LEFT\n"

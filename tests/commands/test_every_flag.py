@@ -41,6 +41,7 @@ OF_ANSWERS = {
     "temp": "--temp 5",
     "top_k": "--temp 5 + --top-k 1",
     "top_p": "--temp 5 + --top-p 0.01",
+    "repetition_penalty": "--repetition-penalty 0.01",
     "seed": "--temp 5 + --seed 1",
     "extra_eos_token": f"--extra-eos-token % {' '.join(string.ascii_letters)}",
     "device": "--device cuda",

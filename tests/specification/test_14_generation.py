@@ -18,7 +18,7 @@ from minilora.methods.prompt import PromptTuning
 from minilora.model import generation
 from minilora.model.base import base_model
 from minilora.model.config import Config
-from minilora.model.generation import Memory, complete, greedy, sampler, stream
+from minilora.model.generation import Memory, complete, greedy, penalised, sampler, stream
 from minilora.model.model import Model, forward
 from minilora.model.names import HEAD
 
@@ -279,3 +279,38 @@ def test_the_seed_decides_what_is_drawn(seed: int, prompts: list[list[int]]) -> 
         return [tuple(tokens) for tokens in islice(stream(model, prompts, choose), 30)]
 
     assert draw(seed) == draw(seed) != draw(seed + 1)
+
+
+# --- Repetition ---
+
+
+def test_the_penalty_with_a_pencil() -> None:
+    """A positive logit is divided, a negative one multiplied, once however often the token was said."""
+    seen = []
+
+    def look(logits: np.ndarray, texts: object = ()) -> np.ndarray:
+        seen.append(logits)
+        return greedy(logits)
+
+    logits = np.array([[4.0, 3.0, -1.0, 2.0], [4.0, 3.0, -1.0, 2.0]])
+    assert penalised(look, 2.0)(logits, [[0, 2, 0], []]).tolist() == [1, 0]
+    assert seen[0].tolist() == [[2.0, 3.0, -2.0, 2.0], [4.0, 3.0, -1.0, 2.0]]
+    assert logits[0].tolist() == [4.0, 3.0, -1.0, 2.0]
+    assert penalised(look, 1.0) is look
+
+
+@given(config=configs(), seed=seeds, penalty=st.sampled_from([1.5, 100.0, 0.5]))
+def test_the_penalty_sees_the_prompt_and_the_answer_so_far(config: Config, seed: int, penalty: float) -> None:
+    """In a batch and in a conversation's memory alike."""
+    model = base_model(config, random_weights(config, seed), np.dtype(np.float64))
+    prompts = [[1, 2, 3], [4, 1]]
+    seen: list[list[int]] = []
+
+    def look(logits: np.ndarray, texts: Sequence[Sequence[int]] = ()) -> np.ndarray:
+        seen.append(list(texts[0]))
+        return penalised(greedy, penalty)(logits, texts)
+
+    answers = complete(model, prompts, 4, frozenset(), look)
+    assert seen == [[*prompts[0], *answers[0][:n]] for n in range(4)]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert list(islice(Memory(model).stream(prompt, penalised(greedy, penalty)), 4)) == answer
