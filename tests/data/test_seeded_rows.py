@@ -49,7 +49,7 @@ def test_the_shots_that_a_seed_shows_are_the_same_for_ever(tmp_path: Path) -> No
 
 
 def test_the_parts_and_the_order_of_a_made_data_set_are_the_same_for_ever() -> None:
-    """A key is in the part that its checksum says, whatever the seed; the seed decides the order and what is left out."""
+    """The checksum of a key says its part, whatever the seed, which decides the order and what is left out."""
     assert [part_of(key) for key in "abcd"] == ["train", "test", "train", "train"]
     rows = {str(n): [{"prompt": str(n), "completion": ""}] for n in range(60)}
     parts = split(rows, seed=3, limit=40)
