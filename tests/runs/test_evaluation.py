@@ -17,7 +17,8 @@ from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.model import Model, forward
 from minilora.model.names import HEAD
-from minilora.runs.evaluation import can_be_matched, drift, exact_match, outside_text
+from minilora.runs import evaluation
+from minilora.runs.evaluation import answers, can_be_matched, drift, exact_match, outside_text
 
 few = settings(max_examples=40)
 
@@ -140,19 +141,43 @@ def test_only_rows_with_a_prompt_and_one_completion_in_words_can_be_matched() ->
     assert not can_be_matched([*rows_of(["a"]), {"text": "b"}])
 
 
-# --- Text outside the task ---
-
-
 class Letters:
     """A tokenizer whose tokens are the numbers of characters."""
 
     pad_id = 0
+    stop_ids = frozenset([0])
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
     def with_bos(self, ids: Sequence[int]) -> list[int]:
         return [1, *ids]
+
+
+@pytest.mark.parametrize(("longest", "asked_for"), [(1, 2), (7, 8), (127, 128), (128, 128), (500, 128)])
+def test_an_answer_that_goes_on_beyond_the_longest_right_one_is_seen_to_do_so(
+    monkeypatch: pytest.MonkeyPatch, longest: int, asked_for: int
+) -> None:
+    """One token more than the longest has is asked for: cut off before it, an answer without end would look right.
+    Beyond 128 nothing is asked for."""
+    letters: Any = Letters()
+    rows = rows_of(["a" * longest, "a"])
+
+    def endless(model: Any, prompts: Sequence[Any], max_tokens: int, stop_ids: frozenset[int]) -> list[list[int]]:
+        assert list(prompts) == [[1, ord("?")]] * 2 and stop_ids == {0}
+        return [[ord("a")] * max_tokens for _ in prompts]
+
+    monkeypatch.setattr(evaluation, "complete", endless)
+    model: Any = None
+    texts = answers(model, letters, rows)
+    assert texts == ["a" * asked_for] * 2
+    assert exact_match(texts, rows) == (0.5 if longest == 128 else 0)
+
+
+# --- Text outside the task ---
 
 
 @given(texts=st.integers(1, 40), length=st.integers(2, 200))
