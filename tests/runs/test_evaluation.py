@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from minilora.model.config import Config
 from minilora.model.model import Model, forward
 from minilora.model.names import HEAD
 from minilora.runs import evaluation
-from minilora.runs.evaluation import answers, can_be_matched, drift, exact_match, outside_text
+from minilora.runs.evaluation import answers, can_be_matched, drift, exact_match, largest_logit_difference, outside_text
 
 few = settings(max_examples=40)
 
@@ -101,6 +102,24 @@ def test_a_drift_without_bounds_is_finite_for_logits_of_any_size() -> None:
     extreme = base_model(TINY, weights, np.float64)
     batch = Batch(*(np.array([[1, 2, 3]]) for _ in range(3)), segments=np.ones((1, 3), np.int64))
     assert 0 < drift(model_of(TINY, 1), extreme, [batch]) < math.inf
+
+
+@pytest.mark.parametrize("chunk", [1, 512])
+def test_the_largest_difference_of_logits_is_of_all_real_tokens_and_whatever_its_sign(
+    monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """Logits with a pencil: of four tokens the last one is padding, and the largest of all is below zero."""
+    logits = {"merged": [[1.0, -7.0], [2.0, 0.0], [3.0, 1.0], [90.0, 0.0]]}
+    logits["adapted"] = [[1.5, -7.0], [2.0, 0.0], [0.75, 1.0], [0.0, 99.0]]
+
+    def model_with(name: str) -> Any:
+        head = SimpleNamespace(forward=lambda rows: (np.array(logits[name])[rows], None))
+        return SimpleNamespace(sites={HEAD: head})
+
+    monkeypatch.setattr(evaluation, "hidden_states", lambda model, batch: (np.arange(4), None))
+    batch: Any = SimpleNamespace(segments=np.array([[1, 1], [2, 0]]))
+    found = largest_logit_difference(model_with("merged"), model_with("adapted"), [batch], chunk)
+    assert found == (2.25, 7.0)
 
 
 # --- Exact match ---
