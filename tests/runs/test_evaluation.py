@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pydoc_data.topics import topics
 from types import SimpleNamespace
 from typing import Any
 
@@ -216,6 +217,17 @@ def test_outside_text_is_the_beginnings_of_as_many_texts_as_asked_for_and_the_sa
     assert real[:, :2].all()
     written = {"".join(map(chr, row[1:][here[1:]])) for row, here in zip(batch.tokens, real, strict=True)}
     assert length < 30 or len(written) == texts, "the texts are different ones"
+
+
+def test_the_texts_are_spread_over_the_whole_language_reference() -> None:
+    """Their titles stand at equal steps through the alphabet: the first ones alone are all of a kind."""
+    tokenizer: Any = Letters()
+    (batch,) = outside_text(tokenizer, texts=16, length=60)
+    titles = sorted(topics)
+    step = len(titles) // 16
+    assert [row[1:][row[1:] > 0].tolist() for row in batch.tokens] == [
+        tokenizer.encode(topics[titles[i * step]])[:59] for i in range(16)
+    ]
 
 
 def test_outside_text_reads_as_english() -> None:
