@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pydoc_data.topics import topics
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,8 @@ from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.model import Model, forward
 from minilora.model.names import HEAD
-from minilora.runs.evaluation import can_be_matched, drift, exact_match, outside_text
+from minilora.runs import evaluation
+from minilora.runs.evaluation import answers, can_be_matched, drift, exact_match, largest_logit_difference, outside_text
 
 few = settings(max_examples=40)
 
@@ -102,6 +105,24 @@ def test_a_drift_without_bounds_is_finite_for_logits_of_any_size() -> None:
     assert 0 < drift(model_of(TINY, 1), extreme, [batch]) < math.inf
 
 
+@pytest.mark.parametrize("chunk", [1, 512])
+def test_the_largest_difference_of_logits_is_of_all_real_tokens_and_whatever_its_sign(
+    monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """Logits with a pencil: of four tokens the last one is padding, and the largest of all is below zero."""
+    logits = {"merged": [[1.0, -7.0], [2.0, 0.0], [3.0, 1.0], [90.0, 0.0]]}
+    logits["adapted"] = [[1.5, -7.0], [2.0, 0.0], [0.75, 1.0], [0.0, 99.0]]
+
+    def model_with(name: str) -> Any:
+        head = SimpleNamespace(forward=lambda rows: (np.array(logits[name])[rows], None))
+        return SimpleNamespace(sites={HEAD: head})
+
+    monkeypatch.setattr(evaluation, "hidden_states", lambda model, batch: (np.arange(4), None))
+    batch: Any = SimpleNamespace(segments=np.array([[1, 1], [2, 0]]))
+    found = largest_logit_difference(model_with("merged"), model_with("adapted"), [batch], chunk)
+    assert found == (2.25, 7.0)
+
+
 # --- Exact match ---
 
 
@@ -146,19 +167,43 @@ def test_only_rows_that_ask_something_and_have_one_answer_in_words_can_be_matche
     assert not can_be_matched([*rows_of(["a"]), {"text": "b"}])
 
 
-# --- Text outside the task ---
-
-
 class Letters:
     """A tokenizer whose tokens are the numbers of characters."""
 
     pad_id = 0
+    stop_ids = frozenset([0])
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
     def with_bos(self, ids: Sequence[int]) -> list[int]:
         return [1, *ids]
+
+
+@pytest.mark.parametrize(("longest", "asked_for"), [(1, 2), (7, 8), (127, 128), (128, 128), (500, 128)])
+def test_an_answer_that_goes_on_beyond_the_longest_right_one_is_seen_to_do_so(
+    monkeypatch: pytest.MonkeyPatch, longest: int, asked_for: int
+) -> None:
+    """One token more than the longest has is asked for: cut off before it, an answer without end would look right.
+    Beyond 128 nothing is asked for."""
+    letters: Any = Letters()
+    rows = rows_of(["a" * longest, "a"])
+
+    def endless(model: Any, prompts: Sequence[Any], max_tokens: int, stop_ids: frozenset[int]) -> list[list[int]]:
+        assert list(prompts) == [[1, ord("?")]] * 2 and stop_ids == {0}
+        return [[ord("a")] * max_tokens for _ in prompts]
+
+    monkeypatch.setattr(evaluation, "complete", endless)
+    model: Any = None
+    texts = answers(model, letters, rows)
+    assert texts == ["a" * asked_for] * 2
+    assert exact_match(texts, rows) == (0.5 if longest == 128 else 0)
+
+
+# --- Text outside the task ---
 
 
 @given(texts=st.integers(1, 40), length=st.integers(2, 200))
@@ -178,6 +223,17 @@ def test_outside_text_is_the_beginnings_of_as_many_texts_as_asked_for_and_the_sa
     assert real[:, :2].all()
     written = {"".join(map(chr, row[1:][here[1:]])) for row, here in zip(batch.tokens, real, strict=True)}
     assert length < 30 or len(written) == texts, "the texts are different ones"
+
+
+def test_the_texts_are_spread_over_the_whole_language_reference() -> None:
+    """Their titles stand at equal steps through the alphabet: the first ones alone are all of a kind."""
+    tokenizer: Any = Letters()
+    (batch,) = outside_text(tokenizer, texts=16, length=60)
+    titles = sorted(topics)
+    step = len(titles) // 16
+    assert [row[1:][row[1:] > 0].tolist() for row in batch.tokens] == [
+        tokenizer.encode(topics[titles[i * step]])[:59] for i in range(16)
+    ]
 
 
 def test_outside_text_reads_as_english() -> None:

@@ -5,6 +5,8 @@ And beside that, what distinguishes the small ones: bottleneck adapters, BitFit,
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,6 +25,10 @@ from minilora.adapters.merging import merged_parameters
 from minilora.data.batches import Batch
 from minilora.methods.bitfit import BitFit
 from minilora.methods.bottleneck import Bottleneck, bottleneck
+from minilora.methods.dora import DoRA
+from minilora.methods.lora import LoRA
+from minilora.methods.miss import MiSS
+from minilora.methods.placement import Placed
 from minilora.methods.random_subset import RandomSubset
 from minilora.methods.targets import projections
 from minilora.model.base import base_model
@@ -142,3 +148,15 @@ PLACES = [2, 18, 40]
 def test_settings_that_make_no_sense_are_refused(make: object) -> None:
     with pytest.raises(ValueError, match=r"^--[a-z-]+ .* is (less than|not above|more than)"):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kind", [LoRA, DoRA, MiSS])
+def test_a_number_of_layers_is_counted_from_the_models_end(kind: type[Placed]) -> None:
+    """As mlx-lm counts it; 0 is all of them."""
+    config = replace(TINY, num_hidden_layers=3, rope_layers=(True,) * 3)
+    for count, layers in ((0, {0, 1, 2}), (1, {2}), (2, {1, 2}), (3, {0, 1, 2})):
+        method = kind(target_modules=("q_proj",), num_layers=count).for_model(config, lambda text: [])
+        modules = method.adapted_modules(config)
+        assert modules == [f"model.layers.{layer}.self_attn.q_proj" for layer in sorted(layers)]
+    with pytest.raises(ValueError, match="--num-layers 4: the model has 3"):
+        kind(num_layers=4).for_model(config, lambda text: [])

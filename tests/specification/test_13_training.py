@@ -61,6 +61,14 @@ def test_activation_checkpointing_trains_to_the_same_bytes(tmp_path: Path, metho
         assert array.tobytes() == load_file(tmp_path / "b" / STATE_FILE)[name].tobytes()
 
 
+def test_the_seconds_of_a_run_that_goes_on_are_counted_on_from_those_before(tmp_path: Path) -> None:
+    """Its speed in summary.json is that of all its steps."""
+    model, state = new_run()
+    state.seconds = 1000.0
+    train_in(tmp_path, model, state, ROWS, VALID, PLAN)
+    assert 1000 < state.seconds < 2000
+
+
 DESCENT = replace(PLAN, learning_rate=0.5, eval_every=0)  # by SGD: Adam would make ±rate of a rounding error
 
 

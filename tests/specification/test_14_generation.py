@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -18,7 +19,7 @@ from minilora.methods.prompt import PromptTuning
 from minilora.model import generation
 from minilora.model.base import base_model
 from minilora.model.config import Config
-from minilora.model.generation import Memory, complete, greedy, penalised, sampler, stream
+from minilora.model.generation import Memory, complete, greedy, penalised, room, sampler, stream
 from minilora.model.model import Model, forward
 from minilora.model.names import HEAD
 
@@ -314,3 +315,17 @@ def test_the_penalty_sees_the_prompt_and_the_answer_so_far(config: Config, seed:
     assert seen == [[*prompts[0], *answers[0][:n]] for n in range(4)]
     for prompt, answer in zip(prompts, answers, strict=True):
         assert list(islice(Memory(model).stream(prompt, penalised(greedy, penalty)), 4)) == answer
+
+
+@pytest.mark.parametrize("method", [None, PrefixTuning(3), PromptTuning(3)], ids=["words alone", "prefix", "prompt"])
+def test_a_prompt_leaves_room_for_what_the_model_sees_beyond_it_and_one_as_long_leaves_none(method: Any) -> None:
+    """Virtual tokens take their places too. Without room for a single token there is an error, and no empty answer."""
+    config = replace(TINY, max_position_embeddings=16)
+    model = base_model(config, random_weights(config, 0), np.float64)
+    if method:
+        model = method.attach(model, method.start(model, np.random.default_rng(0), np.float64))
+    most = 16 - (3 if method else 0)
+    assert [room(model, length) for length in (1, most - 1)] == [most - 1, 1]
+    for length in (most, most + 1):
+        with pytest.raises(ValueError, match=f"the prompt has {length} tokens, the model sees {most}"):
+            room(model, length)

@@ -30,6 +30,7 @@ from minilora.methods.prompt import PromptTuning
 from minilora.methods.random_subset import RandomSubset
 from minilora.methods.targets import projections
 from minilora.model.base import base_model
+from minilora.model.generation import sampler
 from minilora.model.model import Model, head_loss
 from minilora.model.names import EMBED, HEAD, parameter_shapes
 from minilora.model.sites import part_seed
@@ -180,6 +181,21 @@ def test_the_order_of_the_rows_is_that_of_the_seed_for_ever() -> None:
 
 
 ORDER = [[1, 4, 2], [3, 6, 5], [0], [0, 1, 3]]
+
+
+def test_the_tokens_that_a_seed_samples_are_the_same_for_ever() -> None:
+    """One number for each row of a batch, also where a row has a single token to choose from."""
+    logits = np.log(np.array([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1]]))
+    for temperature, top_k, top_p, expected in SAMPLED:
+        choose = sampler(temperature, top_k, top_p, np.random.default_rng(5))
+        assert [choose(logits).tolist() for _ in range(6)] == expected
+
+
+SAMPLED = [
+    (1.0, 0, 1.0, [[1, 2], [2, 0], [3, 0], [2, 0], [3, 3], [2, 0]]),
+    (1.0, 2, 1.0, [[2, 0], [3, 0], [3, 0], [3, 0], [3, 1], [2, 0]]),
+    (2.0, 0, 0.6, [[2, 1], [3, 0], [3, 0], [3, 0], [3, 1], [2, 0]]),
+]
 
 
 # --- Masks ---
