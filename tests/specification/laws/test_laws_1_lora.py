@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,7 +167,7 @@ def test_A_and_B_are_moved_together(implementation: Implementation, case: Case, 
 # --- What it does to its arguments ---
 
 
-def is_left_alone(implementation: Implementation, function: str, *values: object) -> None:
+def is_left_alone(implementation: Implementation, function: str, *values: Any) -> None:
     called = implementation.call(function, *values)
     for before, after in zip(values, called.given, strict=True):
         assert np.array_equal(before, after), f"{np.asarray(before).tolist()} became {np.asarray(after).tolist()}"
