@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from support.pages import DOCS, LINK, ROOT, TABLE, anchors, definitions, displayed, file_of, prose, table
-from tools import mutation, settings_page, specification
+from tools import mutation, settings_page, specification, specification_of_others
+
+from minilora.figures.tables import BEGIN, END
 
 OTHERS = ("README.md", "weights/README.md", "tests/golden/README.md")
 PAGES = [*sorted(DOCS.glob("*.md")), *filter(Path.is_file, (ROOT / name for name in OTHERS))]
@@ -184,3 +186,20 @@ def test_the_page_of_the_specification_says_what_the_tests_say() -> None:
     assert specification.PAGE.read_text(encoding="utf-8") == specification.page(), (
         "docs/specification.md is stale: run python tests/tools/specification.py"
     )
+
+
+def test_the_page_of_others_says_what_was_found_of_every_law() -> None:
+    found = specification_of_others.results()
+    assert found.keys() == specification_of_others.OTHERS.keys()
+    part = specification_of_others.PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    assert part.strip() == specification_of_others.page_part(found).strip(), (
+        "docs/specification-of-others.md is stale: run python tests/tools/specification_of_others.py"
+    )
+    laws = {
+        specification.spelt(name.removeprefix("test_").replace("_", " "))
+        for path in specification.LAWS
+        for name in definitions(path)
+        if name.startswith("test_")
+    }
+    for name, run in found.items():
+        assert {law["law"].partition(" (")[0] for law in run["laws"]} == laws, f"{name} was not asked every law: run it"

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.kit import OURS, TEMPLATE, Implementation, functions_asked_for
-from support.law_report import BROKEN, HELD, NOT_OFFERED
+from support.kit import IMPLEMENTATIONS, OURS, TEMPLATE, Implementation, functions_asked_for
+from support.law_report import BROKEN, DIFFERS, HELD, NOT_OFFERED
 from support.wrong import WRONG, Wrong
 
 ROOT = Path(__file__).parents[2]
@@ -55,11 +55,11 @@ def test_a_wrong_implementation_breaks_the_law_that_names_its_error(wrong: Wrong
         hold(implementation, wrong.law)
 
 
-def test_the_command_tells_held_broken_and_not_offered_with_the_smallest_counterexample(tmp_path: Path) -> None:
+def test_the_command_tells_held_differs_broken_and_not_offered_with_the_smallest_counterexample(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
         "def lora_forward(x, W, A, B, scale):\n    return x @ W.T + scale**2 * (x @ A.T) @ B.T\n"
-        "def lora_merge(W, A, B, scale):\n    return W + scale * B @ A\n"
+        "def lora_merge(W, A, B, scale):\n    W += scale * B @ A\n    return W\n"
         "import sys\nassert 'minilora' not in sys.modules\n",
         "utf-8",
     )
@@ -67,6 +67,7 @@ def test_the_command_tells_held_broken_and_not_offered_with_the_smallest_counter
     assert code == 1
     assert laws["The output is that of the weight with s times B A added"] == BROKEN
     assert laws["With B zero the output is that of W alone"] == HELD
+    assert laws["Merging makes a new weight"] == DIFFERS
     assert laws["Unmerging undoes merging"] == NOT_OFFERED
     assert "with x = [[" in output
     assert "scale = 2.0" in output
@@ -94,6 +95,30 @@ def test_the_template_offers_nothing_and_breaks_nothing(tmp_path: Path) -> None:
     code, _, laws = laws_of("--implementation", str(TEMPLATE), report=tmp_path / "report.json")
     assert code == 0
     assert set(laws.values()) == {NOT_OFFERED}
+
+
+@pytest.mark.parametrize(
+    ("name", "exceptions"),
+    [
+        ("materialised", {}),
+        ("transposed", {"A starts with the variance 1 over 3 in": DIFFERS}),
+        ("sequential", {"A and B are moved together": BROKEN}),
+    ],
+)
+def test_the_ways_that_explanations_write_lora_keep_what_they_offer_but_for_one_slip(
+    name: str, exceptions: dict[str, str], tmp_path: Path
+) -> None:
+    """W + s B A formed in full, and everything transposed, are LoRA; a start of another width is a convention.
+
+    B moved by the new A is another descent, and no other law sees it.
+    """
+    path = IMPLEMENTATIONS / f"{name}.py"
+    arguments = ("--hypothesis-profile=mutation", "--implementation", str(path))
+    code, output, laws = laws_of(*arguments, report=tmp_path / "report")
+    assert code == bool(exceptions), output
+    offered = {law: status for law, status in laws.items() if status != NOT_OFFERED}
+    assert len(offered) >= 15
+    assert {law: status for law, status in offered.items() if status != HELD} == exceptions
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ TEMPLATE = IMPLEMENTATIONS / "template.py"
 OURS = IMPLEMENTATIONS / "minilora_itself.py"
 DTYPES = {"float32": np.float32, "float64": np.float64}
 STEP, IMAGINARY_STEP = {"float32": 2.0**-3, "float64": 2.0**-7}, 1e-30
+convention = pytest.mark.convention  # a law that others keep in another way without being wrong
 WEIGHTS = {1: 3 / 4, 2: -3 / 20, 3: 1 / 60}  # of f(x + kh) − f(x − kh), for an error of the order h⁶
 
 

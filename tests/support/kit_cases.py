@@ -12,6 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 seeds = st.integers(0, 2**16)
+shares = st.sampled_from([0.5, 0.25, 0.1, 0.75])  # of inputs that are dropped
 scales = st.sampled_from([2.0, 1.0, 0.5, 16.0, 0.25, 3.0])
 
 
@@ -21,7 +22,14 @@ def quarters(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def shown(value: Any) -> str:
-    return f"{value.tolist()}" if isinstance(value, np.ndarray) else f"{value!r}"
+    """On one line, arrays as lists."""
+    if isinstance(value, np.ndarray):
+        return f"{value.tolist()}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {shown(part)}' for key, part in value.items())}}}"
+    return f"{value!r}"
 
 
 class Case:

@@ -1,4 +1,7 @@
-"""The table at the end of a run of the laws: which hold, which are broken and by what, and which were not offered."""
+"""The table at the end of a run of the laws: which hold, which are broken and by what, and which were not offered.
+
+A law that is a convention is not broken by who follows another one: it "differs".
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import pytest
 from support.kit import place_in
 from tools.specification import spelt
 
-HELD, BROKEN, NOT_OFFERED = "held", "broken", "not offered"
+HELD, DIFFERS, BROKEN, NOT_OFFERED = "held", "differs", "broken", "not offered"
 CASE = re.compile(r"^    (\w+)=(.*?),?$")
 
 
@@ -41,7 +44,8 @@ def law_of(
     detail = str(error).partition("\n")[0] or "the law's condition does not hold"
     if not isinstance(error, AssertionError):
         detail = f"{type(error).__name__}: {detail} ({place_in(implementation, error)})"
-    return Law(place, chapter, sentence, BROKEN, detail, case_of(error))
+    status = DIFFERS if item.get_closest_marker("convention") else BROKEN
+    return Law(place, chapter, sentence, status, detail, case_of(error))
 
 
 def first_of(error: BaseException) -> BaseException:
@@ -60,11 +64,13 @@ def case_of(error: BaseException) -> str:
 
 
 def by_status(laws: Sequence[Law]) -> str:
-    return ", ".join(f"{sum(law.status == status for law in laws)} {status}" for status in (HELD, BROKEN, NOT_OFFERED))
+    return ", ".join(
+        f"{sum(law.status == status for law in laws)} {status}" for status in (HELD, DIFFERS, BROKEN, NOT_OFFERED)
+    )
 
 
 def as_terminal_table(laws: Sequence[Law]) -> list[str]:
-    """Lines for the terminal: one for each law, and below a broken one its reason and counterexample."""
+    """Lines for the terminal: one for each law, and below one that does not hold its reason and counterexample."""
     lines, chapter = [], ""
     for law in laws:
         if law.chapter != chapter:
@@ -72,7 +78,7 @@ def as_terminal_table(laws: Sequence[Law]) -> list[str]:
             lines += ["", chapter]
         missing = f": {law.detail}" if law.status == NOT_OFFERED else ""
         lines.append(f"  {law.status:12}{law.law}{missing}")
-        if law.status == BROKEN:
+        if law.status in (DIFFERS, BROKEN):
             lines.append(f"{'':14}{law.detail}")
             if law.counterexample:
                 lines.append(f"{'':14}with {law.counterexample}")

@@ -127,10 +127,17 @@ def _(W, A, B, scale):
     return W.astype(np.float16) + scale * B @ A
 
 
-@wrong("lora_merge", "in place", breaks="nothing that is given is written to")
+@wrong("lora_merge", "in place", breaks="merging makes a new weight")
 def _(W, A, B, scale):
     W += scale * B @ A
     return W
+
+
+@wrong("lora_forward", "x scaled in place", breaks="nothing that is given is written to")
+def _(x, W, A, B, scale):
+    y = ours.lora_forward(x, W, A, B, scale)
+    x *= scale
+    return y
 
 
 @wrong("lora_unmerge", "without scale", breaks="unmerging undoes merging")
@@ -261,6 +268,27 @@ def _(x, W, A, B, m, scale, dy):
 def _(x, W, A, B, m, scale, dy):
     dx, _, dB, dm = ours.dora_gradients(x, W, A, B, m, scale, dy)
     return dx, ours.lora_gradients(x, W, A, B, scale, dy)[1], dB, dm
+
+
+@wrong("dora_bias_forward", "the bias scaled", breaks="a bias is added as it is whatever the length")
+def _(x, W, b, A, B, m, scale):
+    return ours.dora_forward(x, W, A, B, m, scale) + b * m / ours.dora_start(W + scale * B @ A)
+
+
+@wrong("dora_dropout_forward", "on the frozen path", breaks="dropout in a fresh dora changes nothing")
+def _(x, W, A, B, m, scale, p, seed):
+    return ours.dora_forward(x * ours._mask(x, p, seed), W, A, B, m, scale)
+
+
+@wrong("dora_dropout_forward", "undivided", breaks="doras output without dropout is its mean over masks")
+def _(x, W, A, B, m, scale, p, seed):
+    kept = ours._mask(x, p, seed) > 0
+    return ours.dora_forward(x * kept, W, A, B, m, scale) + (x * ~kept) @ W.T
+
+
+@wrong("dora_dropout_forward", "on the input of A alone", breaks="what dropout takes from dora passes through W alone")
+def _(x, W, A, B, m, scale, p, seed):
+    return ours.dropout_forward(x, W, A, B, scale, p, seed) * m / ours.dora_start(W + scale * B @ A)
 
 
 # --- NF4 ---

@@ -12,10 +12,11 @@ from minilora.frozen.nf4 import NF4, dequantize, quantize
 from minilora.frozen.weight import DenseWeight
 from minilora.lora import Merged, dropout_mask, init_kaiming, lora, lora_backward, merge, unmerge
 from minilora.methods import dora as dora_file
-from minilora.methods.dora import dora, dora_backward, row_norms, row_squares
+from minilora.methods.dora import DoRALinear, dora, dora_backward, row_norms, row_squares
 from minilora.methods.lora import LoRA
 from minilora.methods.lora_embedding import lora_embedding, lora_embedding_backward
 from minilora.model.config import Config
+from minilora.model.sites import FrozenLinear
 from minilora.ops.attention import attention, attention_backward, query_blocks
 from minilora.ops.cross_entropy import cross_entropy, cross_entropy_backward
 from minilora.ops.rmsnorm import rmsnorm, rmsnorm_backward
@@ -98,6 +99,14 @@ def dora_start(W: Array) -> Array:
 
 def dora_forward(x: Array, W: Array, A: Array, B: Array, m: Array, scale: float) -> Array:
     return dora(x, DenseWeight(W), A, B, m, _norms(W, A, B, scale), scale)[0]
+
+
+def dora_bias_forward(x: Array, W: Array, b: Array, A: Array, B: Array, m: Array, scale: float) -> Array:
+    return DoRALinear(FrozenLinear(DenseWeight(W), b), A, B, m, scale).forward(x)[0]
+
+
+def dora_dropout_forward(x: Array, W: Array, A: Array, B: Array, m: Array, scale: float, p: float, seed: int) -> Array:
+    return dora(x, DenseWeight(W), A, B, m, _norms(W, A, B, scale), scale, _mask(x, p, seed))[0]
 
 
 def dora_gradients(

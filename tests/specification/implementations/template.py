@@ -79,6 +79,16 @@ def dora_forward(x, W, A, B, m, scale):
     raise NotImplementedError
 
 
+def dora_bias_forward(x, W, b, A, B, m, scale):
+    """y (N, out) of a map that has a frozen bias b (out,), too."""
+    raise NotImplementedError
+
+
+def dora_dropout_forward(x, W, A, B, m, scale, p, seed):
+    """y (N, out) in training, with dropout on the input of A."""
+    raise NotImplementedError
+
+
 def dora_gradients(x, W, A, B, m, scale, dy):
     """dx, dA, dB, dm, with ‖V‖ held constant as the paper has it (section 4.3)."""
     raise NotImplementedError

@@ -7,11 +7,8 @@ import math
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 from support.kit import Implementation, agree, check_gradients
-from support.kit_cases import Case, linear_cases, seeds
-
-shares = st.sampled_from([0.5, 0.25, 0.1, 0.75])
+from support.kit_cases import Case, linear_cases, seeds, shares
 
 
 def kept(implementation: Implementation, x: np.ndarray, p: float, seed: int) -> np.ndarray:

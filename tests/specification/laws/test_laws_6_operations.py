@@ -7,7 +7,7 @@ import math
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from support.kit import Implementation, agree, check_gradients
+from support.kit import Implementation, agree, check_gradients, convention
 from support.kit_cases import Case, attention_cases, cross_entropy_cases, quarters, seeds
 
 counts = st.integers(1, 5)
@@ -91,6 +91,7 @@ def test_a_query_and_a_key_see_only_the_difference_of_their_positions(
     agree("q · k", met(m + by, n + by), met(m, n), 10 * implementation.exact, 4 * d)
 
 
+@convention
 @given(size=rope_sizes, theta=st.sampled_from([10000.0, 10.0]), start=st.integers(0, 40), seed=seeds)
 def test_rope_turns_features_j_and_j_plus_d_half_as_transformers_does(
     implementation: Implementation, size: tuple[int, int, int], theta: float, start: int, seed: int

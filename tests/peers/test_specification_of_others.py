@@ -1,0 +1,19 @@
+"""PEFT and transformers keep the laws for everybody that docs/specification-of-others.md says they keep."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from tools.specification_of_others import OTHERS, held_against, results, versions
+
+
+@pytest.mark.parametrize("name", ["peft_lora", "transformers_llama"])
+def test_the_page_says_which_laws_peft_and_transformers_keep(name: str) -> None:
+    """With the versions that are installed here, which may be later ones than the page's."""
+    if versions(sys.executable, OTHERS[name].packages) is None:
+        pytest.skip(f"needs {', '.join(OTHERS[name].packages)}")
+    found = held_against(name, sys.executable, "--hypothesis-profile=mutation")
+    assert {law["law"]: law["status"] for law in found} == {
+        law["law"]: law["status"] for law in results()[name]["laws"]
+    }
