@@ -4,8 +4,9 @@ Replace `train` by `plan` and keep the flags:
 
     python -m minilora.plan --model SmolLM2-135M --data rows.jsonl --batch-size 8 --max-length 512
 
---model may also be a config.json, or a known shape such as SmolLM2-135M or GPT-3. Every row counts as
---max-length tokens, so the figures are the most that a step can take. No data is read.
+--model may also be a config.json, or a known shape such as SmolLM2-135M or GPT-3. With --data and the model's tokenizer
+the figures are those of the longest micro-batch; without them every row counts as --max-length tokens, so that they are
+the most that a step can take.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from minilora.formats.load import SHIPPED_MODEL
 from minilora.methods.method import Method
 from minilora.model.config import Config
 from minilora.runs.settings import Settings
+from minilora.runs.task import load_task, micro_batches
 
 KNOWN_SHAPES = KNOWN_CONFIGS | {"GPT-3": GPT_3}
 
@@ -55,10 +56,14 @@ class PlannedRun(NamedTuple):
     method: Method
     micro_batch: MicroBatch
     storage: Storage
+    rows_from: str = "full rows"  # where their lengths are from, in words
 
 
 def plan_run(settings: Settings, labelled: float) -> PlannedRun:
-    """A run on full rows, with labels on the share `labelled` of their tokens. ValueError or OSError for bad flags."""
+    """The run on its data's longest micro-batch, or on full rows with labels on the share `labelled` of their tokens.
+
+    ValueError or OSError for bad flags.
+    """
     if not 0 < labelled <= 1:
         raise ValueError(f"--labelled {labelled} is not above 0 and at most 1")
     name, config, raw, folder = find_shape(settings)
@@ -66,8 +71,14 @@ def plan_run(settings: Settings, labelled: float) -> PlannedRun:
     length = settings.max_length or min(config.max_position_embeddings - method.virtual_tokens, 1024)
     if length < 2:
         raise ValueError(f"--max-length {length}: it takes two tokens to predict one")
-    rows = settings.batch_size
-    tokens = max(1, round(labelled * rows * (length - 1)))  # what follows the last token of a row is unknown
+    if settings.data and folder:
+        micro_batch, rows_from = longest(settings, folder, length), f"the longest micro-batch of {settings.data}"
+    else:
+        rows = settings.batch_size
+        tokens = max(1, round(labelled * rows * (length - 1)))  # what follows the last token of a row is unknown
+        micro_batch, rows_from = MicroBatch(rows, length, tokens), "full rows"
+        if settings.data:
+            rows_from += f": there is no tokenizer of {name} here that would count those of {settings.data}"
     stored = raw.get("dtype") or raw.get("torch_dtype")
     storage = Storage(
         settings.dtype,
@@ -75,7 +86,18 @@ def plan_run(settings: Settings, labelled: float) -> PlannedRun:
         stored if stored in DTYPES else "float32",
         settings.mixed_precision,
     )
-    return PlannedRun(name, settings, config, folder, method, MicroBatch(rows, length, tokens), storage)
+    return PlannedRun(name, settings, config, folder, method, micro_batch, storage, rows_from)
+
+
+def longest(settings: Settings, folder: Path, max_length: int) -> MicroBatch:
+    """The micro-batch of an epoch that has the most tokens, padding included: the peak of memory is its step's."""
+    task = load_task(settings, Tokenizer.load(folder), max_length)
+    shapes = []
+    for group in micro_batches(task.rows, settings):
+        lengths = [sum(len(example.tokens) for example in row) for row in group]
+        labels = sum(sum(example.trained[1:]) for row in group for example in row)
+        shapes.append(MicroBatch(len(group), max(lengths), labels))
+    return max(shapes, key=lambda shape: (shape.rows * shape.length, shape.labelled))
 
 
 def find_shape(settings: Settings) -> tuple[str, Config, dict[str, Any], Path | None]:

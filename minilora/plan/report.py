@@ -22,6 +22,7 @@ def heading(run: PlannedRun, figures: dict[str, Any]) -> list[str]:
         f"{figures['parameters']:,} parameters, {size(figures['checkpoint_file'])} in {run.storage.file}",
         f"{rows} × {rows_of.length} tokens, {k * rows_of.labelled:,} with a label; "
         f"computed in {run.storage.dtype}, frozen weights {held}",
+        f"rows: {run.rows_from}",
     ]
 
 

@@ -58,7 +58,7 @@ def load_task(settings: Settings, tokenizer: Tokenizer, max_length: int) -> Task
         name: of_like_length([[example] for example in part.examples], settings.batch_size)
         for name, part in encoded.items()
     }
-    groups["train"] = _an_epoch(rows, settings)
+    groups["train"] = micro_batches(rows, settings)
     padding = {name: padding_share(groups[name]) for name in encoded}
 
     lines = [report(part, max_length, name, padding[name]) for name, part in encoded.items()]
@@ -92,7 +92,7 @@ def load_data(settings: Settings) -> Dataset:
     return load_dataset(Path(settings.data), settings.seed, features=features)
 
 
-def _an_epoch(rows: Rows, settings: Settings) -> list[Rows]:
+def micro_batches(rows: Rows, settings: Settings) -> list[Rows]:
     """The rows of each micro-batch of one epoch, dealt as the training loop does, with a random order of its own."""
     order, rng = Order(len(rows)), np.random.default_rng(settings.seed)
     groups: list[Rows] = []

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.commands import PAIRS, good
 
 from minilora.counting.step_count import Flops, StepCount, Storage, count_step
 from minilora.data.batches import collate
-from minilora.data.examples import Example
+from minilora.data.examples import Example, encode_row
+from minilora.data.tokenizer import Tokenizer
 from minilora.formats.known_configs import KNOWN_CONFIGS
 from minilora.methods.bitfit import BitFit
 from minilora.methods.full import Full
@@ -254,6 +258,7 @@ def test_the_heading_says_the_model_and_the_rows() -> None:
     assert heading(run, FIGURES) == [
         "a model: 30 layers of width 576, 1,000,000 parameters, 2.50 MB in float16",
         "2 × 64 tokens, 100 with a label; computed in float64, frozen weights stored",
+        "rows: full rows",
     ]
     three = planned(grad_accumulation=3)._replace(storage=Storage(frozen="nf4", mixed_precision="bf16"))
     assert heading(three, FIGURES)[1] == (
@@ -278,3 +283,22 @@ def test_counted_and_measured_stand_side_by_side() -> None:
 def test_bytes_are_in_decimal_units() -> None:
     found = [size(count) for count in (12, 999_994, 10**6, 10**9 - 1, 10**9, 1_234_500_000_000)]
     assert found == ["0.01 kB", "999.99 kB", "1.00 MB", "1,000.00 MB", "1.00 GB", "1.23 TB"]
+
+
+def test_with_data_the_plan_is_that_of_the_longest_micro_batch(model: Path, data: Path) -> None:
+    """Padding included, and with the labels that its rows have: not of rows as long as the context."""
+    tokenizer = Tokenizer.load(model)
+    lengths = {row["prompt"]: len(encode_row(row, tokenizer).tokens) for row in PAIRS}
+    longest = max(lengths.values())
+    flags = ("--model", model, "--data", data / "train-only", "--json")
+    alone = json.loads(good("plan", *flags, "--batch-size", 1))
+    assert alone["work"]["rows"] == 1 and alone["work"]["length"] == longest
+    (row,) = (row for row in PAIRS if lengths[row["prompt"]] == longest)
+    assert alone["work"]["labelled"] == sum(encode_row(row, tokenizer).trained)
+    together = json.loads(good("plan", *flags, "--batch-size", len(PAIRS)))
+    assert together["work"]["length"] == longest and together["work"]["rows"] == len(PAIRS)
+    assert together["this"]["memory"]["total"] > alone["this"]["memory"]["total"]
+    told = good("plan", *flags[:-1], "--batch-size", 1)
+    assert f"1 × {longest} tokens" in told and f"the longest micro-batch of {data / 'train-only'}" in told
+    shape = good("plan", "--model", "SmolLM2-135M", "--data", data / "train-only", "--batch-size", 1)
+    assert "1 × 1024 tokens" in shape and "no tokenizer" in shape
