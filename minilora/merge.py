@@ -24,6 +24,7 @@ from minilora.formats.files import write_json
 from minilora.formats.gguf_tokenizer import tokenizer_fields
 from minilora.formats.gguf_write import GGUF_DTYPES, Q8_0, check_free, rounded, write_gguf
 from minilora.formats.hub import find_adapter, find_model
+from minilora.formats.whole import building, check_new
 from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD
@@ -90,8 +91,8 @@ def merge_command(argv: list[str] | None = None) -> None:
         check_free(args.out, whole_model=True)
     elif args.dtype not in DTYPES:
         raise ValueError(f"--dtype {args.dtype} goes with --format {GGUF}")
-    elif not errors.is_free(args.out):
-        raise ValueError(f"--out {args.out} exists and is not an empty folder: choose another")
+    else:
+        check_new(args.out)
     if not args.max_shard_size > 0:
         raise ValueError(f"--max-shard-size {args.max_shard_size} is not a size")
     use("cpu")
@@ -131,9 +132,10 @@ def merge_command(argv: list[str] | None = None) -> None:
         fields, kind = tokenizer_fields(tokenizer, config.vocab_size), raw_config.get("model_type", "llama")
         write_gguf(args.out, kind, adapted.config, written, args.dtype, fields, tokenizer.stop_texts)
     else:
-        write_checkpoint(args.out, raw_merged, written, args.dtype, int(args.max_shard_size * 1e9))
-        save_tokenizer_files(source, args.out)
-        write_json(args.out / MERGE_FILE, report)
+        with building(args.out) as out:
+            write_checkpoint(out, raw_merged, written, args.dtype, int(args.max_shard_size * 1e9))
+            save_tokenizer_files(source, out)
+            write_json(out / MERGE_FILE, report)
     tell(report, args.out)
 
 

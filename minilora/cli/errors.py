@@ -5,17 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 OUT_OF_MEMORY = (
     "out of memory. What usually helps, in this order: a smaller --batch-size with more --grad-accumulation (the same "
     "training), --activation-checkpointing, a shorter --max-length, --frozen stored (16 bits) or --frozen nf4 (4 bits)"
 )
-
-
-def is_free(folder: Path) -> bool:
-    """Whether `folder` is new or empty, so that writing to it replaces nothing."""
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def run(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:

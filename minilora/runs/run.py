@@ -152,8 +152,8 @@ def train_run(run: Run) -> None:
 def write_outcome(run: Run, tensors: dict[str, np.ndarray[Any, Any]]) -> None:
     """Write the adapter in the chosen format, or after full fine-tuning a whole checkpoint."""
     if not run.method.freezes_base:
+        save_tokenizer_files(run.source.folder, run.folder)  # first: weights that are there belong to a whole model
         write_checkpoint(run.folder, run.raw_config, tensors)
-        save_tokenizer_files(run.source.folder, run.folder)
     else:
         method, tensors = run.method.saved_form(run.adapted, tensors)
         source = run.settings.model, run.source.revision or None
