@@ -145,7 +145,7 @@ def as_line(request: Request, tokens: Sequence[int], tokenizer: Tokenizer) -> st
         "generated_text": tokenizer.decode(tokens),
         "finish_reason": "stop" if len(tokens) < request.limit else "length",
     }
-    return json.dumps(request.row | answer, ensure_ascii=False)
+    return json.dumps(request.row | answer, ensure_ascii=False, allow_nan=False)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ It is a Hugging Face folder, or a GGUF file for llama.cpp and Ollama.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,8 @@ def merge_command(argv: list[str] | None = None) -> None:
     texts = outside_text(tokenizer)
     plain = base_model(adapted.config, written, frozen="stored")
     difference, largest = largest_logit_difference(adapted, plain, texts)
+    if not math.isfinite(difference):
+        raise ValueError(f"{args.adapter} on {source}: the logits of sample text are no numbers, they overflow")
     report = {
         "dtype": args.dtype,
         **rounding.report(),

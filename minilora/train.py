@@ -7,6 +7,7 @@ object a line; or a .txt file; or a folder with train, valid and test files of t
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any
@@ -60,12 +61,17 @@ def train_command(argv: list[str] | None = None) -> None:
     print("after training …", flush=True)
     after = judge(run, run.adapted)
     summary = summarize(run, before, after, started)
-    write_json(folder / SUMMARY_FILE, {name: value if value == value else None for name, value in summary.items()})
+    write_json(folder / SUMMARY_FILE, {name: finite_or_null(value) for name, value in summary.items()})
     print_examples(run.task.held_out_rows, before, after)
     print_summary(summary)
     for advice in summary["advice"]:
         print(f"\n{advice}")
     print(f"\n{folder}: adapter, {SUMMARY_FILE}, metrics.jsonl, {plot.name}")
+
+
+def finite_or_null(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe(run: Run, device: str) -> None:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from minilora.backend import HostArray
+from minilora.formats.finite import finite_fields
 from minilora.formats.whole import replacing
 from minilora.model.names import Shape
 
@@ -46,7 +47,7 @@ def write_json(path: Path, obj: object) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=finite_fields)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file") from error
     except ValueError as error:  # of the JSON or of the UTF-8

@@ -22,7 +22,7 @@ from minilora.methods.method import Method
 from minilora.model.config import Config
 from minilora.model.model import Model
 from minilora.model.names import parameter_count
-from minilora.runs.advice import advise, after_divergence
+from minilora.runs.advice import advise, after_divergence, not_finite_at_start
 from minilora.runs.evaluation import answers, can_be_matched, drift, exact_match, outside_text
 from minilora.runs.folder import train_in
 from minilora.runs.metrics import read_metrics
@@ -145,7 +145,10 @@ def train_run(run: Run) -> None:
         report_to = run.settings.report_to
         train_in(run.folder, run.adapted, run.state, task.rows, task.valid, run.plan, pad_id, on_save, report_to)
     except Diverged as error:
-        raise Diverged(f"{error} {after_divergence(run.settings, run.plan.warmup)}") from error
+        advice = (
+            not_finite_at_start(run.settings) if error.at_start else after_divergence(run.settings, run.plan.warmup)
+        )
+        raise Diverged(f"{error} {advice}") from error
     write_outcome(run, {name: to_host(p) for name, p in run.state.trainable.items()})
 
 

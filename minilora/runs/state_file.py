@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def save_state(state: State, folder: Path) -> None:
     tensors |= {f"optimizer.{name}": to_host(a) for name, a in state.optimizer.state().items()}
     tensors |= {f"best.{name}": a for name, a in state.best.items()}
     tensors["order"] = state.order.permutation
-    numbers = {name: getattr(state, name) for name in NUMBERS}
+    numbers = {name: number for name in NUMBERS if math.isfinite(number := getattr(state, name))}
     metadata = {
         "numbers": json.dumps(numbers),
         "order": json.dumps([state.order.epoch, state.order.cursor]),
@@ -52,5 +53,5 @@ def load_state(state: State, folder: Path) -> None:
     if "loss_scale" in metadata:  # states of older versions have none
         state.loss_scale = LossScale(**json.loads(metadata["loss_scale"]))
     state.best = {name.removeprefix("best."): a for name, a in tensors.items() if name.startswith("best.")}
-    for name, value in json.loads(metadata["numbers"]).items():
-        setattr(state, name, value)
+    for name, number in ({"best_loss": math.inf} | json.loads(metadata["numbers"])).items():
+        setattr(state, name, number)

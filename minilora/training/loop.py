@@ -37,7 +37,11 @@ class Plan:
 
 
 class Diverged(ArithmeticError):
-    """The loss or its gradient is no longer a finite number."""
+    """The loss or its gradient is no longer a finite number; `at_start`, it never was."""
+
+    def __init__(self, message: str, at_start: bool = False) -> None:
+        super().__init__(message)
+        self.at_start = at_start
 
 
 def train(
@@ -115,7 +119,7 @@ def take_step(model: Model, state: State, batches: list[Batch], plan: Plan) -> t
     loss, gradients = compute(model, batches, seeds, plan.activation_checkpointing, on_all_cores)
     norm = global_norm(gradients)
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise Diverged(_stopped(state, loss, norm))
+        raise Diverged(_stopped(state, loss, norm), at_start=state.step == 0 and not math.isfinite(loss))
     clip_gradients(gradients, norm, plan.max_grad_norm)
     rate = learning_rate(state.step, plan.steps, plan.learning_rate, plan.schedule, plan.warmup)
     state.optimizer.update(state.trainable, gradients, rate)
