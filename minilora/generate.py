@@ -64,6 +64,8 @@ def generate_command(argv: list[str] | None = None) -> None:
     check_flags(args)
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
+    if args.out:
+        check_out(args.out, args.prompts)
     loaded = load(args)
     rows = given_prompts(args)
     requests = [
@@ -85,6 +87,24 @@ def generate_command(argv: list[str] | None = None) -> None:
             print(line, flush=True)
     if args.out:
         write_text(args.out, "".join(f"{line}\n" for line in lines))
+
+
+def check_out(out: Path, prompts: Path | None) -> None:
+    """ValueError if the answers would replace a file that is not of such answers, or the prompts themselves."""
+    if prompts and out.exists() and prompts.exists() and out.samefile(prompts):
+        raise ValueError(f"--out {out} is the file of --prompts, and would be replaced: choose another name")
+    if out.exists() and not (out.is_file() and holds_answers(out)):
+        raise ValueError(f"--out {out} exists, and is not a file that generate has written: choose another name")
+
+
+def holds_answers(path: Path) -> bool:
+    """Whether a file is empty, or begins with a line of ours."""
+    with path.open("rb") as file:
+        line = file.readline()
+    try:
+        return not line or {"adapter", "generated_text", "finish_reason"} <= json.loads(line).keys()
+    except (ValueError, AttributeError):  # no JSON, or no object
+        return False
 
 
 def given_prompts(args: argparse.Namespace) -> list[PromptRow]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from minilora.backend import use
@@ -19,6 +20,7 @@ from minilora.data.examples import Row
 from minilora.data.show import show_batch
 from minilora.formats.files import write_json
 from minilora.runs.advice import out_of_memory
+from minilora.runs.folder import is_free, only_run
 from minilora.runs.plots import plot_loss
 from minilora.runs.run import Judgement, Run, judge, prepare, summarize, train_run
 from minilora.runs.state_file import load_state, save_state
@@ -28,35 +30,52 @@ SUMMARY_FILE = "summary.json"
 
 
 def train_command(argv: list[str] | None = None) -> None:
-    """Parse, prepare, judge, train, judge again, and print."""
+    """Parse, prepare, train, and say how to go on if that is cut off."""
     started = time.perf_counter()
     args = parse(argv, __doc__)
     settings, folder, resumed = choose_settings(args)
     device = use(settings.device)
     run = prepare(settings, folder)
-    if resumed:
-        load_state(run.state, folder)
     if "show_batch" in args:
+        if resumed:
+            load_state(run.state, folder)
         batch = next_batches(run.state, run.task.rows, run.plan, run.tokenizer.pad_id)[0]
         print(*run.task.report, *show_batch(batch, run.tokenizer, color=sys.stdout.isatty()), sep="\n")
         return
-    if not resumed:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_state(run.state, folder)  # saved first, because a folder with settings can be resumed
-        run.settings.save(folder)
-    describe(run, device)
+    with only_run(folder):
+        begin(run, resumed)
+        describe(run, device)
+        try:
+            train_and_judge(run, started)
+        except KeyboardInterrupt as error:
+            saved = f"after step {run.state.step}, which is saved" if error.args else "at once"
+            with suppress(OSError):  # the terminal may be gone
+                print(f"\nstopped {saved}; go on with: python -m minilora.train --resume {folder}")
+            raise
+        except Exception as error:
+            if errors.is_out_of_memory(error):
+                raise RuntimeError(out_of_memory(run.settings, run.task.figures["train"]["longest"])) from error
+            raise
 
+
+def begin(run: Run, resumed: bool) -> None:
+    """Read the state of a resumed run, or save that of a new one."""
+    if resumed:
+        for remark in load_state(run.state, run.folder):
+            print(f"remark: {remark}", file=sys.stderr)
+    elif not is_free(run.folder):
+        raise ValueError(f"--out {run.folder}: another process has begun a run there: choose another folder")
+    else:
+        save_state(run.state, run.folder)  # saved first, because a folder with settings can be resumed
+        run.settings.save(run.folder)
+
+
+def train_and_judge(run: Run, started: float) -> None:
+    """Judge, train, judge again, write the summary and print it."""
+    folder = run.folder
     print("before training …", flush=True)
     before = judge(run, run.base)
-    try:
-        train_run(run)
-    except KeyboardInterrupt:
-        print(f"\nstopped at step {run.state.step}; go on with: python -m minilora.train --resume {folder}")
-        raise
-    except Exception as error:
-        if errors.is_out_of_memory(error):
-            raise RuntimeError(out_of_memory(run.settings, run.task.figures["train"]["longest"])) from error
-        raise
+    train_run(run)
     plot = plot_loss(folder)
     print("after training …", flush=True)
     after = judge(run, run.adapted)

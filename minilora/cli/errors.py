@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 OUT_OF_MEMORY = (
     "out of memory. What usually helps, in this order: a smaller --batch-size with more --grad-accumulation (the same "
@@ -19,9 +21,10 @@ def run(command: Callable[[list[str] | None], None], argv: list[str] | None) -> 
     """
     try:
         command(argv)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        with suppress(OSError):  # the terminal may be gone
+            print("\ninterrupted", file=sys.stderr)
+        return 128 + (error.args[0] if error.args else signal.SIGINT)  # as a shell has it
     except (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:
         if os.environ.get("MINILORA_DEBUG"):
             raise

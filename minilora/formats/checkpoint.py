@@ -86,7 +86,7 @@ def read_weights(folder: Path, config: Config) -> Mapping[str, HostArray]:
         return gguf_weights(folder, config)
     places: dict[str, Path] = {}
     found: dict[str, Shape] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         with open_safetensors(path) as file:
             for name in file.keys():
                 if name.endswith("rotary_emb.inv_freq"):
@@ -112,7 +112,8 @@ def read_weights(folder: Path, config: Config) -> Mapping[str, HostArray]:
     return weights
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the tensors of a checkpoint."""
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     if not (folder / INDEX).exists():

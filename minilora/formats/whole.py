@@ -16,6 +16,8 @@ from typing import IO
 
 from safetensors import SafetensorError
 
+UNFINISHED = ("partial", "lock")  # the ends of the names beside, which only a kill leaves
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

@@ -53,8 +53,12 @@ def train(
     pad_id: int,
     record: Callable[..., None],
     save: Callable[[State], None],
+    stop: Callable[[], int] = lambda: 0,
 ) -> None:
     """Train until `plan.steps` steps are done or validation stops improving; then `state` holds the outcome.
+
+    As soon as `stop` gives the number of a signal, the state after the step under way is saved, and KeyboardInterrupt
+    raised with that number.
 
     With validation, the parameters end as they were at the lowest validation loss. `record` gets the figures of each
     step and validation by name, `save` a state that is good to go on from. Raises Diverged before a state would be
@@ -74,7 +78,7 @@ def train(
         batches: list[Batch] = []
         if state.step == 0:
             save_if_finite(batches)
-        while state.step < plan.steps and not _out_of_patience(state, plan):
+        while state.step < plan.steps and not _out_of_patience(state, plan) and not stop():
             step_started = time.perf_counter()
             batches = next_batches(state, rows, plan, pad_id)
             loss, norm, rate = take_step(model, state, batches, plan)
@@ -104,6 +108,8 @@ def train(
         save_if_finite(batches)
     finally:
         bar.close()
+    if signal := stop():
+        raise KeyboardInterrupt(signal)
     for name, array in state.best.items():
         state.trainable[name][...] = to_device(array)
 
