@@ -17,6 +17,7 @@ from minilora.formats.checkpoint import read_config, read_weights
 from minilora.formats.files import write_json
 from minilora.formats.library import contradiction, named_adapters, trained_on
 from minilora.formats.peft import CONFIG, check_copies, read_adapter, write_adapter
+from minilora.formats.whole import building, check_new
 from minilora.methods.lora import LoRA
 from minilora.model.config import Config
 
@@ -76,8 +77,7 @@ def checked_weights(args: argparse.Namespace) -> list[float]:
         raise ValueError(f"--weights {listed}: give one number for each of the {len(args.adapter)} adapters")
     if args.rank < 0 or (args.rank and args.combination_type == "cat"):
         raise ValueError(f"--rank {args.rank} goes with --combination-type svd, and is at least 1; cat keeps all ranks")
-    if not errors.is_free(args.out):
-        raise ValueError(f"--out {args.out} exists and is not an empty folder: choose another")
+    check_new(args.out)
     return weights
 
 
@@ -105,9 +105,10 @@ def combine_command(argv: list[str] | None = None) -> None:
     rank = None if args.combination_type == "cat" else args.rank or largest_rank(adapters, config)
     combination = combine(config, adapters, weights, rank)
     base, revision = trained.base or source.name, trained.revision or None
-    write_adapter(args.out, combination.method, combination.tensors, config, base, revision)
     report = combination_report(combination, folders, weights, args.combination_type)
-    write_json(args.out / COMBINE_FILE, report)
+    with building(args.out) as out:
+        write_adapter(out, combination.method, combination.tensors, config, base, revision)
+        write_json(out / COMBINE_FILE, report)
     show(args.out, combination, report)
 
 

@@ -22,6 +22,7 @@ from minilora.formats.gguf_write import GGUF_DTYPES, check_free, write_gguf, wri
 from minilora.formats.hub import find_adapter, find_model
 from minilora.formats.library import trained_on
 from minilora.formats.load import load_model
+from minilora.formats.whole import building, check_new
 from minilora.model.names import parameter_count
 
 GGUF, FOLDER = "gguf", "huggingface"
@@ -53,8 +54,8 @@ def convert_command(argv: list[str] | None = None) -> None:
         raise ValueError("--dtype is for models: an adapter keeps its numbers as they are")
     if args.format == GGUF:
         check_free(args.out, whole_model=not args.adapter)
-    elif not errors.is_free(args.out):
-        raise ValueError(f"--out {args.out} exists and is not an empty folder: choose another")
+    else:
+        check_new(args.out)
     use("cpu")
     if args.adapter:
         convert_adapter(args)
@@ -75,7 +76,8 @@ def convert_adapter(args: argparse.Namespace) -> None:
         write_gguf_adapter(args.out, method, host, raw.get("model_type", "llama"), base.config)
     else:
         named = trained.base or source.name, trained.revision or None
-        write_method(args.out, method, host, base.config, *named, args.format)
+        with building(args.out) as out:
+            write_method(out, method, host, base.config, *named, args.format)
     print(f"{args.out}: {len(host)} tensors of {sum(tensor.size for tensor in host.values()):,} numbers, {args.format}")
 
 
@@ -89,8 +91,9 @@ def convert_model(args: argparse.Namespace) -> None:
         fields, stops = tokenizer_fields(tokenizer, config.vocab_size), tokenizer.stop_texts
         write_gguf(args.out, raw.get("model_type", "llama"), config, weights, dtype, fields, stops)
     elif dtype in DTYPES:
-        write_checkpoint(args.out, raw, weights, dtype)
-        save_tokenizer_files(source, args.out)
+        with building(args.out) as out:
+            write_checkpoint(out, raw, weights, dtype)
+            save_tokenizer_files(source, out)
     else:
         raise ValueError(f"--dtype {dtype} goes with --format {GGUF}")
     print(f"{args.out}: {parameter_count(config):,} weights in {dtype}, {args.format}")

@@ -95,6 +95,8 @@ def evaluate_command(argv: list[str] | None = None) -> None:
     batches = batches_of([[example] for example in encoded.examples], args.batch_size, tokenizer.pad_id)
 
     loss = mean_loss(model, batches)
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss}: the numbers of {args.adapter or folder} are finite, but too large")
     figures: dict[str, Any] = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
     answered = encoded.kept(rows)[: args.eval_rows]
     if can_be_matched(answered):
@@ -110,7 +112,7 @@ def evaluate_command(argv: list[str] | None = None) -> None:
     figures["examples"] = len(encoded.examples)
     figures["left_out"] = len(encoded.too_long) + len(encoded.unlabelled)
     if args.json:
-        print(json.dumps(figures))
+        print(json.dumps(figures, allow_nan=False))
         return
     print(report(encoded, max_length, str(args.data or "built-in task")))
     for name, value in figures.items():

@@ -66,6 +66,8 @@ def generate_command(argv: list[str] | None = None) -> None:
     check_flags(args)
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
+    if args.out:
+        check_out(args.out, args.prompts)
     loaded = load(args)
     rows = given_prompts(args, in_template(args.chat, loaded))
     requests = [
@@ -98,6 +100,24 @@ def in_template(asked: bool | None, loaded: Loaded) -> bool:
         print("prompts go into the chat template, as the adapter's training rows did: --no-chat", file=sys.stderr)
         return True
     return bool(asked)
+
+
+def check_out(out: Path, prompts: Path | None) -> None:
+    """ValueError if the answers would replace a file that is not of such answers, or the prompts themselves."""
+    if prompts and out.exists() and prompts.exists() and out.samefile(prompts):
+        raise ValueError(f"--out {out} is the file of --prompts, and would be replaced: choose another name")
+    if out.exists() and not (out.is_file() and holds_answers(out)):
+        raise ValueError(f"--out {out} exists, and is not a file that generate has written: choose another name")
+
+
+def holds_answers(path: Path) -> bool:
+    """Whether a file is empty, or begins with a line of ours."""
+    with path.open("rb") as file:
+        line = file.readline()
+    try:
+        return not line or {"adapter", "generated_text", "finish_reason"} <= json.loads(line).keys()
+    except (ValueError, AttributeError):  # no JSON, or no object
+        return False
 
 
 def given_prompts(args: argparse.Namespace, chat: bool) -> list[PromptRow]:
@@ -158,7 +178,7 @@ def as_line(request: Request, tokens: Sequence[int], tokenizer: Tokenizer) -> st
         "generated_text": tokenizer.decode(tokens),
         "finish_reason": "stop" if len(tokens) < request.limit else "length",
     }
-    return json.dumps(request.row | answer, ensure_ascii=False)
+    return json.dumps(request.row | answer, ensure_ascii=False, allow_nan=False)
 
 
 def main(argv: list[str] | None = None) -> int:

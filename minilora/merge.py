@@ -6,6 +6,7 @@ It is a Hugging Face folder, or a GGUF file for llama.cpp and Ollama.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from minilora.formats.files import write_json
 from minilora.formats.gguf_tokenizer import tokenizer_fields
 from minilora.formats.gguf_write import GGUF_DTYPES, Q8_0, check_free, rounded, write_gguf
 from minilora.formats.hub import find_adapter
+from minilora.formats.whole import building, check_new
 from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD
@@ -92,8 +94,8 @@ def merge_command(argv: list[str] | None = None) -> None:
         check_free(args.out, whole_model=True)
     elif args.dtype not in DTYPES:
         raise ValueError(f"--dtype {args.dtype} goes with --format {GGUF}")
-    elif not errors.is_free(args.out):
-        raise ValueError(f"--out {args.out} exists and is not an empty folder: choose another")
+    else:
+        check_new(args.out)
     if not args.max_shard_size > 0:
         raise ValueError(f"--max-shard-size {args.max_shard_size} is not a size")
     use("cpu")
@@ -124,6 +126,8 @@ def merge_command(argv: list[str] | None = None) -> None:
     texts = outside_text(tokenizer)
     plain = base_model(adapted.config, written, frozen="stored")
     difference, largest = largest_logit_difference(adapted, plain, texts)
+    if not math.isfinite(difference):
+        raise ValueError(f"{args.adapter} on {source}: the logits of sample text are no numbers, they overflow")
     report = {
         "dtype": args.dtype,
         **rounding.report(),
@@ -136,9 +140,10 @@ def merge_command(argv: list[str] | None = None) -> None:
         fields, kind = tokenizer_fields(tokenizer, config.vocab_size), raw_config.get("model_type", "llama")
         write_gguf(args.out, kind, adapted.config, written, args.dtype, fields, tokenizer.stop_texts)
     else:
-        write_checkpoint(args.out, raw_merged, written, args.dtype, int(args.max_shard_size * 1e9))
-        save_tokenizer_files(source, args.out)
-        write_json(args.out / MERGE_FILE, report)
+        with building(args.out) as out:
+            write_checkpoint(out, raw_merged, written, args.dtype, int(args.max_shard_size * 1e9))
+            save_tokenizer_files(source, out)
+            write_json(out / MERGE_FILE, report)
     tell(report, args.out)
 
 

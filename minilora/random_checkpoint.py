@@ -6,16 +6,16 @@ python -m minilora.random_checkpoint SmolLM2-135M --out random-135m
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
 from minilora.cli import errors
 from minilora.data.tokenizer import TOKENIZER_FILES
 from minilora.formats.checkpoint import DTYPES, named_dtype, random_weights, write_checkpoint
-from minilora.formats.files import replacing
+from minilora.formats.files import copy_file
 from minilora.formats.known_configs import KNOWN_CONFIGS, find_config
 from minilora.formats.load import SHIPPED_MODEL
+from minilora.formats.whole import building, check_new
 from minilora.model.names import parameter_count
 
 
@@ -31,13 +31,12 @@ def random_checkpoint_command(argv: list[str] | None = None) -> None:
     config, raw = find_config(args.config)
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed} is negative")
-    if not errors.is_free(args.out):
-        raise ValueError(f"{args.out} exists and is not an empty folder: choose another --out")
+    check_new(args.out)
     tokenizer = tokenizer_files(args.tokenizer)
-    write_checkpoint(args.out, raw, random_weights(config, args.seed, args.dtype), args.dtype)
-    for path in tokenizer:
-        with replacing(args.out / path.name) as partial:
-            shutil.copyfile(path, partial)
+    with building(args.out) as out:
+        write_checkpoint(out, raw, random_weights(config, args.seed, args.dtype), args.dtype)
+        for path in tokenizer:
+            copy_file(path, out / path.name)
     count = parameter_count(config)
     print(f"{count:,} parameters, {count * named_dtype(args.dtype).itemsize:,} bytes, in {args.out}")
 

@@ -7,8 +7,10 @@ object a line; or a .txt file; or a folder with train, valid and test files of t
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from minilora.backend import use
@@ -19,6 +21,7 @@ from minilora.data.prompts import last_words, question
 from minilora.data.show import show_batch
 from minilora.formats.files import write_json
 from minilora.runs.advice import out_of_memory
+from minilora.runs.folder import is_free, only_run
 from minilora.runs.plots import plot_loss
 from minilora.runs.run import Judgement, Run, judge, prepare, summarize, train_run
 from minilora.runs.state_file import load_state, save_state
@@ -28,45 +31,67 @@ SUMMARY_FILE = "summary.json"
 
 
 def train_command(argv: list[str] | None = None) -> None:
-    """Parse, prepare, judge, train, judge again, and print."""
+    """Parse, prepare, train, and say how to go on if that is cut off."""
     started = time.perf_counter()
     args = parse(argv, __doc__)
     settings, folder, resumed = choose_settings(args)
     device = use(settings.device)
     run = prepare(settings, folder)
-    if resumed:
-        load_state(run.state, folder)
     if "show_batch" in args:
+        if resumed:
+            load_state(run.state, folder)
         batch = next_batches(run.state, run.task.rows, run.plan, run.tokenizer.pad_id)[0]
         print(*run.task.report, *show_batch(batch, run.tokenizer, color=sys.stdout.isatty()), sep="\n")
         return
-    if not resumed:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_state(run.state, folder)  # saved first, because a folder with settings can be resumed
-        run.settings.save(folder)
-    describe(run, device)
+    with only_run(folder):
+        begin(run, resumed)
+        describe(run, device)
+        try:
+            train_and_judge(run, started)
+        except KeyboardInterrupt as error:
+            saved = f"after step {run.state.step}, which is saved" if error.args else "at once"
+            with suppress(OSError):  # the terminal may be gone
+                print(f"\nstopped {saved}; go on with: python -m minilora.train --resume {folder}")
+            raise
+        except Exception as error:
+            if errors.is_out_of_memory(error):
+                raise RuntimeError(out_of_memory(run.settings, run.task.figures["train"]["longest"])) from error
+            raise
 
+
+def begin(run: Run, resumed: bool) -> None:
+    """Read the state of a resumed run, or save that of a new one."""
+    if resumed:
+        for remark in load_state(run.state, run.folder):
+            print(f"remark: {remark}", file=sys.stderr)
+    elif not is_free(run.folder):
+        raise ValueError(f"--out {run.folder}: another process has begun a run there: choose another folder")
+    else:
+        save_state(run.state, run.folder)  # saved first, because a folder with settings can be resumed
+        run.settings.save(run.folder)
+
+
+def train_and_judge(run: Run, started: float) -> None:
+    """Judge, train, judge again, write the summary and print it."""
+    folder = run.folder
     print("before training …", flush=True)
     before = judge(run, run.base)
-    try:
-        train_run(run)
-    except KeyboardInterrupt:
-        print(f"\nstopped at step {run.state.step}; go on with: python -m minilora.train --resume {folder}")
-        raise
-    except Exception as error:
-        if errors.is_out_of_memory(error):
-            raise RuntimeError(out_of_memory(run.settings, run.task.figures["train"]["longest"])) from error
-        raise
+    train_run(run)
     plot = plot_loss(folder)
     print("after training …", flush=True)
     after = judge(run, run.adapted)
     summary = summarize(run, before, after, started)
-    write_json(folder / SUMMARY_FILE, {name: value if value == value else None for name, value in summary.items()})
+    write_json(folder / SUMMARY_FILE, {name: finite_or_null(value) for name, value in summary.items()})
     print_examples(run.task.held_out_rows, before, after)
     print_summary(summary)
     for advice in summary["advice"]:
         print(f"\n{advice}")
     print(f"\n{folder}: adapter, {SUMMARY_FILE}, metrics.jsonl, {plot.name}")
+
+
+def finite_or_null(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe(run: Run, device: str) -> None:

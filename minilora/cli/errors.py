@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import suppress
 
 OUT_OF_MEMORY = (
     "out of memory. What usually helps, in this order: a smaller --batch-size with more --grad-accumulation (the same "
     "training), --activation-checkpointing, a shorter --max-length, --frozen stored (16 bits) or --frozen nf4 (4 bits)"
 )
-
-
-def is_free(folder: Path) -> bool:
-    """Whether `folder` is new or empty, so that writing to it replaces nothing."""
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def run(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
@@ -25,9 +21,10 @@ def run(command: Callable[[list[str] | None], None], argv: list[str] | None) -> 
     """
     try:
         command(argv)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        with suppress(OSError):  # the terminal may be gone
+            print("\ninterrupted", file=sys.stderr)
+        return 128 + (error.args[0] if error.args else signal.SIGINT)  # as a shell has it
     except (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:
         if os.environ.get("MINILORA_DEBUG"):
             raise

@@ -11,6 +11,7 @@ from minilora.cli.config_file import read_flags_file
 from minilora.cli.flags import NEEDLESS, TO_TRAIN, AsWritten, Written, by_setting, dashed, flags, in_our_unit
 from minilora.formats.hub import is_hub_id
 from minilora.methods.setting import Setting, flag, settings_of, typed
+from minilora.runs.folder import is_free
 from minilora.runs.settings import (
     DATA,
     DEFAULT_JOB,
@@ -107,8 +108,8 @@ def choose_settings(args: argparse.Namespace) -> tuple[Settings, Path, bool]:
             raise ValueError(f"{out} already holds a run: choose another --out, or go on with it by --resume {out}")
     else:
         out = _free_folder(Path("runs"), Path(settings.data).stem if settings.data else "nl2sql")
-    if (out / "config.json").exists():
-        raise ValueError(f"--out {out} holds a model: choose another folder for the run")
+    if not is_free(out):
+        raise ValueError(f"--out {out} holds files that are not a run's: choose a folder that is new or empty")
     return settings, out, False
 
 

@@ -24,7 +24,7 @@ from minilora.runs.metrics import read_metrics
 from minilora.runs.settings import SETTINGS_FILE
 from minilora.runs.state_file import STATE_FILE
 
-SUMMARY_FILE, FAILURE_FILE, LOG_FILE = "summary.json", "failed.json", "log.txt"
+SUMMARY_FILE, FAILURE_FILE = "summary.json", "failed.json"
 MOST_RATES = 5
 
 Summary = dict[str, Any]
@@ -105,15 +105,16 @@ class Field:
         for name in (SUMMARY_FILE, FAILURE_FILE):
             if (folder / name).exists():
                 return read_json(folder / name)
+        log_file = folder.with_name(f"{folder.name}.log")  # beside it: a run begins in a folder that is empty
         folder.mkdir(parents=True, exist_ok=True)
         before = int(self.bar.n)
-        code = watch(self.command(trial), folder / LOG_FILE, lambda: self._show(before, folder))
-        log = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace")
+        code = watch(self.command(trial), log_file, lambda: self._show(before, folder))
+        log = log_file.read_text(encoding="utf-8", errors="replace")
         if code == 0 and not trial.rate:
             write_json(folder / SUMMARY_FILE, json.loads(log.splitlines()[-1]))
         elif code:
             errors = [line.removeprefix("error: ") for line in log.splitlines() if line.startswith("error: ")]
-            error = errors[-1] if errors else f"ended with {code}, see {folder / LOG_FILE}"
+            error = errors[-1] if errors else f"ended with {code}, see {log_file}"
             if not (code == 2 and steps_done(folder)):  # the rate is not to blame
                 raise RuntimeError(f"{trial.name}: {error}")
             write_json(folder / FAILURE_FILE, {"error": error})

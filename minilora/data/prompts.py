@@ -8,6 +8,7 @@ from typing import Any
 from minilora.data.conversations import TEMPLATE_KEYS, is_conversation, template_arguments
 from minilora.data.examples import Row
 from minilora.data.tokenizer import Tokenizer
+from minilora.formats.finite import finite_fields
 
 PromptRow = dict[str, Any]
 ACCEPTED_PROMPTS = (
@@ -25,7 +26,7 @@ def read_prompts(path: Path) -> list[PromptRow]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                prompts.append(_check(json.loads(line)))
+                prompts.append(_check(json.loads(line, object_pairs_hook=finite_fields)))
             except ValueError as error:  # wrong JSON, or a wrong shape
                 raise ValueError(f"{path}, line {number}: {error}") from error
     if not prompts:

@@ -1,7 +1,6 @@
 """Text to tokens and back, and conversations to text, exactly as a model's own folder says."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,7 +12,7 @@ import jinja2
 import tokenizers
 
 from minilora.data.chat_template import compile_template, read_templates
-from minilora.formats.files import read_json, write_json
+from minilora.formats.files import copy_file, read_json, write_json
 from minilora.formats.gguf import is_gguf
 from minilora.formats.gguf_tokenizer import tokenizer_files
 
@@ -161,7 +160,7 @@ def save_tokenizer_files(source: Path, target: Path) -> None:
         return
     for name in TOKENIZER_FILES:
         if (source / name).is_file() and source.resolve() != target.resolve():
-            shutil.copyfile(source / name, target / name)
+            copy_file(source / name, target / name)
 
 
 def _reader(folder: Path) -> tuple[Callable[[str], dict[str, Any]], tokenizers.Tokenizer]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 
-from minilora.formats.files import replacing
+from minilora.formats.whole import replacing
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -14,6 +14,7 @@ import numpy as np
 
 from minilora.backend import HostArray
 from minilora.formats.files import check_shapes, open_safetensors, read_json, write_json, write_safetensors
+from minilora.formats.finite import finite
 from minilora.formats.gguf import gguf_config, gguf_weights, is_gguf
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, Shape, parameter_shapes
@@ -66,7 +67,7 @@ class Weights(Mapping[str, HostArray]):
 
     def __getitem__(self, name: str) -> HostArray:
         with open_safetensors(self.places[name]) as file:  # anew each time: pages of one long mapping would be a copy
-            return np.asarray(file.get_tensor(name))
+            return finite(self.places[name], name, np.asarray(file.get_tensor(name)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -85,7 +86,7 @@ def read_weights(folder: Path, config: Config) -> Mapping[str, HostArray]:
         return gguf_weights(folder, config)
     places: dict[str, Path] = {}
     found: dict[str, Shape] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         with open_safetensors(path) as file:
             for name in file.keys():
                 if name.endswith("rotary_emb.inv_freq"):
@@ -111,7 +112,8 @@ def read_weights(folder: Path, config: Config) -> Mapping[str, HostArray]:
     return weights
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the tensors of a checkpoint."""
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     if not (folder / INDEX).exists():
@@ -197,7 +199,7 @@ def as_dtype(name: str, tensor: HostArray, dtype: np.dtype[Any]) -> HostArray:
     """The tensor in another dtype, rounded to nearest even. ValueError, naming it, where a number is too large."""
     try:
         with np.errstate(over="raise"):
-            return tensor.astype(dtype, copy=False)
+            return finite("to be written", name, tensor.astype(dtype, copy=False))
     except FloatingPointError as error:
         raise ValueError(f"{name} holds numbers too large for {dtype.name}: choose another dtype") from error
 

@@ -1,9 +1,9 @@
-"""Single files in and out. A file appears whole or not at all: it is written beside its place, then renamed."""
+"""Single files in and out, each checked as it is read, and whole or not there as it is written (`whole.py`)."""
 
 from __future__ import annotations
 
 import json
-import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,19 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from minilora.backend import HostArray
+from minilora.formats.finite import finite_fields
+from minilora.formats.whole import replacing
 from minilora.model.names import Shape
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write to; it becomes `path` when the block ends, and vanishes if the block fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, HostArray], metadata: dict[str, str] | None = None) -> None:
@@ -36,6 +26,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, HostArray], metadata: di
         mode = partial.stat().st_mode
         save_file({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}, partial, metadata)
         partial.chmod(mode)  # the library makes files that only their owner can read
+
+
+def copy_file(source: Path, target: Path) -> None:
+    with replacing(target) as partial:
+        shutil.copyfile(source, partial)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -52,7 +47,7 @@ def write_json(path: Path, obj: object) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=finite_fields)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file") from error
     except ValueError as error:  # of the JSON or of the UTF-8

@@ -18,6 +18,7 @@ import numpy as np
 
 from minilora.backend import HostArray
 from minilora.formats.files import check_shapes
+from minilora.formats.finite import finite
 from minilora.frozen.gguf import Blocks, gguf_library
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, NORM, layer_module, parameter_shapes, roles
@@ -234,8 +235,9 @@ class GGUFWeights(Mapping[str, Any]):
         heads = turned_heads(self.config, name) if self.permuted else 0
         order = order_in_file(len(data), heads) if heads else None
         if kind.name in ("F32", "F16", "BF16"):
-            return data if order is None else data[order]
+            return finite(self.file.path, tensor.name, data if order is None else data[order])
         held = Blocks(data, kind, order)
+        finite(self.file.path, tensor.name, held.scales())
         return held if self.blocks else held.rows()
 
     def __iter__(self) -> Iterator[str]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from minilora.backend import HostArray
 from minilora.formats.checkpoint import as_dtype, named_dtype
-from minilora.formats.files import replacing, write_text
+from minilora.formats.files import write_text
 from minilora.formats.gguf import (
     ARCHITECTURES,
     ROPE_FACTORS,
@@ -24,6 +24,7 @@ from minilora.formats.gguf import (
     tensor_names,
     turned_heads,
 )
+from minilora.formats.whole import replacing
 from minilora.frozen.gguf import gguf_library
 from minilora.methods.lora import LoRA
 from minilora.methods.method import Method
@@ -93,8 +94,9 @@ def write_gguf(
         tensors[theirs] = (kind if tensor.ndim == 2 else "F32", tensor)
     if "low_freq_factor" in scaling:
         tensors[ROPE_FACTORS] = "F32", rope_factors(config.head_dim, config.rope_theta, scaling)
-    _write(path, name, fields, tensors)
-    write_text(path.with_name(MODELFILE), modelfile(path.name, stops))
+    with replacing(path) as partial:
+        _write(partial, name, fields, tensors)
+        write_text(path.with_name(MODELFILE), modelfile(path.name, stops))  # where the model is, all is
 
 
 def _yarn(scaling: Mapping[str, float]) -> dict[str, Any]:
@@ -114,9 +116,17 @@ def check_free(path: Path, whole_model: bool) -> None:
     """ValueError if this is no name for a new GGUF file, beside which a new Modelfile goes for a whole model."""
     if path.suffix != ".gguf":
         raise ValueError(f"--out {path}: with --format gguf, name a file that ends in .gguf")
-    for file in (path, path.with_name(MODELFILE))[: 1 + whole_model]:
-        if file.exists():
+    beside = path.with_name(MODELFILE)
+    begins = modelfile(path.name, ())  # as in one that a killed process has left alone
+    of_another = whole_model and beside.exists() and not (beside.is_file() and _begins_with(beside, begins))
+    for file, taken in ((path, path.exists()), (beside, of_another)):
+        if taken:
             raise ValueError(f"--out {path}: {file} exists, and would be replaced: choose another place")
+
+
+def _begins_with(path: Path, text: str) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(text.encode())) == text.encode()
 
 
 def modelfile(name: str, stops: Iterable[str]) -> str:
@@ -146,7 +156,8 @@ def write_gguf_adapter(
                 B = B[order_for_file(len(B), heads)]
         written |= {f"{theirs}.lora_a": ("F32", A), f"{theirs}.lora_b": ("F32", np.float32(place.scale) * B)}
     fields = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(0)}
-    _write(path, name, fields, written)
+    with replacing(path) as partial:
+        _write(partial, name, fields, written)
 
 
 def check_gguf_adapter(method: Method, config: Config) -> Mapping[str, Any]:
@@ -170,27 +181,26 @@ def check_gguf_adapter(method: Method, config: Config) -> Mapping[str, Any]:
 def _write(path: Path, architecture: str, fields: Mapping[str, Any], tensors: dict[str, tuple[str, HostArray]]) -> None:
     """Tensors are converted one by one, as they are written."""
     library = gguf_library()
-    with replacing(path) as partial:
-        writer = library.GGUFWriter(partial, architecture)
-        for key, value in fields.items():
-            _add_field(writer, key, value)
-        for name, (kind, tensor) in tensors.items():
-            type = library.GGMLQuantizationType[kind]
-            try:
-                bytes_of_row = library.quants.quant_shape_to_byte_shape(tensor.shape, type)
-            except ValueError:
-                raise ValueError(
-                    f"{name} has rows of {tensor.shape[-1]} numbers, and {Q8_0} is for whole blocks of 32: "
-                    "take another --dtype"
-                ) from None
-            length = int(np.prod(bytes_of_row))
-            writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), length, raw_dtype=type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, (kind, tensor) in tensors.items():
-            writer.write_tensor_data(in_blocks(name, tensor, kind))
-        writer.close()
+    writer = library.GGUFWriter(path, architecture)
+    for key, value in fields.items():
+        _add_field(writer, key, value)
+    for name, (kind, tensor) in tensors.items():
+        type = library.GGMLQuantizationType[kind]
+        try:
+            bytes_of_row = library.quants.quant_shape_to_byte_shape(tensor.shape, type)
+        except ValueError:
+            raise ValueError(
+                f"{name} has rows of {tensor.shape[-1]} numbers, and {Q8_0} is for whole blocks of 32: "
+                "take another --dtype"
+            ) from None
+        length = int(np.prod(bytes_of_row))
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), length, raw_dtype=type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, (kind, tensor) in tensors.items():
+        writer.write_tensor_data(in_blocks(name, tensor, kind))
+    writer.close()
 
 
 def in_blocks(name: str, tensor: HostArray, kind: str) -> HostArray:

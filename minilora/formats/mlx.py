@@ -16,6 +16,7 @@ import numpy as np
 
 from minilora.backend import HostArray
 from minilora.formats.files import check_shapes, open_safetensors, read_json, write_json, write_safetensors
+from minilora.formats.finite import finite
 from minilora.formats.peft import CONFIG, Adapter, stored_shapes
 from minilora.methods.fields import name_list, number, rank, whole
 from minilora.methods.lora import LoRA
@@ -74,7 +75,8 @@ def write_mlx_adapter(
             "dropout": settings.dropout,
         },
     }
-    write_safetensors(folder / MLX_TENSORS, {_their_name(name): tensor.T for name, tensor in tensors.items()})
+    named = {_their_name(name): finite("to be written", name, tensor).T for name, tensor in tensors.items()}
+    write_safetensors(folder / MLX_TENSORS, named)
     write_json(folder / CONFIG, raw)
 
 
@@ -92,7 +94,10 @@ def read_mlx_adapter(folder: Path, config: Config) -> Adapter:
         transposed = {_their_name(name): shape[::-1] for name, shape in expected.items()}
         hint = f"The adapter does not fit its {CONFIG} and this base model."
         check_shapes(tensors_path, transposed, stored_shape_of, hint)
-        stored = {name: file.get_tensor(_their_name(name)).astype(np.float32) for name in expected}
+        stored = {
+            name: finite(tensors_path, _their_name(name), file.get_tensor(_their_name(name)).astype(np.float32))
+            for name in expected
+        }
     tensors = {name: np.ascontiguousarray(tensor.T) for name, tensor in stored.items()}
     return Adapter(settings, tensors, str(raw.get("model") or ""), {})
 

@@ -17,6 +17,7 @@ import numpy as np
 from minilora.backend import HostArray
 from minilora.formats.checkpoint import STORED
 from minilora.formats.files import check_shapes, open_safetensors, read_json, write_json, write_safetensors
+from minilora.formats.finite import finite
 from minilora.methods.method import Method, method_held_by
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, Shape, parameter_shapes
@@ -53,7 +54,7 @@ def write_adapter(
         **method.fields(config),
     }
     folder = Path(folder)
-    named = {method.key_prefix + name: tensor for name, tensor in tensors.items()}
+    named = {method.key_prefix + name: finite("to be written", name, tensor) for name, tensor in tensors.items()}
     write_safetensors(folder / TENSORS, named, {"format": "pt"})
     write_json(folder / CONFIG, raw)
 
@@ -107,7 +108,8 @@ def _read_tensors(
                 copies.setdefault(f"{module}.weight", key)
         hint = f"The adapter does not fit its {CONFIG} and this base model."
         check_shapes(path, fitting | dict.fromkeys(copies.values(), vocabulary), stored, hint)
-        tensors = {name: file.get_tensor(prefix + name).astype(np.float32, copy=False) for name in expected}
+        found = {name: file.get_tensor(prefix + name).astype(np.float32, copy=False) for name in expected}
+        tensors = {name: finite(path, prefix + name, tensor) for name, tensor in found.items()}
         return tensors, {name: file.get_tensor(key) for name, key in copies.items()}
 
 

@@ -15,6 +15,11 @@ import numpy as np
 from minilora.backend import Array, HostArray, slices_of_rows, to_device, to_host
 from minilora.frozen.stored import StoredWeight
 
+SCALES = {  # the bytes of a block that hold its 16-bit scale, and the offset if it has one
+    **{"Q4_0": slice(2), "Q4_1": slice(4), "Q5_0": slice(2), "Q5_1": slice(4), "Q8_0": slice(2)},
+    **{"Q2_K": slice(-4, None), "Q3_K": slice(-2, None), "Q4_K": slice(4), "Q5_K": slice(4), "Q6_K": slice(-2, None)},
+}
+
 
 def gguf_library() -> ModuleType:
     """The library. RuntimeError, saying what to install, where it is missing."""
@@ -35,6 +40,12 @@ class Blocks:
         self.type = type
         self.order = order
         self.shape: tuple[int, int] = (len(data), in_features)
+
+    def scales(self) -> HostArray:
+        """The 16-bit scales and offsets of all blocks: numbers are finite where these are."""
+        kind = self.type.name
+        blocks = self.data.reshape(-1, gguf_library().GGML_QUANT_SIZES[self.type][1])
+        return np.ascontiguousarray(blocks[:, SCALES[kind]]).view(np.float16)
 
     def rows(self, index: Any = slice(None)) -> HostArray:
         """Some rows, or all, in float32."""

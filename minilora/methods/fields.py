@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Container, Mapping
 from typing import Any, TypeVar
@@ -36,7 +37,7 @@ def value(place: object, raw: Mapping[str, Any], declared: Setting) -> Any:
 
 def number(place: object, raw: Mapping[str, Any], field: str, default: float | None = None) -> float:
     value = raw.get(field, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{place}: {field} is {value!r}, expected a number")
     return float(value)
 

@@ -68,6 +68,10 @@ class Config:
             )
         if config.head_dim % 2:
             raise ValueError(f"config.json: head_dim {config.head_dim} is odd, and RoPE turns pairs of features")
+        numbers = {"rms_norm_eps": config.rms_norm_eps, "rope_theta": theta, **(scaling or {})}
+        for key, value in numbers.items():
+            if not math.isfinite(value):
+                raise ValueError(f"config.json: {key} is {value}, which is not a finite number")
         if len(config.rope_layers) != layers:
             raise ValueError(f"config.json: no_rope_layers has {len(config.rope_layers)} entries for {layers} layers")
         return config

@@ -31,7 +31,7 @@ def plan_command(argv: list[str] | None = None) -> None:
         flags, total = sys.argv[1:] if argv is None else argv, figures["this"]["memory"]["total"]
         figures["measured"] = measured_in_a_process(flags, run, total)
     if args.json:
-        print(json.dumps(figures, indent=2))
+        print(json.dumps(figures, indent=2, allow_nan=False))
         return
     print(*heading(run, figures), "", *memory_table(run, figures), "", *flops_table(figures), sep="\n")
     if args.measure:

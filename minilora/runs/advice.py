@@ -57,6 +57,20 @@ def after_divergence(settings: Settings, warmup: int) -> str:
     return f"What usually helps, in this order: {wider}{_calmer(settings, warmup)}."
 
 
+def not_finite_at_start(settings: Settings) -> str:
+    """Advice for a loss that was no number before the first step was taken: no rate could have helped."""
+    given = f"{settings.model} and {settings.adapter}" if settings.adapter else settings.model
+    ways = [
+        *(["--mixed-precision bf16, whose range is float32's"] if settings.mixed_precision == "fp16" else []),
+        f"another copy of {given}: `python -m minilora.evaluate` should give it a loss",
+        *(["--dtype float64"] if settings.dtype == "float32" and settings.mixed_precision == "no" else []),
+    ]
+    return (
+        "No step had been taken, so it is not the learning rate: the numbers of the model overflow. What usually "
+        f"helps, in this order: {'; '.join(ways)}."
+    )
+
+
 def out_of_memory(settings: Settings, longest: int) -> str:
     """Advice for too little memory; `longest` is the length of the longest row, in tokens."""
     ways = []

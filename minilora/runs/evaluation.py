@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from minilora.backend import Array, to_device, xp
 from minilora.data.batches import Batch, pad
 from minilora.data.examples import Example, Row
@@ -94,16 +96,16 @@ def largest_logit_difference(
     model: Model, other: Model, batches: Sequence[Batch], chunk: int = 512
 ) -> tuple[float, float]:
     """The largest |difference| of two models' logits over all tokens of the batches, and `model`'s largest |logit|."""
-    difference = largest = 0.0
+    differences, largest = [0.0], [0.0]
     for batch in batches:
         real = xp.flatnonzero(to_device(batch.segments).reshape(-1))
         hidden, other_hidden = hidden_states(model, batch)[0][real], hidden_states(other, batch)[0][real]
         for start in range(0, len(real), chunk):
             logits = model.sites[HEAD].forward(hidden[start : start + chunk])[0]
             other_logits = other.sites[HEAD].forward(other_hidden[start : start + chunk])[0]
-            difference = max(difference, float(xp.abs(logits - other_logits).max()))
-            largest = max(largest, float(xp.abs(logits).max()))
-    return difference, largest
+            differences.append(float(xp.abs(logits - other_logits).max()))
+            largest.append(float(xp.abs(logits).max()))
+    return float(np.max(differences)), float(np.max(largest))  # NaN if one is, which `max` would pass over
 
 
 def _log_softmax(logits: Array) -> Array:

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from minilora.data.batches import Batch, Rows
+from minilora.formats.whole import UNFINISHED, only_writer, writing
 from minilora.model.model import Model
 from minilora.runs.metrics import MetricsFile
-from minilora.runs.state_file import save_state
+from minilora.runs.settings import SETTINGS_FILE
+from minilora.runs.state_file import STATE_FILE, save_state
 from minilora.training.loop import Plan, train
 from minilora.training.state import State
+
+LOCK_FILE = ".lock"
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Be the only process that writes to the folder of a run, which is made if it is not there. OSError if one does."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_writer(folder / LOCK_FILE, folder):
+            yield
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a run may begin in `folder`: it holds nothing but what a run leaves that is killed as it begins."""
+    left = (LOCK_FILE, STATE_FILE, *(f".{name}.{end}" for name in (STATE_FILE, SETTINGS_FILE) for end in UNFINISHED))
+    return not folder.exists() or (folder.is_dir() and all(path.name in left for path in folder.iterdir()))
 
 
 def train_in(
@@ -23,18 +43,22 @@ def train_in(
     pad_id: int = 0,
     on_save: Callable[[State], None] = lambda state: None,
     report_to: str = "none",
+    stop: Callable[[], int] = lambda: 0,
 ) -> None:
     """Run `train` and keep in `folder` all that resuming needs. `on_save` may write more beside it.
 
-    Raises Diverged, leaving the last saved state in place.
+    Raises Diverged, leaving the last saved state in place; and KeyboardInterrupt as `train` does.
     """
 
     def save(state: State) -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: the folder of this run is gone, and its state cannot be saved")
+        metrics.to_disk()  # first: a state on the disk has all its lines there
         save_state(state, folder)
         on_save(state)
 
     metrics = MetricsFile(folder, state.step, report_to)
     try:
-        train(model, state, rows, valid, plan, pad_id, metrics.write, save)
+        train(model, state, rows, valid, plan, pad_id, metrics.write, save, stop)
     finally:
         metrics.close()

@@ -8,11 +8,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from minilora.formats.files import write_text
+from minilora.formats.whole import writing
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"  # the folder beside METRICS_FILE
@@ -56,9 +58,15 @@ class MetricsFile:
     def write(self, **values: float | int) -> None:
         """Append the values of one step. JSON has no NaN, so numbers that are not finite become null."""
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        with writing(Path(self.file.name)):
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
         self._show(line)
+
+    def to_disk(self) -> None:
+        """Have all lines so far on the disk itself."""
+        with writing(Path(self.file.name)):
+            os.fsync(self.file.fileno())
 
     def _show(self, line: Mapping[str, Any]) -> None:
         """Log to TensorBoard, under the names that transformers uses: train/loss, eval/loss."""

@@ -12,21 +12,23 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from minilora.backend import peak_memory_bytes, to_host
+from minilora.backend import cores, peak_memory_bytes, to_host
 from minilora.data.tokenizer import Tokenizer, save_tokenizer_files
 from minilora.formats.adapters import check_format, read_method, write_method
 from minilora.formats.checkpoint import write_checkpoint
+from minilora.formats.fingerprint import fingerprint
 from minilora.formats.hub import Source, find_adapter, find_model
 from minilora.formats.load import load_model
 from minilora.methods.method import Method
 from minilora.model.config import Config
 from minilora.model.model import Model
 from minilora.model.names import parameter_count
-from minilora.runs.advice import advise, after_divergence
+from minilora.runs.advice import advise, after_divergence, not_finite_at_start
 from minilora.runs.evaluation import answers, can_be_matched, drift, exact_match, outside_text
 from minilora.runs.folder import train_in
 from minilora.runs.metrics import read_metrics
 from minilora.runs.settings import Settings
+from minilora.runs.stopping import stopping
 from minilora.runs.task import Task, load_task
 from minilora.training.loop import Diverged, Plan, steps_per_epoch
 from minilora.training.loss_scale import FIRST
@@ -92,7 +94,8 @@ def prepare(settings: Settings, folder: Path) -> Run:
 
     factors = settings.method.rate_factors(trainable)
     optimizer = OPTIMIZERS[settings.optimizer](trainable, settings.weight_decay, factors)
-    state = State(trainable, optimizer, Order(len(task.rows)), rng, task.digest)
+    made_from = {**task.digests, "base model": fingerprint(model_folder), "settings": settings.decisive()}
+    state = State(trainable, optimizer, Order(len(task.rows)), rng, made_from, cores=cores())
     if settings.mixed_precision == "fp16":
         state.loss_scale.value = FIRST
     return Run(
@@ -143,17 +146,22 @@ def train_run(run: Run) -> None:
     task, pad_id = run.task, run.tokenizer.pad_id
     try:
         report_to = run.settings.report_to
-        train_in(run.folder, run.adapted, run.state, task.rows, task.valid, run.plan, pad_id, on_save, report_to)
+        with stopping() as stop:
+            data = task.rows, task.valid
+            train_in(run.folder, run.adapted, run.state, *data, run.plan, pad_id, on_save, report_to, stop)
     except Diverged as error:
-        raise Diverged(f"{error} {after_divergence(run.settings, run.plan.warmup)}") from error
+        advice = (
+            not_finite_at_start(run.settings) if error.at_start else after_divergence(run.settings, run.plan.warmup)
+        )
+        raise Diverged(f"{error} {advice}") from error
     write_outcome(run, {name: to_host(p) for name, p in run.state.trainable.items()})
 
 
 def write_outcome(run: Run, tensors: dict[str, np.ndarray[Any, Any]]) -> None:
     """Write the adapter in the chosen format, or after full fine-tuning a whole checkpoint."""
     if not run.method.freezes_base:
+        save_tokenizer_files(run.source.folder, run.folder)  # first: weights that are there belong to a whole model
         write_checkpoint(run.folder, run.raw_config, tensors)
-        save_tokenizer_files(run.source.folder, run.folder)
     else:
         method, tensors = run.method.saved_form(run.adapted, tensors)
         source = run.settings.model, run.source.revision or None

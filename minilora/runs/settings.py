@@ -25,6 +25,7 @@ from minilora.training.optimizers import OPTIMIZERS
 from minilora.training.schedules import SCHEDULES
 
 SETTINGS_FILE = "settings.json"
+PLACES = ("model", "revision", "data", "adapter")  # the settings that say where something lies
 DATA = "model and data"
 METHOD = "method"
 LEARNING = "training"
@@ -229,6 +230,10 @@ class Settings:
     def values(self) -> dict[str, Any]:
         """All settings by name, the method's beside the run's, as settings.json holds them."""
         return {"method": self.method.name, **values_of(self.method), **values_of(self)}
+
+    def decisive(self) -> dict[str, Any]:
+        """Those that a run goes on with as it began. What lies at a place is known by its content, wherever that is."""
+        return {name: value for name, value in self.values().items() if name not in PLACES}
 
     def save(self, folder: Path) -> None:
         write_json(folder / SETTINGS_FILE, self.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,18 @@ class Task:
     report: list[str]  # the same in sentences
 
     @property
-    def digest(self) -> str:
-        """A checksum of all training rows and their order: a resumed run must find the same."""
-        checksum = 0
-        for row in self.rows:
-            checksum = zlib.crc32(json.dumps(row).encode(), checksum)
-        return f"{checksum:08x}"
+    def digests(self) -> dict[str, str]:
+        """Checksums of all rows that training depends on, and of their order: a resumed run must find the same."""
+        rows = (json.dumps(row).encode() for row in self.rows)
+        batches = (array.tobytes() for batch in self.valid for array in batch)
+        return {"data": _checksum(rows), "validation data": _checksum(batches)}
+
+
+def _checksum(parts: Iterable[bytes]) -> str:
+    checksum = 0
+    for part in parts:
+        checksum = zlib.crc32(part, checksum)
+    return f"{checksum:08x}"
 
 
 def load_task(settings: Settings, tokenizer: Tokenizer, max_length: int) -> Task:

@@ -37,7 +37,11 @@ class Plan:
 
 
 class Diverged(ArithmeticError):
-    """The loss or its gradient is no longer a finite number."""
+    """The loss or its gradient is no longer a finite number; `at_start`, it never was."""
+
+    def __init__(self, message: str, at_start: bool = False) -> None:
+        super().__init__(message)
+        self.at_start = at_start
 
 
 def train(
@@ -49,8 +53,12 @@ def train(
     pad_id: int,
     record: Callable[..., None],
     save: Callable[[State], None],
+    stop: Callable[[], int] = lambda: 0,
 ) -> None:
     """Train until `plan.steps` steps are done or validation stops improving; then `state` holds the outcome.
+
+    As soon as `stop` gives the number of a signal, the state after the step under way is saved, and KeyboardInterrupt
+    raised with that number.
 
     With validation, the parameters end as they were at the lowest validation loss. `record` gets the figures of each
     step and validation by name, `save` a state that is good to go on from. Raises Diverged before a state would be
@@ -70,7 +78,7 @@ def train(
         batches: list[Batch] = []
         if state.step == 0:
             save_if_finite(batches)
-        while state.step < plan.steps and not _out_of_patience(state, plan):
+        while state.step < plan.steps and not _out_of_patience(state, plan) and not stop():
             step_started = time.perf_counter()
             batches = next_batches(state, rows, plan, pad_id)
             loss, norm, rate = take_step(model, state, batches, plan)
@@ -100,6 +108,8 @@ def train(
         save_if_finite(batches)
     finally:
         bar.close()
+    if signal := stop():
+        raise KeyboardInterrupt(signal)
     for name, array in state.best.items():
         state.trainable[name][...] = to_device(array)
 
@@ -115,7 +125,7 @@ def take_step(model: Model, state: State, batches: list[Batch], plan: Plan) -> t
     loss, gradients = compute(model, batches, seeds, plan.activation_checkpointing, on_all_cores)
     norm = global_norm(gradients)
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise Diverged(_stopped(state, loss, norm))
+        raise Diverged(_stopped(state, loss, norm), at_start=state.step == 0 and not math.isfinite(loss))
     clip_gradients(gradients, norm, plan.max_grad_norm)
     rate = learning_rate(state.step, plan.steps, plan.learning_rate, plan.schedule, plan.warmup)
     state.optimizer.update(state.trainable, gradients, rate)

@@ -21,7 +21,7 @@ class State:
     optimizer: Optimizer
     order: Order
     rng: np.random.Generator
-    data: str = ""  # a digest of the training data
+    made_from: dict[str, Any] = field(default_factory=dict)  # digests of all that the outcome depends on, by what it is
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -30,3 +30,4 @@ class State:
     best: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     evaluations_without_gain: int = 0
     loss_scale: LossScale = field(default_factory=LossScale)
+    cores: int = 1  # that share the examples of a batch: the last bits depend on their number

@@ -181,7 +181,9 @@ def test_a_comparison_that_was_cut_off_goes_on_where_it_stopped(compared: Compar
     assert compared.first.code == 130
     assert compared.second.code == 0, compared.second.err
     trial = compared.out / "trials" / "full-0.0003-0"
-    assert "of them done" in (trial / "log.txt").read_text()  # of the second run, which is thus a resumed one
+    assert (
+        "of them done" in trial.with_name(f"{trial.name}.log").read_text()
+    )  # of the second run, which is thus a resumed one
     lines = [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 81))
 

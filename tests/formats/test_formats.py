@@ -303,7 +303,7 @@ def test_the_command_writes_a_checkpoint_with_a_tokenizer(tmp_path: Path, capsys
     assert (out / "tokenizer.json").read_text() == "{}"
 
     assert random_checkpoint(command) == 2  # the folder is not empty now
-    assert capsys.readouterr().err.startswith(f"error: {out} exists")
+    assert capsys.readouterr().err.startswith(f"error: --out {out} exists")
 
 
 @pytest.mark.parametrize(

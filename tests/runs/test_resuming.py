@@ -119,7 +119,7 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
         load_state(new_run()[1], tmp_path)
     trained(tmp_path)
     _, other = new_run()
-    other.data = "other rows"
+    other.made_from["data"] = "other rows"
     with pytest.raises(ValueError, match="the data has changed"):
         load_state(other, tmp_path)
     with pytest.raises(ValueError, match="the data has changed"):

@@ -94,7 +94,7 @@ def test_a_state_from_a_file_leads_to_the_same_bytes_as_one_that_was_never_saved
 ) -> None:
     def new() -> State:
         p = arrays(0, dtype)
-        return State(p, RULES[name](p, 0.1), Order(3), np.random.default_rng(0), "rows")
+        return State(p, RULES[name](p, 0.1), Order(3), np.random.default_rng(0))
 
     whole, cut, resumed = new(), new(), new()
     walk(whole.optimizer, whole.trainable, 6, 0, 0.01)

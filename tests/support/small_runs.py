@@ -56,7 +56,9 @@ def new_run(
         lora = LoRA(2, 4.0, dropout, target_modules=("all-linear",))
         trainable = lora.start(base, rng, np.float64)
         model = lora.attach(base, trainable)
-    return model, State(trainable, OPTIMIZERS[optimizer](trainable, 0.01), Order(len(rows)), rng, data="rows")
+    return model, State(
+        trainable, OPTIMIZERS[optimizer](trainable, 0.01), Order(len(rows)), rng, made_from={"data": "rows"}
+    )
 
 
 def trained(folder: Path, plan: Plan = PLAN, rows: Rows = ROWS, **options: Any) -> State:
