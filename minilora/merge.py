@@ -16,7 +16,7 @@ from tqdm import tqdm
 from minilora.adapters.merging import merged_parameters
 from minilora.backend import Array, HostArray, to_host, use
 from minilora.cli import errors
-from minilora.cli.flags import add_model_flags, dashed, flags
+from minilora.cli.flags import add_model_flags, flags
 from minilora.data.tokenizer import Tokenizer, save_tokenizer_files
 from minilora.formats.adapters import load_adapter
 from minilora.formats.checkpoint import DTYPES, as_dtype, read_config, read_weights, write_checkpoint
@@ -27,6 +27,7 @@ from minilora.formats.hub import find_adapter, find_model
 from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD
+from minilora.parser import Parser
 from minilora.runs.evaluation import largest_logit_difference, outside_text
 
 MERGE_FILE = "merge.json"
@@ -34,7 +35,7 @@ GGUF, FOLDER = "gguf", "huggingface"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m minilora.merge", description=__doc__)
+    parser = Parser(prog="python -m minilora.merge", description=__doc__)
     add_model_flags(parser)
     parser.add_argument(
         *flags("adapter"), required=True, metavar="ADAPTER", help="folder of the adapter, or its id on the hub"
@@ -58,7 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-shard-size", type=float, default=5.0, metavar="GB", help="gigabytes in a file at most (%(default)s)"
     )
-    return parser.parse_args(dashed(argv))
+    return parser.read(argv)
 
 
 class Rounding:
