@@ -115,6 +115,8 @@ def chat_command(argv: list[str] | None = None) -> None:
                 chat.say(line)
         except EOFError:
             break
+        except ValueError as error:  # of this message: half a character, or what the chat template refuses
+            print(f"not understood: {error}")
         except KeyboardInterrupt:
             print("\n/quit leaves")
 

@@ -83,7 +83,7 @@ def evaluate_command(argv: list[str] | None = None) -> None:
     folder = find_model(args.model, args.revision).folder
     base, _ = load_model(folder)
     model = load_adapter(base, find_adapter(args.adapter).folder) if args.adapter else base
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder).fitting(base.config.vocab_size)
     features = {name: key for name in FLAGS if (key := getattr(args, name))}
     rows = held_out_rows(args.data, features)
     max_length = args.max_length or default_max_length(model)

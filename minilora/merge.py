@@ -118,7 +118,7 @@ def merge_command(argv: list[str] | None = None) -> None:
         written[name] = as_written(name, to_host(merged))
         before = weights.get(name)  # a bias that BitFit has added was not there
         rounding.add(np.zeros(merged.shape) if before is None else before.astype(np.float32), merged, written[name])
-    tokenizer = Tokenizer.load(source)
+    tokenizer = Tokenizer.load(source).fitting(config.vocab_size)
     texts = outside_text(tokenizer)
     plain = base_model(adapted.config, written, frozen="stored")
     difference, largest = largest_logit_difference(adapted, plain, texts)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minilora.formats.files import write_text
+from minilora.formats.files import read_text, write_text
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"  # the folder beside METRICS_FILE
@@ -29,7 +29,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS_FILE
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = read_text(path).split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
 
 
