@@ -12,10 +12,10 @@ import sys
 
 from minilora.cli import errors
 from minilora.cli.answering import Loaded, add_flags, check_flags, load, pieces
-from minilora.cli.flags import dashed
 from minilora.data.prompts import end_of_turn
 from minilora.formats.library import BASE
 from minilora.model.generation import Memory, room
+from minilora.parser import Parser
 
 HELP = """\
 /adapter NAME   go on with this adapter; the conversation stays
@@ -27,9 +27,9 @@ HELP = """\
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m minilora.chat", description=__doc__)
+    parser = Parser(prog="python -m minilora.chat", description=__doc__)
     add_flags(parser, max_tokens=256)
-    return parser.parse_args(dashed(argv))
+    return parser.read(argv)
 
 
 class Chat:
@@ -117,6 +117,8 @@ def chat_command(argv: list[str] | None = None) -> None:
                 chat.say(line)
         except EOFError:
             break
+        except ValueError as error:  # of this message: half a character, or what the chat template refuses
+            print(f"not understood: {error}")
         except KeyboardInterrupt:
             print("\n/quit leaves")
 

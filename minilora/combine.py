@@ -12,7 +12,7 @@ from typing import Any, cast
 from minilora.adapters.combination import Combination, Summand, combine, relative_error
 from minilora.cli import errors
 from minilora.cli.base import find_base
-from minilora.cli.flags import dashed, flags
+from minilora.cli.flags import flags
 from minilora.formats.checkpoint import read_config, read_weights
 from minilora.formats.files import write_json
 from minilora.formats.library import contradiction, named_adapters, trained_on
@@ -20,12 +20,13 @@ from minilora.formats.peft import CONFIG, check_copies, read_adapter, write_adap
 from minilora.formats.whole import building, check_new
 from minilora.methods.lora import LoRA
 from minilora.model.config import Config
+from minilora.parser import Listed, Parser, comma_list
 
 COMBINE_FILE = "combine.json"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m minilora.combine", description=__doc__)
+    parser = Parser(prog="python -m minilora.combine", description=__doc__)
     parser.add_argument(
         *flags("adapter"),
         action="append",
@@ -36,7 +37,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--weights",
         nargs="+",
-        type=float,
+        action=Listed,
+        type=comma_list(float),
         metavar="W",
         help="a weight for each adapter, in their order (default: all 1)",
     )
@@ -64,7 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="the base, a folder or a hub id (default: the first adapter's)",
     )
     parser.add_argument("--force", action="store_true", help="combine even adapters that name different bases")
-    return parser.parse_args(dashed(argv))
+    return parser.read(argv)
 
 
 def checked_weights(args: argparse.Namespace) -> list[float]:

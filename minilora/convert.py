@@ -13,7 +13,7 @@ from pathlib import Path
 from minilora.backend import to_host, use
 from minilora.cli import errors
 from minilora.cli.base import find_base
-from minilora.cli.flags import dashed, flags
+from minilora.cli.flags import flags
 from minilora.data.tokenizer import Tokenizer, save_tokenizer_files
 from minilora.formats.adapters import FORMATS, read_method, write_method
 from minilora.formats.checkpoint import DTYPES, read_config, read_weights, write_checkpoint
@@ -24,12 +24,13 @@ from minilora.formats.library import trained_on
 from minilora.formats.load import load_model
 from minilora.formats.whole import building, check_new
 from minilora.model.names import parameter_count
+from minilora.parser import Parser
 
 GGUF, FOLDER = "gguf", "huggingface"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m minilora.convert", description=__doc__)
+    parser = Parser(prog="python -m minilora.convert", description=__doc__)
     parser.add_argument(*flags("adapter"), default="", metavar="ADAPTER", help="its folder, or its id on the hub")
     formats = f"to write: of an adapter {', '.join((*FORMATS, GGUF))}; of a model {FOLDER} (the default), {GGUF}"
     parser.add_argument("--format", choices=(*FORMATS, GGUF, FOLDER), help=formats)
@@ -40,7 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(*flags("model"), default="", metavar="MODEL", help=model)
     dtype = "of a model's matrices (default: float32)"
     parser.add_argument("--dtype", choices=GGUF_DTYPES, help=dtype)
-    return parser.parse_args(dashed(argv))
+    return parser.read(argv)
 
 
 def convert_command(argv: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from minilora.backend import use
 from minilora.cli import errors
 from minilora.cli.base import find_base
-from minilora.cli.flags import add_model_flags, dashed, flags
+from minilora.cli.flags import add_model_flags, flags
 from minilora.data.batches import batches_of
 from minilora.data.conversations import TRAIN_ON
 from minilora.data.datasets import FLAGS, Features, load_dataset, read_rows
@@ -23,6 +23,7 @@ from minilora.data.tokenizer import Tokenizer
 from minilora.formats.adapters import load_adapter
 from minilora.formats.hub import find_adapter
 from minilora.formats.load import load_model
+from minilora.parser import Parser
 from minilora.runs.evaluation import answers, can_be_matched, drift, exact_match, outside_text
 from minilora.runs.run import default_max_length
 from minilora.runs.task import BUILT_IN_ROWS
@@ -31,7 +32,7 @@ from minilora.training.step import mean_loss
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m minilora.evaluate", description=__doc__)
+    parser = Parser(prog="python -m minilora.evaluate", description=__doc__)
     add_model_flags(parser)
     adapter = "the folder of an adapter, or its id on the hub; the drift is from the model without it"
     parser.add_argument(*flags("adapter"), metavar="ADAPTER", help=adapter)
@@ -51,7 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--eval-rows", type=int, default=200, help="rows to answer for the exact match (%(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
-    return parser.parse_args(dashed(argv))
+    return parser.read(argv)
 
 
 def held_out_rows(data: Path | None, features: Features) -> list[Row]:
@@ -84,7 +85,7 @@ def evaluate_command(argv: list[str] | None = None) -> None:
     folder = find_base(args.model, args.revision, adapters).folder
     base, _ = load_model(folder)
     model = load_adapter(base, adapters[args.adapter]) if args.adapter else base
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder).fitting(base.config.vocab_size)
     features = {name: key for name in FLAGS if (key := getattr(args, name))}
     rows = held_out_rows(args.data, features)
     max_length = args.max_length or default_max_length(model)

@@ -16,16 +16,17 @@ from typing import NamedTuple
 from minilora.adapters.mixed import mixed, shares_batches
 from minilora.cli import errors
 from minilora.cli.answering import Loaded, add_flags, check_flags, load, pieces
-from minilora.cli.flags import dashed, flags
+from minilora.cli.flags import flags
 from minilora.data.prompts import PromptRow, as_messages, conversation, encode_prompt, end_of_turn, read_prompts
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.files import write_text
 from minilora.formats.library import BASE
 from minilora.model.generation import complete, room, stream
+from minilora.parser import Parser
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m minilora.generate", description=__doc__)
+    parser = Parser(prog="python -m minilora.generate", description=__doc__)
     add_flags(parser, max_tokens=128)
     parser.add_argument(
         "--prompt",
@@ -49,7 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(*flags("batch_size"), metavar="N", type=int, default=8, help="prompts in a batch (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line, even for a single prompt")
     parser.add_argument(*flags("out"), type=Path, metavar="FILE", help="write these lines to a file")
-    return parser.parse_args(dashed(argv))
+    return parser.read(argv)
 
 
 class Request(NamedTuple):

@@ -18,7 +18,7 @@ from minilora.adapters.merging import merged_parameters
 from minilora.backend import Array, HostArray, to_host, use
 from minilora.cli import errors
 from minilora.cli.base import find_base
-from minilora.cli.flags import add_model_flags, dashed, flags
+from minilora.cli.flags import add_model_flags, flags
 from minilora.data.tokenizer import Tokenizer, save_tokenizer_files
 from minilora.formats.adapters import load_adapter
 from minilora.formats.checkpoint import DTYPES, as_dtype, read_config, read_weights, write_checkpoint
@@ -30,6 +30,7 @@ from minilora.formats.whole import building, check_new
 from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD
+from minilora.parser import Parser
 from minilora.runs.evaluation import drift, largest_logit_difference, outside_text
 
 MERGE_FILE = "merge.json"
@@ -38,7 +39,7 @@ GGUF, FOLDER = "gguf", "huggingface"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m minilora.merge", description=__doc__)
+    parser = Parser(prog="python -m minilora.merge", description=__doc__)
     add_model_flags(parser)
     parser.add_argument(
         *flags("adapter"), required=True, metavar="ADAPTER", help="folder of the adapter, or its id on the hub"
@@ -62,7 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-shard-size", type=float, default=5.0, metavar="GB", help="gigabytes in a file at most (%(default)s)"
     )
-    return parser.parse_args(dashed(argv))
+    return parser.read(argv)
 
 
 class Rounding:
@@ -122,7 +123,7 @@ def merge_command(argv: list[str] | None = None) -> None:
         written[name] = as_written(name, to_host(merged))
         before = weights.get(name)  # a bias that BitFit has added was not there
         rounding.add(np.zeros(merged.shape) if before is None else before.astype(np.float32), merged, written[name])
-    tokenizer = Tokenizer.load(source)
+    tokenizer = Tokenizer.load(source).fitting(config.vocab_size)
     texts = outside_text(tokenizer)
     plain = base_model(adapted.config, written, frozen="stored")
     difference, largest = largest_logit_difference(adapted, plain, texts)

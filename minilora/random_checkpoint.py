@@ -5,7 +5,6 @@ python -m minilora.random_checkpoint SmolLM2-135M --out random-135m
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,17 +16,18 @@ from minilora.formats.known_configs import KNOWN_CONFIGS, find_config
 from minilora.formats.load import SHIPPED_MODEL
 from minilora.formats.whole import building, check_new
 from minilora.model.names import parameter_count
+from minilora.parser import Parser
 
 
 def random_checkpoint_command(argv: list[str] | None = None) -> None:
     """Parse, write, print."""
-    parser = argparse.ArgumentParser(prog="python -m minilora.random_checkpoint", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m minilora.random_checkpoint", description=__doc__.split("\n")[0])
     parser.add_argument("config", help=f"a path to a config.json, or {', '.join(KNOWN_CONFIGS)}")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write, new or empty")
     parser.add_argument("--dtype", choices=[name for name in DTYPES if name != "float64"], default="bfloat16")
     parser.add_argument("--seed", type=int, default=0, help="the seed of the weights (%(default)s)")
     parser.add_argument("--tokenizer", type=Path, help="a folder whose tokenizer is copied (default: weights/tinysmol)")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     config, raw = find_config(args.config)
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed} is negative")

@@ -25,10 +25,11 @@ from minilora.cli import errors
 from minilora.figures.machine import facts, gpu_trouble, missing_peers, usable_cores
 from minilora.figures.tables import as_markdown, as_text, check_markdown_file, machine_line, write_markdown
 from minilora.formats.files import write_json, write_text
+from minilora.parser import Listed, Parser, comma_list
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m minilora.benchmark",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -36,7 +37,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         *("--workload", "-w"),
         nargs="+",
-        choices=WORKLOADS,
+        action=Listed,
+        type=comma_list(str),
         default=list(WORKLOADS),
         metavar="W",
         help="W1 dense steps, W2 an epoch of instruction data, W3 generation, W4 the default job, "
@@ -59,7 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--out", type=Path, default=Path("runs/benchmark"), help="the folder of the results (%(default)s)"
     )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there too")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     args.repeats = args.repeats if args.repeats is not None else 2 if args.quick else 5
     args.model = args.model or ("tiny" if args.quick else "SmolLM2-135M")
     return args
@@ -70,6 +72,9 @@ def benchmark_command(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.repeats < 1 or args.threads < 1:
         raise ValueError("--repeats and --threads must be at least 1")
+    for name in args.workload:
+        if name not in WORKLOADS:
+            raise ValueError(f"--workload {name!r}: choose {', '.join(WORKLOADS)}")
     if args.markdown:
         check_markdown_file(args.markdown)
     trouble = gpu_trouble() if args.device == "cuda" or "W6" in args.workload else ""

@@ -108,7 +108,7 @@ def load(args: argparse.Namespace) -> Loaded:
     models = load_adapters(base, adapters)
     if different := contradiction(adapters):
         print(f"remark: {different}", file=sys.stderr)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder).fitting(base.config.vocab_size)
     drawn = sampler(args.temp, args.top_k, args.top_p, np.random.default_rng(args.seed))
     choose = penalised(drawn, args.repetition_penalty)
     stop_ids = tokenizer.stop_ids | extra_stops(args.extra_eos_token, tokenizer)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
+from minilora.parser import any_terminal
+
 OUT_OF_MEMORY = (
     "out of memory. What usually helps, in this order: a smaller --batch-size with more --grad-accumulation (the same "
     "training), --activation-checkpointing, a shorter --max-length, --frozen stored (16 bits) or --frozen nf4 (4 bits)"
@@ -19,6 +21,7 @@ def run(command: Callable[[list[str] | None], None], argv: list[str] | None) -> 
 
     MINILORA_DEBUG=1 shows the traceback instead of the line.
     """
+    any_terminal()
     try:
         command(argv)
     except KeyboardInterrupt as error:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
-import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -62,12 +60,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     help = "the folder of the model, a .gguf file, or its id on the hub (default: the adapter's own base, or tinysmol)"
     parser.add_argument(*flags("model"), default="", metavar="MODEL", help=help)
     parser.add_argument(*flags("revision"), default="", metavar="NAME", help="the branch, tag or commit of that id")
-
-
-def dashed(argv: list[str] | None) -> list[str]:
-    """The command line with `--lora_r` written as `--lora-r`. Values stay as they are."""
-    argv = sys.argv[1:] if argv is None else argv
-    return [re.sub(r"^--\w[\w-]*", lambda name: name[0].replace("_", "-"), word) for word in argv]
 
 
 class AsWritten(argparse.Action):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from minilora.cli.config_file import read_flags_file
-from minilora.cli.flags import NEEDLESS, TO_TRAIN, AsWritten, Written, by_setting, dashed, flags, in_our_unit
+from minilora.cli.flags import NEEDLESS, TO_TRAIN, AsWritten, Written, by_setting, flags, in_our_unit
 from minilora.formats.hub import is_hub_id
 from minilora.methods.setting import Setting, flag, settings_of, typed
+from minilora.parser import Parser
 from minilora.runs.folder import is_free
 from minilora.runs.settings import (
     DATA,
@@ -24,9 +25,13 @@ from minilora.runs.settings import (
 )
 
 
-def parse(argv: list[str] | None, description: str | None = None) -> argparse.Namespace:
-    """The flags on the command line. Absent flags have no attribute, so that --config or the default decides."""
-    parser = argparse.ArgumentParser(
+def parse(argv: list[str] | None, description: str | None = None, also: Iterable[str] = ()) -> argparse.Namespace:
+    """The flags on the command line. Absent flags have no attribute, so that --config or the default decides.
+
+    `also` are flags of the command itself, where it is another one than train.
+    """
+    parser = Parser(
+        also=also,
         prog="python -m minilora.train",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -56,7 +61,7 @@ def parse(argv: list[str] | None, description: str | None = None) -> argparse.Na
     )
     for name in NEEDLESS:
         parser.add_argument(flag(name), nargs="?", const="true", help=argparse.SUPPRESS)
-    return parser.parse_args(dashed(argv))
+    return parser.read(argv)
 
 
 def options_of(declared: Setting) -> dict[str, Any]:

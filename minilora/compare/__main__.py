@@ -17,7 +17,6 @@ from typing import Any
 from tqdm import tqdm
 
 from minilora.cli import errors, train_flags
-from minilora.cli.flags import dashed
 from minilora.cli.train_flags import choose_settings
 from minilora.compare import figures
 from minilora.compare.claims import Claim, ClaimsByModel, as_page, claims
@@ -35,6 +34,7 @@ from minilora.figures.tables import as_markdown, as_text, check_markdown_file, m
 from minilora.formats.files import read_json, write_json, write_text
 from minilora.formats.hub import find_model
 from minilora.formats.load import SHIPPED_MODEL, load_model
+from minilora.parser import Listed, Parser, comma_list
 from minilora.runs.settings import read_settings
 
 RESULTS_FILE, BUDGET_FILE = "comparison.json", "budget.json"
@@ -43,20 +43,18 @@ CLAIMS_PAGE, CLAIMS_FILE = "claims.md", "claims.json"
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The flags of `compare`, and the other flags, which go to every trial."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m minilora.compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         epilog="methods:\n" + "\n".join(f"  {rival.name:12}{rival.what}" for rival in RIVALS),
     )
     names = [rival.name for rival in RIVALS]
-    parser.add_argument(
-        "--methods", nargs="+", default=names, metavar="NAME", help="the methods to compare (default: all)"
-    )
-    parser.add_argument(
-        "--ranks", nargs="+", type=int, default=[], metavar="R", help="compare LoRA at these ranks, too"
-    )
+    listed: dict[str, Any] = {"nargs": "+", "action": Listed}
+    methods = "the methods to compare (default: all)"
+    parser.add_argument("--methods", **listed, type=comma_list(str), default=names, metavar="NAME", help=methods)
+    ranks = "compare LoRA at these ranks, too"
+    parser.add_argument("--ranks", **listed, type=comma_list(int), default=[], metavar="R", help=ranks)
     parser.add_argument(
         "--cipher", action="store_true", help="compare full and LoRA on the enciphered task, too: a large shift"
     )
@@ -69,9 +67,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows in a step (%(default)s)")
     parser.add_argument("--eval-rows", type=int, default=100, metavar="N", help="held-out rows to answer (%(default)s)")
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="seeds, with one run each (0 1)"
-    )
+    seeds = "seeds, with one run each (0 1)"
+    parser.add_argument("--seeds", **listed, type=comma_list(int), default=[0, 1], metavar="N", help=seeds)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/compare"), help="the folder of trials and results (%(default)s)"
     )
@@ -81,12 +78,16 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--page", default="comparison.md", help="the page of --docs that gets the tables and pictures (%(default)s)"
     )
-    return parser.parse_known_args(dashed(argv))
+    args, shared = parser.read_known(argv)
+    train_flags.parse(shared, also=parser.flags)  # an unknown one is told here, before anything is written
+    return args, shared
 
 
 def check_comparison(args: argparse.Namespace, shared: list[str]) -> None:
     """Raise ValueError, naming the flag, if a value makes no sense to `compare` or to `train`."""
-    choose_settings(train_flags.parse(shared))
+    for rival in choose(args.methods):
+        if rival.rates:
+            choose_settings(train_flags.parse([*shared, *rival.flags]))
     if args.steps < 1 or args.batch_size < 1 or args.eval_rows < 0:
         raise ValueError("--steps and --batch-size must be at least 1, --eval-rows at least 0")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):

@@ -12,6 +12,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from minilora.formats.files import read_text
+
 
 def read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """The templates of a model folder by name; the usual one is "default", one for conversations with tools "tool_use".
@@ -19,7 +21,7 @@ def read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     chat_template.jinja wins over the entry of tokenizer_config.json, which is one template or a list of named ones.
     """
     file = folder / "chat_template.jinja"
-    entry = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+    entry = read_text(file) if file.is_file() else config.get("chat_template")
     if isinstance(entry, list):
         return {one["name"]: one["template"] for one in entry}
     return {"default": entry} if entry else {}

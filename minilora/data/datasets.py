@@ -9,6 +9,7 @@ import numpy as np
 
 from minilora.data.conversations import TEMPLATE_KEYS
 from minilora.data.examples import ACCEPTED_ROWS, SHAPES, Row, row_shape
+from minilora.formats.files import read_text
 
 SUFFIXES = (".jsonl", ".json", ".txt")
 MOST_HELD_OUT = 500  # rows: more would make every evaluation slow and hardly more exact
@@ -68,12 +69,7 @@ def read_rows(path: Path, features: Features = AS_NAMED) -> list[Row]:
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: data must be a folder or a file that ends in {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}); convert it first") from error
+    text = read_text(path)
     if not text.strip():
         raise ValueError(f"{path} is empty")
     if path.suffix == ".txt":
@@ -135,13 +131,17 @@ def _json_values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 def _parse(place: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except RecursionError as error:
+        raise ValueError(f"{place}: not valid JSON (nested too deeply)") from error
+    except ValueError as error:
+        if not isinstance(error, json.JSONDecodeError):  # a number of more digits than Python reads
+            raise ValueError(f"{place}: not valid JSON ({error})") from error
         where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         raise ValueError(f"{place}: not valid JSON ({error.msg}, {where})") from error
 
 
 def _part(folder: Path, features: Features, *names: str) -> list[Row]:
-    files = [file for name in names for suffix in SUFFIXES if (file := folder / (name + suffix)).is_file()]
+    files = [file for name in names for suffix in SUFFIXES if (file := folder / (name + suffix)).exists()]
     if len(files) > 1:
         raise ValueError(f"{folder} has {files[0].name} and {files[1].name}, which mean the same; keep one")
     return read_rows(files[0], features) if files else []

@@ -8,6 +8,7 @@ from typing import Any
 from minilora.data.conversations import TEMPLATE_KEYS, is_conversation, template_arguments
 from minilora.data.examples import Row
 from minilora.data.tokenizer import Tokenizer
+from minilora.formats.files import read_text
 from minilora.formats.finite import finite_fields
 
 PromptRow = dict[str, Any]
@@ -18,16 +19,12 @@ ACCEPTED_PROMPTS = (
 
 def read_prompts(path: Path) -> list[PromptRow]:
     """The prompts of a .jsonl file. Keys that mean nothing here stay as they are. ValueError naming file and line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}); convert it first") from error
     prompts = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             try:
                 prompts.append(_check(json.loads(line, object_pairs_hook=finite_fields)))
-            except ValueError as error:  # wrong JSON, or a wrong shape
+            except (ValueError, RecursionError) as error:  # wrong JSON, or a wrong shape
                 raise ValueError(f"{path}, line {number}: {error}") from error
     if not prompts:
         raise ValueError(f"{path} holds no prompts: each line is {ACCEPTED_PROMPTS}")

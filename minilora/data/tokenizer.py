@@ -55,9 +55,9 @@ class Tokenizer:
         config = read("special_tokens_map.json") | read("tokenizer_config.json")
         roles = {role: text for role in ROLES if (text := _token_text(config.get(role)))}
         ids = {role: backend.token_to_id(text) for role, text in roles.items()}
-        stops = _as_list(read("generation_config.json").get("eos_token_id"))
+        stops = _token_ids(folder / "generation_config.json", read("generation_config.json").get("eos_token_id"))
         if ids.get("eos_token") is None:
-            stops = stops or _as_list(read("config.json").get("eos_token_id"))
+            stops = stops or _token_ids(folder / "config.json", read("config.json").get("eos_token_id"))
             if stops:
                 ids["eos_token"] = stops[0]
                 roles["eos_token"] = backend.id_to_token(stops[0]) or ""
@@ -84,6 +84,20 @@ class Tokenizer:
             now=now or datetime.now(),
         )
 
+    def fitting(self, vocab_size: int) -> "Tokenizer":
+        """This tokenizer, if the model's vocabulary has all tokens that it may ask for. ValueError, naming the file."""
+        text, largest = max(self.backend.get_vocab(with_added_tokens=True).items(), key=lambda token: token[1])
+        asked = [(f"tokenizer.json: {text!r}", largest)]
+        asked += [("tokenizer.json: what it puts before a text", id) for id in self.prefix]
+        asked += [("generation_config.json or config.json: eos_token_id", id) for id in self.stop_ids]
+        for place, id in asked:
+            if id >= vocab_size:
+                raise ValueError(
+                    f"{self.folder}, {place} is token {id}, and the model has tokens 0 to {vocab_size - 1} only "
+                    "(vocab_size): take the tokenizer's files from this model's own release"
+                )
+        return self
+
     @property
     def vocab_size(self) -> int:
         """The number of tokens, added ones included; a model's embedding may have more rows."""
@@ -101,6 +115,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`, nothing added; special tokens written out in it are recognised."""
+        check_text(text)
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -187,8 +202,25 @@ def _prefix(backend: tokenizers.Tokenizer) -> list[int]:
 
 def _token_text(token: Any) -> str | None:
     """A special token's text, written as a string or as {"content": …}."""
-    return token.get("content") if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
-def _as_list(ids: int | list[int] | None) -> list[int]:
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+def _token_ids(file: Path, given: Any) -> list[int]:
+    """The value of eos_token_id: none, one or several. ValueError, naming the file, for what is no token's number."""
+    ids = [] if given is None else given if isinstance(given, list) else [given]
+    for id in ids:
+        if type(id) is not int or not 0 <= id < 2**31:
+            raise ValueError(f"{file}: eos_token_id is {given!r}, expected a token's number or a list of them")
+    return ids
+
+
+def check_text(text: str) -> None:
+    """ValueError for a text that UTF-8 cannot hold, which no tokenizer takes: it has a lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        byte = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else None  # so Python reads a byte that is no text
+        what = f"\\u{code:04x} is half of a character" if byte is None else f"byte 0x{byte:02x} is not UTF-8"
+        raise ValueError(f"{what}, at place {error.start + 1} of the text {text[:40]!a}: take it out") from error

@@ -44,13 +44,40 @@ def write_json(path: Path, obj: object) -> None:
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """The text of a regular file, its line ends as \\n, without a byte order mark. OSError or ValueError, naming it.
+
+    A pipe or a device might never end, so it is refused before it is opened.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        raise ValueError(f"{path}: {kind}, and a regular file is needed here")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(_not_utf8(path, path.read_bytes())) from error
+
+
+def _not_utf8(path: Path, data: bytes) -> str:
+    """The sentence on the first byte that is no UTF-8."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        byte = f"0x{data[error.start]:02x}, byte {error.start + 1} of the file"
+        return f"{path}, line {line}: not UTF-8 text ({byte}); convert it first: iconv -f latin1 -t utf-8"
+    return f"{path}: not UTF-8 text"  # it has been changed meanwhile
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
+    text = read_text(path)
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=finite_fields)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file") from error
-    except ValueError as error:  # of the JSON or of the UTF-8
+        value = json.loads(text, object_pairs_hook=finite_fields)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a JSON {type(value).__name__}, expected an object in braces")

@@ -61,6 +61,10 @@ def tokenizer_files(path: Path) -> dict[str, dict[str, Any]]:
     tokens: list[str] = file["tokenizer.ggml.tokens"]
     kinds: list[int] = file.fields.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     ids = {role: file.fields.get(f"tokenizer.ggml.{theirs}_token_id") for role, theirs in ROLES.items()}
+    for name in (*ROLES.values(), *STOPS):
+        id = file.fields.get(f"tokenizer.ggml.{name}_token_id", 0)
+        if type(id) is not int or not 0 <= id < len(tokens):
+            raise ValueError(f"{path}: tokenizer.ggml.{name}_token_id is {id!r}, and there are {len(tokens)} tokens")
     roles = {role: tokens[id] for role, id in ids.items() if id is not None}
     stops = [file.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", *STOPS)]
     generation = {f"{role}_id": ids[role] for role in ("bos_token", "pad_token") if ids[role] is not None}

@@ -27,6 +27,7 @@ from minilora.formats.files import write_json
 from minilora.methods.full import full_model
 from minilora.model.config import Config
 from minilora.model.names import parameter_count
+from minilora.parser import Parser
 from minilora.pretrain.corpus import english_documents, python_documents
 from minilora.runs.folder import train_in
 from minilora.runs.state_file import STATE_FILE, load_state
@@ -140,7 +141,7 @@ def _encoded(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[in
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m minilora.pretrain", description=__doc__)
+    parser = Parser(prog="python -m minilora.pretrain", description=__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/pretrain/tinysmol"), help="the folder of the model (%(default)s)"
     )
@@ -154,7 +155,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--resume", action="store_true", help="resume a run that was cut off, from its last saved state"
     )
-    return parser.parse_args(argv)
+    return parser.read(argv)
 
 
 def pretrain_command(argv: list[str] | None = None) -> None:

@@ -26,7 +26,8 @@ def load(
     """
     use(device)
     folder = find_model(str(model), revision).folder
-    return load_model(folder, frozen=frozen)[0], Tokenizer.load(folder)
+    base, _ = load_model(folder, frozen=frozen)
+    return base, Tokenizer.load(folder).fitting(base.config.vocab_size)
 
 
 def load_adapter(model: Model, adapter: str | Path) -> Model:

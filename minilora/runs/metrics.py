@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minilora.formats.files import write_text
+from minilora.formats.files import read_text, write_text
 from minilora.formats.whole import writing
 
 METRICS_FILE = "metrics.jsonl"
@@ -31,7 +31,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS_FILE
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = read_text(path).split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
 
 

@@ -73,11 +73,7 @@ def prepare(settings: Settings, folder: Path) -> Run:
     settings = replace(settings, model=source.hub_id or settings.model, revision=source.revision, date=day)
     model_folder = source.folder
     base, raw_config = load_model(model_folder, settings.dtype, settings.frozen, settings.mixed_precision)
-    tokenizer = Tokenizer.load(model_folder, datetime.fromisoformat(settings.date))
-    if tokenizer.vocab_size > base.config.vocab_size:
-        raise ValueError(
-            f"{model_folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {base.config.vocab_size}"
-        )
+    tokenizer = Tokenizer.load(model_folder, datetime.fromisoformat(settings.date)).fitting(base.config.vocab_size)
 
     rng = np.random.default_rng(settings.seed)
     if settings.adapter:

@@ -102,7 +102,7 @@ class Settings:
         at_least=1,
         aliases=("grad_accumulation_steps", "gradient_accumulation_steps"),
     )
-    learning_rate: float = setting(5e-4, "the peak of the schedule", group=LEARNING, at_least=0)
+    learning_rate: float = setting(5e-4, "the peak of the schedule", group=LEARNING, at_least=0, aliases=("lr",))
     optimizer: str = setting(
         "adamw", "the update rule", group=LEARNING, choices=OPTIMIZERS, aliases=("optim",), metavar="NAME"
     )

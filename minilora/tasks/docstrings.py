@@ -93,7 +93,7 @@ def docstring_rows(files: list[Path]) -> dict[str, list[TaskRow]]:
 
 def docstrings_command(argv: list[str] | None = None) -> None:
     """Parse, write, print."""
-    args = row_parser("docstrings", __doc__.split("\n")[0]).parse_args(argv)
+    args = row_parser("docstrings", __doc__.split("\n")[0]).read(argv)
     check_arguments(args)
     library = Path(sysconfig.get_path("stdlib"))
     files = library_files(library)

@@ -14,15 +14,17 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from minilora.parser import Parser, any_terminal
+
 TaskRow = dict[str, str]  # "prompt" and "completion"
 Parts = dict[str, list[TaskRow]]
 PARTS = ("train", "valid", "test")
 MOST_VALID = 500  # rows, as training holds out of a single file: a validation reads them all
 
 
-def row_parser(command: str, description: str) -> argparse.ArgumentParser:
+def row_parser(command: str, description: str) -> Parser:
     """Return a parser with the flags that every such command has."""
-    parser = argparse.ArgumentParser(prog=f"python -m minilora.tasks.{command}", description=description)
+    parser = Parser(prog=f"python -m minilora.tasks.{command}", description=description)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write, new or empty")
     parser.add_argument("--seed", type=int, default=0, help="decides the order and what --limit draws (default 0)")
     parser.add_argument("--limit", type=int, metavar="N", help="rows at most, all parts together (default: all)")
@@ -86,6 +88,7 @@ def counts_in_words(folder: Path, parts: Parts) -> str:
 
 def run_task(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
     """Run a command: 0 if it went well, 2 and one line if the user can mend it (MINILORA_DEBUG=1: the traceback)."""
+    any_terminal()
     try:
         command(argv)
     except KeyboardInterrupt:

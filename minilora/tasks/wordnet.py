@@ -90,7 +90,7 @@ def wordnet_command(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--dictionary", type=Path, metavar="PATH", help="WordNet's data.noun or a folder that holds it (default: found)"
     )
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     check_arguments(args)
     file = find_dictionary(args.dictionary)
     glosses = read_glosses(file)

@@ -54,6 +54,7 @@ TRAIN = [  # theirs, and how it is said here
     ("--num-train-epochs 2", "--epochs 2"),
     ("--per-device-train-batch-size 2", "--batch-size 2"),
     ("--gradient-accumulation-steps 4", "--grad-accumulation 4"),
+    ("--lr 1e-4", "--learning-rate 1e-4"),
     ("--optim sgd", "--optimizer sgd"),
     ("--optim adamw_torch", "--optimizer adamw"),
     ("--optim paged_adamw_32bit", "--optimizer adamw"),

@@ -279,7 +279,7 @@ def test_unusual_but_valid_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(rows))
     assert read_rows(tmp_path / "a.jsonl") == read_rows(tmp_path / "a.json") == rows
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xff")
-    with pytest.raises(ValueError, match=r"b\.jsonl: not UTF-8"):
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 1: not UTF-8 text \(0xff, byte 1"):
         read_rows(tmp_path / "b.jsonl")
     with pytest.raises(FileNotFoundError, match=r"c\.jsonl"):
         read_rows(tmp_path / "c.jsonl")

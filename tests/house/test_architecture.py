@@ -17,7 +17,7 @@ FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 ROOMS = (  # from the ground: a room imports only from itself and from rooms before it
     *("backend", "ops", "frozen", "lora", "model", "methods", "adapters", "formats", "figures"),
-    *("data", "tasks", "training", "counting", "runs", "cli"),
+    *("data", "parser", "tasks", "training", "counting", "runs", "cli"),
 )
 COMMANDS = {  # the rooms above all others, which do not know each other
     *("train", "generate", "chat", "evaluate", "merge", "combine", "convert", "random_checkpoint"),
@@ -27,7 +27,8 @@ STRANGERS = {  # a room → rooms before it that it does not know all the same
     "model": {"lora"},  # the model is written once, for any method
     "figures": {"lora", "model", "methods", "adapters"},
     "data": {"lora", "model", "methods", "adapters"},
-    "tasks": {*ROOMS} - {"tasks"},  # the standard library only
+    "parser": {*ROOMS} - {"parser"},  # the standard library only, and so
+    "tasks": {*ROOMS} - {"parser", "tasks"},
 }
 PEER = Path("benchmark/peft_side.py")  # the one file that runs PyTorch, in a process of its own
 FOREIGN = {"torch", "jax", "tensorflow", "transformers", "peft", "mlx", "pickle", "dill", "joblib"}
