@@ -27,7 +27,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """The implementation is loaded once, before anything is collected, so that its errors come first and alone."""
-    config.addinivalue_line("markers", "convention: a law that may be kept in another way without being wrong")
     path = config.getoption("--implementation", default=None)
     if path is None and config.getoption("--specification-report", default=None):
         raise pytest.UsageError("--specification-report needs --implementation FILE.py")

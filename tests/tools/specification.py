@@ -16,7 +16,8 @@ LAWS = sorted((ROOT / "tests" / "specification" / "laws").glob("test_*.py"))  # 
 SECTION = re.compile(r"^# --- (.*) ---$")
 NAMES = {
     "adafactor": "Adafactor", "adafactors": "Adafactor's", "adamw": "AdamW", "adamws": "AdamW's", "bitfit": "BitFit",
-    "dora": "DoRA", "kaiming": "Kaiming", "lion": "Lion", "llama3": "Llama 3", "lora": "LoRA", "loraplus": "LoRA+",
+    "dora": "DoRA", "doras": "DoRA's", "kaiming": "Kaiming", "lion": "Lion", "llama3": "Llama 3", "lora": "LoRA",
+    "loraplus": "LoRA+",
     "miss": "MiSS", "mlp": "MLP", "nf4": "NF4", "peft": "PEFT", "pefts": "PEFT's", "pissa": "PiSSA",
     "pytorch": "PyTorch", "pytorchs": "PyTorch's", "rmsnorm": "RMSNorm", "rope": "RoPE", "rslora": "rsLoRA",
     "sgd": "SGD", "silu": "SiLU", "swiglu": "SwiGLU",

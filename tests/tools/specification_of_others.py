@@ -68,8 +68,8 @@ def versions(python: str, packages: tuple[str, ...]) -> dict[str, str] | None:
     return json.loads(asked.stdout) if asked.returncode == 0 else None
 
 
-def held_against(name: str, python: str, *flags: str) -> list[dict[str, str]]:
-    """The laws' outcomes in the order of reading; what was seen stands with those that do not hold."""
+def held_against(name: str, python: str, *flags: str) -> dict[str, dict[str, list[str]]]:
+    """By chapter and law, in the order of reading: the outcome, and what was seen if the law does not hold."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
         command = [python, "-m", "pytest", "tests/specification", "-p", "no:cacheprovider", "-W", "ignore", *flags]
@@ -81,9 +81,17 @@ def held_against(name: str, python: str, *flags: str) -> list[dict[str, str]]:
         if not report.with_suffix(".json").exists():
             raise RuntimeError(f"{name}: {run.stdout[-2000:]}{run.stderr[-2000:]}")
         laws = json.loads(report.with_suffix(".json").read_text("utf-8"))["laws"]
-    return [
-        {key: law[key] for key in ("chapter", "law", "status", "detail", "counterexample") if law[key]} for law in laws
-    ]
+    found: dict[str, dict[str, list[str]]] = {}
+    for law in laws:
+        seen = "; with ".join(filter(None, (law["detail"], law["counterexample"])))
+        outcome = [law["status"], seen] if law["status"] in (DIFFERS, BROKEN) else [law["status"]]
+        found.setdefault(law["chapter"], {})[law["law"]] = outcome
+    return found
+
+
+def outcomes(run: dict[str, Any]) -> dict[str, list[str]]:
+    """By law, of all chapters."""
+    return {law: outcome for laws in run["laws"].values() for law, outcome in laws.items()}
 
 
 # --- The page ---
@@ -106,7 +114,7 @@ def what_was_run(found: dict[str, Any]) -> Iterator[str]:
     yield "|---|---|---|---:|---:|---:|---:|"
     for name, run in found.items():
         packages = ", ".join(f"{package} {number}" for package, number in run["versions"].items())
-        counts = [sum(law["status"] == status for law in run["laws"]) for status in SIGNS]
+        counts = [sum(outcome[0] == status for outcome in outcomes(run).values()) for status in SIGNS]
         numbers = " | ".join(map(str, counts))
         yield f"| {link(name)} | {packages} | {run['date']} | {numbers} |"
 
@@ -117,32 +125,25 @@ def link(name: str) -> str:
 
 def table(found: dict[str, Any]) -> Iterator[str]:
     """A row for each law; its variants share it where every implementation does the same with all of them."""
-    signs = {
-        (law["chapter"], law["law"]): [
-            next((SIGNS[one["status"]] for one in run["laws"] if one["law"] == law["law"]), "")
-            for run in found.values()
-        ]
-        for law in next(iter(found.values()))["laws"]
-    }
+    runs = [outcomes(run) for run in found.values()]
     yield f"| | {' | '.join(OTHERS[name].title for name in found)} |"
     yield f"|---|{':---:|' * len(found)}"
-    for chapter, laws in groupby(signs, key=lambda key: key[0]):
+    for chapter, laws in next(iter(found.values()))["laws"].items():
         yield f"| **{escaped(chapter)}** |{' |' * len(found)}"
-        for statement, variants in groupby(laws, key=lambda key: key[1].partition(" (")[0]):
-            each = {variant: signs[variant] for variant in variants}
-            if all(row == next(iter(each.values())) for row in each.values()):
-                each = {(chapter, statement): next(iter(each.values()))}
-            yield from (f"| {escaped(law)} | {' | '.join(row)} |" for (_, law), row in each.items())
+        for statement, variants in groupby(laws, key=lambda law: law.partition(" (")[0]):
+            rows = {law: [SIGNS[run[law][0]] if law in run else "" for run in runs] for law in variants}
+            first, *others = rows.values()
+            if all(row == first for row in others):
+                rows = {statement: first}
+            yield from (f"| {escaped(law)} | {' | '.join(row)} |" for law, row in rows.items())
 
 
 def what_was_seen(found: dict[str, Any]) -> Iterator[str]:
     yield "| of | law | | the smallest counterexample |\n|---|---|:---:|---|"
     for name, run in found.items():
-        for law in run["laws"]:
-            if law["status"] in (DIFFERS, BROKEN):
-                seen = law["detail"] + (f"; with {law['counterexample']}" if law.get("counterexample") else "")
-                cells = [OTHERS[name].title, escaped(law["law"]), SIGNS[law["status"]], escaped(seen)]
-                yield f"| {' | '.join(cells)} |"
+        for law, (status, *seen) in outcomes(run).items():
+            if seen:
+                yield f"| {OTHERS[name].title} | {escaped(law)} | {SIGNS[status]} | {escaped(seen[0])} |"
 
 
 def main() -> None:
