@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minilora.data.conversations import is_conversation, template_arguments
+from minilora.data.conversations import fault_of, template_arguments
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.files import read_text
 
@@ -37,8 +37,10 @@ def _check(row: Any) -> PromptRow:
     if "prompt" in row and isinstance(row["prompt"], str):
         return row
     messages = conversation(row)
-    if not messages or not is_conversation(messages):
+    if not messages or not isinstance(messages, list):
         raise ValueError(f"the prompt is neither a text nor a list of messages: a line is {ACCEPTED_PROMPTS}")
+    if fault := fault_of(messages):
+        raise ValueError(f"{fault}: a line is {ACCEPTED_PROMPTS}")
     if messages[-1]["role"] == "assistant":
         raise ValueError("the last message is the assistant's already: end with the one to be answered")
     return row
