@@ -9,17 +9,46 @@ Message = dict[str, Any]
 Piece = tuple[str, bool]  # text, and whether it is trained
 
 TEMPLATE_KEYS = ("tools", "chat_template_kwargs")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")  # ipython: Llama 3's tools
+A_MESSAGE = 'a message is {"role": "user", "content": "…"}'
 TRAIN_ON = ("all-turns", "last-turn", "everything")
 
 
-def is_conversation(value: Any) -> bool:
-    """A list of messages: each has a role and a content, which is text; only a call of tools goes without."""
-    return isinstance(value, list) and all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and (isinstance(message.get("content"), str) or (message.get("content") is None and message.get("tool_calls")))
-        for message in value
-    )
+def fault_of(value: Any) -> str:
+    """What is wrong with a list of messages, naming the message; nothing if each has a role and a content.
+
+    The content is a text; only a call of tools goes without. A turn of an unknown role would never be trained.
+    """
+    if not isinstance(value, list):
+        return f"{type_name(value)}, not a list of messages"
+    for number, message in enumerate(value, start=1):
+        place = f"message {number}"
+        if not isinstance(message, dict):
+            return f"{place} is {type_name(message)}, not an object with role and content"
+        if "role" not in message:
+            return f"{place} has no role, only {', '.join(map(repr, message)) or 'nothing'}; {A_MESSAGE}"
+        if message["role"] not in ROLES:
+            return f"{place} has the role {message['role']!r}; the roles are {', '.join(ROLES)}: rename it"
+        if not isinstance(message.get("content"), str) and not (
+            message.get("content") is None and message.get("tool_calls")
+        ):
+            if "content" in message:
+                return f"{place}: its content is {type_name(message['content'])}, not a text"
+            return f"{place} has no content, only {', '.join(map(repr, message))}; {A_MESSAGE}"
+    return ""
+
+
+def type_name(value: Any) -> str:
+    """What JSON calls the value: `a number`."""
+    names = {
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), "null")
 
 
 def template_arguments(row: dict[str, Any]) -> dict[str, Any]:

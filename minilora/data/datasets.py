@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora.data.conversations import TEMPLATE_KEYS
+from minilora.data.conversations import TEMPLATE_KEYS, type_name
 from minilora.data.examples import ACCEPTED_ROWS, SHAPES, Row, row_shape
+from minilora.data.rows import FileRow, Place, as_ours
 from minilora.formats.files import read_text
 
 SUFFIXES = (".jsonl", ".json", ".txt")
@@ -75,21 +76,21 @@ def read_rows(path: Path, features: Features = AS_NAMED) -> list[Row]:
     if path.suffix == ".txt":
         if features:
             raise ValueError(f"{path} is a text, without keys: leave out {_flags(features)}")
-        return [{"document": text}]
+        return [FileRow({"document": text}, Place(str(path), "line", 1))]
     rows: list[Row] = []
     shape = ""
     for place, row in _json_values(path, text):
         if type(row) is not dict:
-            raise ValueError(f"{place}: a {type(row).__name__}, not a JSON object: {ACCEPTED_ROWS}")
+            raise ValueError(f"{place}: {type_name(row)}, not a JSON object: {ACCEPTED_ROWS}")
         try:
-            row = _renamed(row, features)
+            row = as_ours(_renamed(row, features))
             this = row_shape(row)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
         shape = shape or this
         if this != shape:
             raise ValueError(f"{place}: this row is {this}, those before {shape}; keep one shape in a file")
-        rows.append(row)
+        rows.append(FileRow(row, place))
     if not rows:
         raise ValueError(f"{path} holds no rows: {ACCEPTED_ROWS}")
     return rows
@@ -115,20 +116,22 @@ def _flags(features: Features) -> str:
     return " and ".join(FLAGS[name] for name in features)
 
 
-def _json_values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+def _json_values(path: Path, text: str) -> Iterator[tuple[Place, Any]]:
     """Each value with the place that an error should name."""
+    file = str(path)
     if path.suffix == ".json":
-        values = _parse(f"{path}", text)
+        values = _parse(path, text)
         if not isinstance(values, list):
             raise ValueError(f"{path}: must hold a JSON list of rows; one object a line belongs in a .jsonl")
-        yield from ((f"{path}, row {number}", value) for number, value in enumerate(values, start=1))
+        yield from ((Place(file, "row", number), value) for number, value in enumerate(values, start=1))
     else:  # not splitlines(): JSON strings may contain U+2028 and its like
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
-                yield f"{path}, line {number}", _parse(f"{path}, line {number}", line)
+                place = Place(file, "line", number)
+                yield place, _parse(place, line)
 
 
-def _parse(place: str, text: str) -> Any:
+def _parse(place: Place | Path, text: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError as error:

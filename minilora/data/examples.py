@@ -7,7 +7,8 @@ itself, so the mask is exact to the token, and a prompt gives the very tokens th
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from minilora.data.conversations import TRAIN_ON, Piece, conversation_pieces, is_conversation, template_arguments
+from minilora.data.conversations import TRAIN_ON, Piece, conversation_pieces, fault_of, template_arguments, type_name
+from minilora.data.rows import Place, named, place_of
 from minilora.data.tokenizer import Tokenizer
 
 Row = dict[str, Any]
@@ -28,11 +29,11 @@ class Example(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Examples, and the numbers (from 1) of the rows left out."""
+    """Examples, and the rows left out: their numbers (from 1), and their places."""
 
     examples: list[Example]
-    too_long: list[int]
-    unlabelled: list[int]
+    too_long: dict[int, Place]
+    unlabelled: dict[int, Place]
 
     def kept(self, rows: Sequence[Row]) -> list[Row]:
         """The rows that became examples."""
@@ -47,14 +48,18 @@ def row_shape(row: Row) -> str:
         count = "several shapes" if fitting else "no shape"
         raise ValueError(
             f"the keys {sorted(row)} fit {count}: {ACCEPTED_ROWS}. Keys of other names are told by --prompt-feature "
-            "and --completion-feature, --chat-feature or --text-feature"
+            "and --completion-feature, --chat-feature or --text-feature; rows of ShareGPT and Alpaca are known"
         )
     (keys,) = fitting
     if keys != ("messages",) and all(isinstance(row[key], str) for key in keys):
         return " + ".join(keys)
-    if keys in (("messages",), ("prompt", "completion")) and all(is_conversation(row[key]) for key in keys):
+    if keys in (("messages",), ("prompt", "completion")) and not any(isinstance(row[key], str) for key in keys):
+        for key in keys:
+            if fault := fault_of(row[key]):
+                raise ValueError(f"the value of {key}: {fault} (keys {sorted(row)}): {ACCEPTED_ROWS}")
         return " + ".join(keys) + (" as messages" if len(keys) == 2 else "")
-    raise ValueError(f"the values of {', '.join(keys)} have the wrong type (keys {sorted(row)}): {ACCEPTED_ROWS}")
+    types = ", ".join(f"{key} is {type_name(row[key])}" for key in keys)
+    raise ValueError(f"the values have the wrong type, for {types} (keys {sorted(row)}): {ACCEPTED_ROWS}")
 
 
 def encode_row(row: Row, tokenizer: Tokenizer, train_on: str = TRAIN_ON[0]) -> Example:
@@ -102,18 +107,18 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int, trai
     """
     if max_length < 2:
         raise ValueError(f"--max-length is {max_length}; it takes two tokens to predict one")
-    encoded = Encoded([], [], [])
+    encoded = Encoded([], {}, {})
     for number, row in enumerate(rows, start=1):
         try:
             example = encode_row(row, tokenizer, train_on)
         except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from error
+            raise ValueError(f"{place_of(row, number)}: {error}") from error
         if not any(example.trained[1:]):
-            encoded.unlabelled.append(number)
+            encoded.unlabelled[number] = place_of(row, number)
         elif row_shape(row) == "document":
             encoded.examples.extend(_windows(example, max_length))
         elif len(example.tokens) > max_length:
-            encoded.too_long.append(number)
+            encoded.too_long[number] = place_of(row, number)
         else:
             encoded.examples.append(example)
     if rows and not encoded.examples:
@@ -131,10 +136,9 @@ def left_out(encoded: Encoded, max_length: int) -> str:
         (encoded.unlabelled, "with nothing to train"),
     )
     parts = []
-    for numbers, reason in reasons:
-        if numbers:
-            listed = ", ".join(map(str, numbers[:10])) + (", …" if len(numbers) > 10 else "")
-            parts.append(f"{len(numbers):,} {reason} (row{'s' * (len(numbers) > 1)} {listed})")
+    for rows, reason in reasons:
+        if rows:
+            parts.append(f"{len(rows):,} {reason} ({named([*rows.values()])})")
     return ", ".join(parts)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from minilora.data.conversations import Message
 from minilora.data.examples import Row, encode_row, row_shape
+from minilora.data.rows import FileRow, place_of
 from minilora.data.tokenizer import Tokenizer
 
 SEPARATOR = "\n\n"  # between the rows that stand in one text
@@ -23,15 +24,16 @@ def few_shot_rows(
     if count > len(shown):
         raise ValueError(f"--few-shot {count}: there are only {len(shown)} training rows to show")
     rng = np.random.default_rng(seed)
-    prompted, total = [], 0
+    prompted: list[Row] = []
+    total = 0
     for number, row in enumerate(rows, start=1):
         shots = [shown[i] for i in rng.choice(len(shown), count, replace=False)]
         try:
             while shots and len(encode_row(with_shots(row, shots), tokenizer).tokens) > max_length:
                 shots.pop()
-            prompted.append(with_shots(row, shots))
+            prompted.append(FileRow(with_shots(row, shots), place_of(row, number)))
         except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from error
+            raise ValueError(f"{place_of(row, number)}: {error}") from error
         total += len(shots)
     return prompted, total / len(rows)
 

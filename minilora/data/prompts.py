@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minilora.data.conversations import TEMPLATE_KEYS, is_conversation, template_arguments
+from minilora.data.conversations import TEMPLATE_KEYS, fault_of, template_arguments
 from minilora.data.examples import Row
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.files import read_text
@@ -39,8 +39,10 @@ def _check(row: Any) -> PromptRow:
     if "prompt" in row and isinstance(row["prompt"], str):
         return row
     messages = conversation(row)
-    if not messages or not is_conversation(messages):
+    if not messages or not isinstance(messages, list):
         raise ValueError(f"the prompt is neither a text nor a list of messages: a line is {ACCEPTED_PROMPTS}")
+    if fault := fault_of(messages):
+        raise ValueError(f"{fault}: a line is {ACCEPTED_PROMPTS}")
     if messages[-1]["role"] == "assistant":
         raise ValueError("the last message is the assistant's already: end with the one to be answered")
     return row
@@ -61,7 +63,7 @@ def question(row: Row) -> tuple[PromptRow, str] | None:
         return {"prompt": prompt}, completion
     both = prompt + completion if isinstance(prompt, list) and isinstance(completion, list) else []
     messages = row.get("messages", both)
-    if not is_conversation(messages) or len(messages) < 2 or messages[-1]["role"] != "assistant":
+    if fault_of(messages) or len(messages) < 2 or messages[-1]["role"] != "assistant":
         return None
     if not isinstance(messages[-1].get("content"), str):  # a call of tools
         return None

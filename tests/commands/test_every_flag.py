@@ -176,7 +176,7 @@ def flags_of(command: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", caught)
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", caught)
         assert run(command).code == 130
     return {action.dest for action in parsers[0]._actions if action.option_strings} - {"help"}
 

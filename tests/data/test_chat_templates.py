@@ -194,7 +194,7 @@ def test_a_call_of_a_tool_is_a_turn_and_needs_no_content(ours: Any) -> None:
     example = encode_row(row, tokenizer)
     assert trained(example, tokenizer) == ['<tool_call>{\n  "name": "f"\n}</tool_call>' + STOP, "three" + STOP]
     assert "<tools>" in tokenizer.backend.decode(example.tokens)
-    with pytest.raises(ValueError, match="wrong type"):
+    with pytest.raises(ValueError, match="message 1: its content is null, not a text"):
         encode_row({"messages": [{"role": "assistant", "content": None}]}, tokenizer)
 
 

@@ -22,6 +22,7 @@ from minilora.data.conversations import TRAIN_ON
 from minilora.data.datasets import load_dataset, read_rows
 from minilora.data.examples import Encoded, Example, encode_row
 from minilora.data.report import figures, report
+from minilora.data.rows import Place
 from minilora.data.show import show_batch
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.checkpoint import random_weights, write_checkpoint
@@ -31,6 +32,7 @@ from minilora.runs.settings import Settings
 from minilora.runs.task import load_task
 from minilora.training.order import Order
 
+ROW = Place("", "row", 1)
 QUESTIONS = [("Two plus two?", " It is four."), ("How are you?", " I am\nwell, thank you."), ("Wer?", " Käse 🧀")] * 4
 PAIRS = [{"prompt": f"{i} {q}", "completion": a} for i, (q, a) in enumerate(QUESTIONS)]
 CHATS = [
@@ -115,7 +117,7 @@ def test_the_padding_share_is_that_of_the_batches(lengths: list[list[int]], batc
 
 @given(data=st.lists(st.lists(st.booleans(), min_size=1, max_size=9), max_size=9))
 def test_the_figures_of_a_part_count_its_tokens_labels_and_rows(data: list[list[bool]]) -> None:
-    encoded = Encoded([Example([7] * len(trained), trained) for trained in data], [3, 9], [4])
+    encoded = Encoded([Example([7] * len(trained), trained) for trained in data], {3: ROW, 9: ROW}, {4: ROW})
     found = figures(encoded, 0.25)
     batch = collate([[example] for example in encoded.examples], 0) if data else None
     assert found["labels"] == (np.count_nonzero(batch.labels != IGNORE) if batch else 0)
@@ -127,7 +129,9 @@ def test_the_figures_of_a_part_count_its_tokens_labels_and_rows(data: list[list[
 
 
 def test_the_report_tells_the_figures_and_names_what_was_left_out() -> None:
-    encoded = Encoded([Example([1, 2, 3], [False, True, True]), Example([1, 2], [False, True])], [2], [])
+    encoded = Encoded(
+        [Example([1, 2, 3], [False, True, True]), Example([1, 2], [False, True])], {2: ROW._replace(number=2)}, {}
+    )
     assert report(encoded, 16, "train", 0.25) == (
         "train: 2 examples, 5 tokens, 60% of them trained; median length 3, longest 3; 25% of its batches is padding; "
         "left out: 1 longer than --max-length 16 (row 2)"

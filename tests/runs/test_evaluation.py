@@ -183,12 +183,11 @@ class Letters:
         return [1, *ids]
 
 
-@pytest.mark.parametrize(("longest", "asked_for"), [(1, 2), (7, 8), (127, 128), (128, 128), (500, 128)])
+@pytest.mark.parametrize(("longest", "asked_for"), [(1, 9), (7, 15), (127, 135), (128, 136), (500, 136)])
 def test_an_answer_that_goes_on_beyond_the_longest_right_one_is_seen_to_do_so(
     monkeypatch: pytest.MonkeyPatch, longest: int, asked_for: int
 ) -> None:
-    """One token more than the longest has is asked for: cut off before it, an answer without end would look right.
-    Beyond 128 nothing is asked for."""
+    """Eight tokens more than the longest has are asked for, in which it may end; beyond 128 nothing more is."""
     letters: Any = Letters()
     rows = rows_of(["a" * longest, "a"])
 
@@ -199,8 +198,8 @@ def test_an_answer_that_goes_on_beyond_the_longest_right_one_is_seen_to_do_so(
     monkeypatch.setattr(evaluation, "complete", endless)
     model: Any = None
     texts = answers(model, letters, rows)
-    assert texts == ["a" * asked_for] * 2
-    assert exact_match(texts, rows) == (0.5 if longest == 128 else 0)
+    assert texts == ["a" * asked_for + "…"] * 2
+    assert exact_match(texts, rows) == 0
 
 
 # --- Text outside the task ---
