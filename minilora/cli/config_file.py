@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from minilora.cli.foreign import PEFT_DEFAULTS
 from minilora.formats.files import read_json, read_text
 
 if sys.version_info >= (3, 11):
@@ -50,6 +51,8 @@ def read_flags_file(path: Path) -> dict[str, Any]:
     """The names, with _ for -, and their values. Null values are dropped, and mlx-lm's nested keys are flattened."""
     where = f"--config {path}"
     values = _names(_parse(path), where)
+    if "peft_type" in values:
+        values = PEFT_DEFAULTS | values
     keys = ("lora_parameters", "optimizer_config", "lr_schedule")
     lora, optimizers, schedule = (_names(values.pop(key, {}), f"{where}: {key}") for key in keys)
     optimizer = _names(optimizers.get(str(values.get("optimizer")), {}), f"{where}: optimizer_config")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minilora.cli.foreign import ignored_in_words, is_foreign, is_off, reason_to_ignore
 from minilora.methods.method import known_methods
 from minilora.methods.setting import flag
 from minilora.runs.settings import all_settings
@@ -30,16 +32,6 @@ OTHER_COMMANDS: dict[str, tuple[str, ...]] = {  # flags of generate, merge and e
     "temp": ("temperature",),
     "batch_size": ("per_device_eval_batch_size",),
     "max_length": ("max_seq_length",),
-}
-NEEDLESS = {  # flags for what train does anyway → the remark printed if the user may expect something else
-    "train": "",
-    "test": "the held-out part is always judged",
-    "use_peft": "an adapter is the default",
-    "warmup_init": "the warm-up climbs from peak / (warmup + 1)",
-    "steps_per_report": "every step is reported",
-    "logging_steps": "every step is reported",
-    "val_batches": "every held-out row is used",
-    "test_batches": "every held-out row is used",
 }
 
 
@@ -79,32 +71,29 @@ class Written(NamedTuple):
     where: str
 
 
-def by_setting(values: Mapping[str, Any], where: Callable[[str], str]) -> dict[str, Written]:
-    """The values under our names. Two names for one setting are an error, and so is `--train false`."""
+def by_setting(values: Mapping[str, Any], file: Path | None = None) -> dict[str, Written]:
+    """The values under our names, from the command line or from a file. Two names for one setting are an error.
+
+    A configuration often has two, one of them off: bf16 and fp16, warmup_steps and warmup_ratio. Keys that are no
+    settings here are told in one line, or refused.
+    """
     by_name: dict[str, Written] = {}
+    ignored = []
     for name, value in values.items():
-        if name in NEEDLESS:
-            if str(value).lower() == "false" and name in ("train", "use_peft"):
-                raise ValueError(
-                    f"{where(name)} false: this command trains an adapter; --method full trains all weights"
-                )
-            if NEEDLESS[name]:
-                print(f"{where(name)} changes nothing: {NEEDLESS[name]}")
+        where = f"--config {file}: {name}" if file else flag(name)
+        if is_foreign(name):
+            ignored.append((name if file else where, reason_to_ignore(name, value, where)))
             continue
         our_name = ours().get(name, name)
-        if (
-            our_name == "mixed_precision"
-            and our_name in by_name
-            and "false" in (str(value).lower(), str(by_name[our_name].value).lower())
-        ):
-            if str(value).lower() != "false":  # a configuration often has both bf16 and fp16, one of them false
-                by_name[our_name] = Written(name, value, where(name))
-            continue
         if our_name in by_name:
-            raise ValueError(
-                f"{where(name)} and {by_name[our_name].where} are two names for one setting: give one of them"
-            )
-        by_name[our_name] = Written(name, value, where(name))
+            if is_off(value):
+                continue
+            if not is_off(by_name[our_name].value):
+                other = by_name[our_name].where
+                raise ValueError(f"{where} and {other} are two names for one setting: give one of them")
+        by_name[our_name] = Written(name, value, where)
+    if told := ignored_in_words(ignored):
+        print(f"--config {file}, {told}" if file else told, file=sys.stderr)
     return by_name
 
 
@@ -122,6 +111,11 @@ def in_our_unit(written: Written, setting: Callable[[str], Any]) -> Any:
     match name, value:
         case (("iters" | "steps_per_eval"), int()) if value > 0:  # mlx-lm counts micro-batches
             return max(1, value // setting("grad_accumulation"))
+        case "model_revision", "main":  # the hub's default
+            return ""
+        case "report_to", list():  # the first that is not known here is refused by its name
+            known = all_settings()["report_to"].declaration.choices
+            return next((name for name in value if name not in known), value[0] if value else "none")
         case "num_layers", -1:  # mlx-lm writes -1 for all layers
             return 0
         case "max_steps", int():  # transformers writes -1 for as many as the epochs have

@@ -27,7 +27,7 @@ from minilora.compare.report import comparison_tables
 from minilora.compare.rivals import FULL, LORA, RIVALS, Rival, choose, lora_of_rank
 from minilora.compare.spectrum import spectra
 from minilora.compare.trained import python_perplexity, trained_model
-from minilora.compare.trials import Field, expected_trials
+from minilora.compare.trials import Field, expected_trials, flags_for
 from minilora.data.tokenizer import Tokenizer
 from minilora.figures.machine import facts, usable_cores
 from minilora.figures.tables import as_markdown, as_text, check_markdown_file, machine_line, write_markdown
@@ -85,9 +85,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 def check_comparison(args: argparse.Namespace, shared: list[str]) -> None:
     """Raise ValueError, naming the flag, if a value makes no sense to `compare` or to `train`."""
+    choose_settings(train_flags.parse(shared))
     for rival in choose(args.methods):
         if rival.rates:
-            choose_settings(train_flags.parse([*shared, *rival.flags]))
+            choose_settings(train_flags.parse([*flags_for(rival, shared), *rival.flags]))
     if args.steps < 1 or args.batch_size < 1 or args.eval_rows < 0:
         raise ValueError("--steps and --batch-size must be at least 1, --eval-rows at least 0")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):

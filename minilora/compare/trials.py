@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from minilora.cli.flags import ours
+from minilora.cli.train_flags import choose_settings, of_other_methods, parse
 from minilora.compare.rivals import Rival, neighbour
 from minilora.formats.files import read_json, write_json
 from minilora.runs.metrics import read_metrics
@@ -130,10 +132,22 @@ class Field:
         if (folder / SETTINGS_FILE).exists():
             return [sys.executable, "-m", "minilora.train", "--resume", str(folder)]
         flags += ["--learning-rate", str(trial.rate), "--out", str(folder)]
-        return [sys.executable, "-m", "minilora.train", *self.shared, *flags]
+        return [sys.executable, "-m", "minilora.train", *flags_for(trial.rival, self.shared), *flags]
 
     def _show(self, before: int, folder: Path) -> None:
         self.bar.update(before + steps_done(folder) - self.bar.n)
+
+
+def flags_for(rival: Rival, shared: Sequence[str]) -> list[str]:
+    """The common flags without those of other methods: `--rank 4` is for all rivals that have a rank."""
+    settings, _, _ = choose_settings(parse(list(rival.flags)))
+    others, kept, keep = of_other_methods(settings), [], True
+    for word in shared:
+        if word.startswith("--"):
+            name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+            keep = ours().get(name, name) not in others
+        kept += [word] if keep else []
+    return kept
 
 
 def expected_trials(rivals: Sequence[Rival], seeds: Sequence[int]) -> int:

@@ -69,7 +69,10 @@ def read_rows(path: Path, features: Features = AS_NAMED) -> list[Row]:
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: data must be a folder or a file that ends in {', '.join(SUFFIXES)}")
+        raise ValueError(
+            f"{path}: data must be a folder or a file that ends in {', '.join(SUFFIXES)}; a data set of the Hugging "
+            "Face Hub is not fetched: write it to one, as by Dataset.to_json"
+        )
     text = read_text(path)
     if not text.strip():
         raise ValueError(f"{path} is empty")

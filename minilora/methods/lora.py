@@ -98,7 +98,7 @@ class LoRA(Placed):
         Variant("qlora", "LoRA on W in 4 bits", {"method": "qlora"}, (3e-3, 1e-2, 3e-2)),
     )
 
-    rank: int = setting(8, "rank r: the rows of A and columns of B", at_least=1, aliases=("lora_r",), capacity=True)
+    rank: int = setting(8, "rank r: the rows of A and columns of B", at_least=1, aliases=("lora_r", "r"), capacity=True)
     alpha: float = setting(
         16.0, "the adapter's output is scaled by alpha / rank", aliases=("lora_alpha", "lora_scale", "scale")
     )

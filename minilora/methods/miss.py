@@ -142,7 +142,7 @@ class MiSS(Placed):
         Variant("miss", "one matrix for all shards of each W", {"method": "miss", "rank": 16}, (1e-3, 3e-3, 1e-2)),
     )
 
-    rank: int = setting(8, "rank r: the rows of M", at_least=1, aliases=("lora_r",), capacity=True)
+    rank: int = setting(8, "rank r: the rows of M", at_least=1, aliases=("lora_r", "r"), capacity=True)
     dropout: float = setting(
         0.0,
         "the probability of zeroing an input of the adapter, while training",

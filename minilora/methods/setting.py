@@ -1,6 +1,6 @@
 """A setting, declared once: the dataclass field that holds it says all that flags, checks and docs need to know.
 
-    rank: int = setting(8, "rank r: the rows of A and columns of B", at_least=1, aliases=("lora_r",))
+    rank: int = setting(8, "rank r: the rows of A and columns of B", at_least=1, aliases=("lora_r", "r"))
 
 From this cli/train_flags.py makes the flag `--rank`, its help and the names that other tools have for it (cli/flags.py
 converts their units), `check` the error for `--rank 0`, and runs/settings.py the entry of `settings.json`.
@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, field, fields
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+NAMES = re.compile(r"[\w.-]+(, *[\w.-]+)+")
+NUMBERED_NAMES = re.compile(r"[\w.-]+=[\d.]+(, *[\w.-]+=[\d.]+)+")
 KEY = "setting"  # of the field's metadata
 
 
@@ -139,7 +141,7 @@ def typed(declared: Setting, value: Any, where: str) -> Any:
     if kind is dict:
         return _by_name(declared, value, where, shown)
     if kind is tuple:
-        names = [value] if isinstance(value, str) else value
+        names = _entries(value, NAMES)
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{where} must be a list of names, not {shown}")
         return tuple(names)
@@ -150,11 +152,20 @@ def typed(declared: Setting, value: Any, where: str) -> Any:
     return value
 
 
+def _entries(value: Any, listed: re.Pattern[str]) -> Any:
+    """A list with the words that are lists themselves, as `q_proj,v_proj`, taken apart. Expressions stay whole."""
+    entries = [value] if isinstance(value, str) else value
+    if not isinstance(entries, list | tuple):
+        return value
+    parts = [entry.split(",") if isinstance(entry, str) and listed.fullmatch(entry) else [entry] for entry in entries]
+    return [part.strip() if isinstance(part, str) else part for entry in parts for part in entry]
+
+
 def _by_name(declared: Setting, value: Any, where: str, shown: str) -> dict[str, Any]:
     """Numbers by name: an object, or entries such as `q_proj=16`."""
     if isinstance(value, dict):
         value = [f"{name}={number}" for name, number in value.items()]
-    entries = [value] if isinstance(value, str) else value
+    entries = _entries(value, NUMBERED_NAMES)
     if not isinstance(entries, list | tuple):
         raise ValueError(f"{where} must hold names and numbers, not {shown}")
     numbers = {}

@@ -43,7 +43,7 @@ class Settings:
         str(SHIPPED_MODEL),
         "the folder of the base model, a .gguf file, or its id on the Hugging Face Hub (default: tinysmol)",
         group=DATA,
-        aliases=("model_name_or_path",),
+        aliases=("model_name_or_path", "base_model_name_or_path"),
         metavar="MODEL",
     )
     revision: str = setting(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.commands import RUN_FILES, contents, good, run
+from support.tiny_runs import interrupted_after
 
 from minilora.runs import folder as folder_module
-from minilora.training.state import State
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
@@ -46,18 +45,6 @@ def test_train_generate_evaluate_and_resume_know_virtual_tokens_and_merge_refuse
     assert (refused.code, "cannot be merged" in refused.err) == (2, True)
     refused = run("train", *flags[:-1], 0.1, "--num-virtual-tokens", 63, "--out", tmp_path / "none")
     assert refused.code == 2
-
-
-def interrupted_after(step: int) -> Any:
-    """`save_state` that ends as if the user had pressed Ctrl-C as soon as the state of this step is saved."""
-    save = folder_module.save_state
-
-    def save_or_stop(state: State, folder: Path) -> None:
-        save(state, folder)
-        if state.step == step:
-            raise KeyboardInterrupt
-
-    return save_or_stop
 
 
 def learnt(folder: Path) -> bytes:

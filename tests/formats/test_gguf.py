@@ -24,6 +24,7 @@ from support.gguf_models import (
     write_model,
 )
 from support.small_tokenizer import write_tokenizer
+from support.tiny_runs import interrupted_after
 
 gguf = pytest.importorskip("gguf")
 
@@ -39,6 +40,7 @@ from minilora.methods.dora import DoRA  # noqa: E402
 from minilora.methods.lora import LoRA  # noqa: E402
 from minilora.model.model import forward  # noqa: E402
 from minilora.model.names import HEAD  # noqa: E402
+from minilora.runs import folder as folder_module  # noqa: E402
 
 TEXT = "How are you? I'm 12345 years old,\n\n  they've said: Ünïcödé 数字\t<|im_start|>user\nHi<|im_end|>\n"
 KINDS = (*BLOCKS_OF_32, *SCALES_OF_256)
@@ -326,11 +328,11 @@ def test_lora_trains_straight_on_a_quantised_file_and_a_resumed_run_is_the_unint
     flags = ["--model", path.name, "--data", data, "--learning-rate", 0.01, "--eval-rows", 0, "--schedule", "constant"]
     flags += ["--frozen", "stored"]
     good("train", *flags, "--steps", 6, "--out", tmp_path / "whole")
-    good("train", *flags, "--steps", 3, "--out", tmp_path / "half")
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "save_state", interrupted_after(3))
+        assert run("train", *flags, "--steps", 6, "--save-every", 3, "--out", tmp_path / "half").code == 130
     monkeypatch.chdir(tmp_path.parent)
-    settings = read(tmp_path / "half" / "settings.json")
-    assert settings["model"] == str(path.resolve())
-    (tmp_path / "half" / "settings.json").write_text(json.dumps(settings | {"steps": 6}))
+    assert read(tmp_path / "half" / "settings.json")["model"] == str(path.resolve())
     good("train", "--resume", tmp_path / "half")
     assert (tmp_path / "half" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
     good("train", *[*flags[:1], path, *flags[2:-1]], "widened", "--steps", 6, "--out", tmp_path / "widened")

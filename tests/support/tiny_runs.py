@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.commands import CONFIG, ROWS, TEXTS, good, write_rows
@@ -11,6 +12,8 @@ from support.commands import CONFIG, ROWS, TEXTS, good, write_rows
 from minilora.data.train_tokenizer import train_tokenizer
 from minilora.formats.checkpoint import random_weights, write_checkpoint
 from minilora.model.config import Config
+from minilora.runs import folder as folder_module
+from minilora.training.state import State
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +65,15 @@ def merged(tmp_path_factory: pytest.TempPathFactory, model: Path, adapter: Path)
     folder = tmp_path_factory.mktemp("merged") / "float32"
     good("merge", "--model", model, "--adapter", adapter, "--out", folder)
     return folder
+
+
+def interrupted_after(step: int) -> Any:
+    """`save_state` that ends as if the user had pressed Ctrl-C as soon as the state of this step is saved."""
+    save = folder_module.save_state
+
+    def save_or_stop(state: State, folder: Path) -> None:
+        save(state, folder)
+        if state.step == step:
+            raise KeyboardInterrupt
+
+    return save_or_stop
