@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from minilora.formats.files import read_json
+from minilora.formats.fingerprint import fingerprint
 from minilora.formats.hub import Source, find_model, is_hub_id
 from minilora.formats.library import Trained, contradiction, trained_on
 from minilora.formats.load import SHIPPED_MODEL
@@ -17,7 +19,9 @@ def find_base(model: str, revision: str, adapters: Mapping[str, Path]) -> Source
     `adapters` are folders by name. FileNotFoundError or ValueError where their base is not here, not said or not one.
     """
     if model or not adapters:
-        return find_model(model or str(SHIPPED_MODEL), revision)
+        source = find_model(model or str(SHIPPED_MODEL), revision)
+        tell_of_other_bases(source, adapters)
+        return source
     if different := contradiction(adapters):
         raise ValueError(f"{different}: choose one with --model")
     name, trained = next(
@@ -36,7 +40,20 @@ def find_base(model: str, revision: str, adapters: Mapping[str, Path]) -> Source
             f"{adapters[name]} was trained on {trained}, which is not here ({reason}): name its place with --model"
         ) from error
     print(f"base: {trained}, which {adapters[name]} names", file=sys.stderr)
+    tell_of_other_bases(source, adapters)
     return source
+
+
+def tell_of_other_bases(source: Source, adapters: Mapping[str, Path]) -> None:
+    """A remark for each adapter that was trained on other weights, though the shapes may fit: a run's folder knows."""
+    for folder in adapters.values():
+        summary = folder / "summary.json"
+        trained_on_it = read_json(summary).get("base_fingerprint") if summary.exists() else None
+        if trained_on_it and trained_on_it != fingerprint(source.folder):
+            print(
+                f"remark: {folder} was trained on a base with other weights, or in another dtype, than {source.name}",
+                file=sys.stderr,
+            )
 
 
 def _here(base: str) -> str:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 from support.commands import assert_refused, good, read, run
 
 from minilora.formats.load import SHIPPED_MODEL
@@ -69,3 +70,19 @@ def test_adapters_that_name_different_bases_ask_for_the_model(adapter: Path, tmp
     other = named(adapter, tmp_path / "other", "another/base")
     result = run("generate", "--adapter", adapter, "--adapter", other, "--prompt", "up ->")
     assert_refused(result, "another/base", "--model")
+
+
+def test_a_base_of_the_same_shape_and_other_weights_is_told(adapter: Path, model: Path, tmp_path: Path) -> None:
+    """Two models of one shape would pass in silence. A copy of the base is the base, wherever it lies."""
+    copy, other = tmp_path / "copy", tmp_path / "other"
+    shutil.copytree(model, copy)
+    shutil.copytree(model, other)
+    weights = load_file(other / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**weights, name: -weights[name]}, other / "model.safetensors")
+    flags = ("--adapter", adapter, "--prompt", "up ->", "--max-tokens", 1)
+    assert "other weights" not in run("generate", "--model", copy, *flags).err
+    told = run("generate", "--model", other, *flags)
+    assert (
+        told.code == 0 and f"{adapter} was trained on a base with other weights" in told.err and str(other) in told.err
+    )
