@@ -296,6 +296,12 @@ def test_a_model_in_blocks_computes_what_the_dequantised_one_does_and_the_weight
             assert isinstance(data, np.memmap)
 
 
+def interrupt_from(now: bool) -> bool:
+    if now:
+        raise KeyboardInterrupt
+    return False
+
+
 def test_lora_trains_straight_on_a_quantised_file_and_a_resumed_run_is_the_uninterrupted_one(
     tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,11 +310,11 @@ def test_lora_trains_straight_on_a_quantised_file_and_a_resumed_run_is_the_unint
     flags = ["--model", path.name, "--data", data, "--learning-rate", 0.01, "--eval-rows", 0, "--schedule", "constant"]
     flags += ["--frozen", "stored"]
     good("train", *flags, "--steps", 6, "--out", tmp_path / "whole")
-    good("train", *flags, "--steps", 3, "--out", tmp_path / "half")
+    with monkeypatch.context() as patch:
+        patch.setattr("minilora.training.loop._out_of_patience", lambda state, plan: interrupt_from(state.step == 3))
+        assert run("train", *flags, "--steps", 6, "--save-every", 3, "--out", tmp_path / "half").code == 130
     monkeypatch.chdir(tmp_path.parent)
-    settings = read(tmp_path / "half" / "settings.json")
-    assert settings["model"] == str(path.resolve())
-    (tmp_path / "half" / "settings.json").write_text(json.dumps(settings | {"steps": 6}))
+    assert read(tmp_path / "half" / "settings.json")["model"] == str(path.resolve())
     good("train", "--resume", tmp_path / "half")
     assert (tmp_path / "half" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
     good("train", *[*flags[:1], path, *flags[2:-1]], "widened", "--steps", 6, "--out", tmp_path / "widened")
