@@ -16,8 +16,6 @@ from typing import IO
 
 from safetensors import SafetensorError
 
-UNFINISHED = ("partial", "lock")  # the ends of the names beside, which only a kill leaves
-
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -55,6 +53,11 @@ def building(folder: Path) -> Iterator[Path]:
                 to_disk(folder.parent)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether this is a file beside another one, partial or lock, as only a kill leaves it."""
+    return path.name.startswith(".") and path.name.count(".") > 1 and path.suffix in (".partial", ".lock")
 
 
 def check_new(folder: Path) -> None:

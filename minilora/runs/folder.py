@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minilora.data.batches import Batch, Rows
-from minilora.formats.whole import UNFINISHED, only_writer, writing
+from minilora.formats.whole import is_unfinished, only_writer, writing
 from minilora.model.model import Model
 from minilora.runs.metrics import MetricsFile
-from minilora.runs.settings import SETTINGS_FILE
 from minilora.runs.state_file import STATE_FILE, save_state
 from minilora.training.loop import Plan, train
 from minilora.training.state import State
@@ -24,13 +23,17 @@ def only_run(folder: Path) -> Iterator[None]:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with only_writer(folder / LOCK_FILE, folder):
+            for left in filter(is_unfinished, list(folder.iterdir())):
+                left.unlink()  # by a run that was killed: no other is at work here
             yield
 
 
 def is_free(folder: Path) -> bool:
     """Whether a run may begin in `folder`: it holds nothing but what a run leaves that is killed as it begins."""
-    left = (LOCK_FILE, STATE_FILE, *(f".{name}.{end}" for name in (STATE_FILE, SETTINGS_FILE) for end in UNFINISHED))
-    return not folder.exists() or (folder.is_dir() and all(path.name in left for path in folder.iterdir()))
+    begun = (LOCK_FILE, STATE_FILE)
+    return not folder.exists() or (
+        folder.is_dir() and all(path.name in begun or is_unfinished(path) for path in folder.iterdir())
+    )
 
 
 def train_in(
