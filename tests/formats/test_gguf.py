@@ -335,11 +335,7 @@ def test_lora_trains_straight_on_a_quantised_file_and_a_resumed_run_is_the_unint
     flags += ["--frozen", "stored"]
     good("train", *flags, "--steps", 6, "--out", tmp_path / "whole")
     with monkeypatch.context() as patch:
-<<<<<<< HEAD
         patch.setattr(folder_module, "save_state", interrupted_after(3))
-=======
-        patch.setattr("minilora.training.loop._out_of_patience", lambda state, plan: interrupt_from(state.step == 3))
->>>>>>> cfa6eb28a9cc19b7abcbcd46fac8ea86b89027de
         assert run("train", *flags, "--steps", 6, "--save-every", 3, "--out", tmp_path / "half").code == 130
     monkeypatch.chdir(tmp_path.parent)
     assert read(tmp_path / "half" / "settings.json")["model"] == str(path.resolve())
