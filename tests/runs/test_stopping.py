@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.commands import ADAPTER, RUN_FILES, good, process, run
+from support.commands import ADAPTER, RUN_FILES, good, hear_interrupts, process, run
 from support.small_runs import PLAN, ROWS, VALID, few, new_run, no_progress_bars, outcome, trained  # noqa: F401
 
 from minilora.runs.folder import train_in
@@ -50,7 +50,7 @@ with stopping() as stop:
     print("never here")
 """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, preexec_fn=hear_interrupts)
     assert found.stdout == "still here\n" and found.returncode in (-number, 130, 1)
     assert "once more stops at once" in found.stderr
 

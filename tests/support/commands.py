@@ -92,12 +92,11 @@ def process(command: str, *flags: object, **options: Any) -> subprocess.Popen[st
 
 
 def hear_interrupts() -> None:
-    """In a new process: an interrupt ends it, whatever its parent does on one.
-
-    A shell lets its background jobs ignore interrupts, and children ignore or block what their parent does.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    """Signals reach this process, whatever its parent ignores or blocks: nohup, or a shell's background job."""
+    numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
 
 def assert_refused(result: Result, *named: str) -> None:
