@@ -21,7 +21,8 @@ def fake_run(**others: Any) -> Any:
         best_loss=0.75, tokens=1000, seconds=16.004,
     )  # fmt: skip
     run = {
-        "state": state, "folder": "folder", "source": SimpleNamespace(folder="of the base"), "settings": make_settings({}), "tokenizer": "words", "adapted": "adapted",
+        "source": SimpleNamespace(folder="of the base"), "folder": "folder", "state": state,
+        "settings": make_settings({}), "tokenizer": "words", "adapted": "adapted",
         "base": SimpleNamespace(config="config"), "task": SimpleNamespace(figures={"train": {"examples": 9}}),
     }  # fmt: skip
     return SimpleNamespace(**run | others)
@@ -46,7 +47,8 @@ def summary(monkeypatch: pytest.MonkeyPatch, run: Any) -> dict[str, Any]:
 def test_each_figure_of_the_summary_is_the_one_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """The speed is that of training alone, without loading and judging."""
     assert summary(monkeypatch, fake_run()) == {
-        "base_fingerprint": "digest of the base", "base_loss": 2.5, "adapted_loss": 1.25, "base_exact_match": 0.1, "adapted_exact_match": 0.6, "drift_kl": 0.125,
+        "base_fingerprint": "digest of the base",
+        "base_loss": 2.5, "adapted_loss": 1.25, "base_exact_match": 0.1, "adapted_exact_match": 0.6, "drift_kl": 0.125,
         "data": {"train": {"examples": 9}}, "trainable_parameters": 22, "total_parameters": 90_000, "steps": 40,
         "best_step": 30, "best_valid_loss": 0.75, "tokens": 1000, "tokens_per_second": 62.5, "training_seconds": 16.0,
         "seconds": 22.0, "peak_memory_bytes": 4_000, "advice": ["metrics of folder: from 2.5 to 1.25"],
