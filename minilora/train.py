@@ -21,13 +21,11 @@ from minilora.data.prompts import last_words, question
 from minilora.data.show import show_batch
 from minilora.formats.files import write_json
 from minilora.runs.advice import out_of_memory
-from minilora.runs.folder import is_free, only_run
+from minilora.runs.folder import SUMMARY_FILE, is_free, only_run
 from minilora.runs.plots import plot_loss
 from minilora.runs.run import Judgement, Run, judge, prepare, summarize, train_run
 from minilora.runs.state_file import load_state, save_state
 from minilora.training.loop import next_batches
-
-SUMMARY_FILE = "summary.json"
 
 
 def train_command(argv: list[str] | None = None) -> None:

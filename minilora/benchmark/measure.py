@@ -14,6 +14,7 @@ from typing import Any
 from minilora.benchmark.formula import needed_bytes, operations, product_operations, step_bytes, useful_tokens
 from minilora.benchmark.worker import Worker, WorkerError, environment
 from minilora.benchmark.workloads import Case, Setup, Side, config_of
+from minilora.runs.folder import SUMMARY_FILE
 
 Result = dict[str, Any]
 
@@ -173,7 +174,7 @@ def main_job(plan: Setup) -> Result:
     if done.returncode:
         side["error"] = (done.stderr.strip().splitlines() or ["ended without a word"])[-1]
         return outcome
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     outcome |= {"tokens": summary["tokens"], "summary": summary}
     side |= dict.fromkeys(("median_seconds", "min_seconds", "max_seconds"), seconds)
     side |= {"seconds": [seconds], "tokens_per_second": summary["tokens_per_second"]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,12 +14,12 @@ from minilora.backend import use
 from minilora.cli.base import find_base
 from minilora.cli.flags import add_model_flags, flags
 from minilora.data.tokenizer import Tokenizer
-from minilora.formats.files import read_json
-from minilora.formats.library import BASE, contradiction, load_adapters, named_adapters
+from minilora.formats.library import BASE, load_adapters, named_adapters
 from minilora.formats.load import load_model
 from minilora.frozen.hold import FROZEN
 from minilora.model.generation import Choose, penalised, sampler
 from minilora.model.model import Model
+from minilora.runs.folder import read_summary
 
 
 def add_flags(parser: argparse.ArgumentParser, max_tokens: int) -> None:
@@ -100,14 +99,12 @@ class Loaded(NamedTuple):
 
 
 def load(args: argparse.Namespace) -> Loaded:
-    """Load the base, the adapters on it, and the tokenizer. Prints a remark if adapters name different bases."""
+    """Load the base, the adapters on it, and the tokenizer."""
     use(args.device)
     adapters = named_adapters(args.adapter)
     folder = find_base(args.model, args.revision, adapters).folder
     base, _ = load_model(folder, frozen=args.frozen)
     models = load_adapters(base, adapters)
-    if different := contradiction(adapters):
-        print(f"remark: {different}", file=sys.stderr)
     tokenizer = Tokenizer.load(folder).fitting(base.config.vocab_size)
     drawn = sampler(args.temp, args.top_k, args.top_p, np.random.default_rng(args.seed))
     choose = penalised(drawn, args.repetition_penalty)
@@ -117,8 +114,7 @@ def load(args: argparse.Namespace) -> Loaded:
 
 def learnt_to_chat(adapter: Path) -> bool:
     """Whether the folder is that of a run whose training rows were messages."""
-    summary = adapter / "summary.json"
-    shapes = read_json(summary).get("data", {}).get("train", {}).get("shapes", []) if summary.exists() else []
+    shapes = read_summary(adapter).get("data", {}).get("train", {}).get("shapes", [])
     return bool(shapes) and all("messages" in shape for shape in shapes)
 
 

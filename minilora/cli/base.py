@@ -6,11 +6,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from minilora.formats.files import read_json
 from minilora.formats.fingerprint import fingerprint
 from minilora.formats.hub import Source, find_model, is_hub_id
 from minilora.formats.library import Trained, contradiction, trained_on
 from minilora.formats.load import SHIPPED_MODEL
+from minilora.runs.folder import read_summary
 
 
 def find_base(model: str, revision: str, adapters: Mapping[str, Path]) -> Source:
@@ -18,11 +18,14 @@ def find_base(model: str, revision: str, adapters: Mapping[str, Path]) -> Source
 
     `adapters` are folders by name. FileNotFoundError or ValueError where their base is not here, not said or not one.
     """
+    different = contradiction(adapters)
     if model or not adapters:
         source = find_model(model or str(SHIPPED_MODEL), revision)
+        if different:
+            print(f"remark: {different}", file=sys.stderr)
         tell_of_other_bases(source, adapters)
         return source
-    if different := contradiction(adapters):
+    if different:
         raise ValueError(f"{different}: choose one with --model")
     name, trained = next(
         ((name, said) for name, folder in adapters.items() if (said := trained_on(folder)).base), ("", Trained("", ""))
@@ -46,10 +49,10 @@ def find_base(model: str, revision: str, adapters: Mapping[str, Path]) -> Source
 
 def tell_of_other_bases(source: Source, adapters: Mapping[str, Path]) -> None:
     """A remark for each adapter that was trained on other weights, though the shapes may fit: a run's folder knows."""
-    for folder in adapters.values():
-        summary = folder / "summary.json"
-        trained_on_it = read_json(summary).get("base_fingerprint") if summary.exists() else None
-        if trained_on_it and trained_on_it != fingerprint(source.folder):
+    known = {folder: read_summary(folder).get("base_fingerprint") for folder in adapters.values()}
+    found = fingerprint(source.folder) if any(known.values()) else None
+    for folder, expected in known.items():
+        if expected and expected != found:
             print(
                 f"remark: {folder} was trained on a base with other weights, or in another dtype, than {source.name}",
                 file=sys.stderr,

@@ -22,11 +22,12 @@ from minilora.cli.flags import ours
 from minilora.cli.train_flags import choose_settings, of_other_methods, parse
 from minilora.compare.rivals import Rival, neighbour
 from minilora.formats.files import read_json, write_json
+from minilora.runs.folder import SUMMARY_FILE
 from minilora.runs.metrics import read_metrics
 from minilora.runs.settings import SETTINGS_FILE
 from minilora.runs.state_file import STATE_FILE
 
-SUMMARY_FILE, FAILURE_FILE = "summary.json", "failed.json"
+FAILURE_FILE = "failed.json"
 MOST_RATES = 5
 
 Summary = dict[str, Any]

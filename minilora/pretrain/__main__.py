@@ -29,7 +29,7 @@ from minilora.model.config import Config
 from minilora.model.names import parameter_count
 from minilora.parser import Parser
 from minilora.pretrain.corpus import english_documents, python_documents
-from minilora.runs.folder import train_in
+from minilora.runs.folder import SUMMARY_FILE, train_in
 from minilora.runs.state_file import STATE_FILE, load_state
 from minilora.training.loop import Plan
 from minilora.training.optimizers import AdamW
@@ -212,7 +212,7 @@ def pretrain_command(argv: list[str] | None = None) -> None:
     write_checkpoint(args.out, TINYSMOL, {name: to_host(p) for name, p in trainable.items()}, dtype="bfloat16")
     figures = {f"{name}_perplexity": math.exp(mean_loss(model, batches)) for name, batches in held_out.items()}
     figures |= {"parameters": parameter_count(config), "tokens": args.tokens, "seconds": seconds}
-    write_json(args.run / "summary.json", figures)
+    write_json(args.run / SUMMARY_FILE, figures)
     for name, value in figures.items():
         print(f"{name:20} {value:,.2f}")
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from minilora.data.batches import Batch, Rows
+from minilora.formats.files import read_json
 from minilora.formats.whole import is_unfinished, only_writer, writing
 from minilora.model.model import Model
 from minilora.runs.metrics import MetricsFile
@@ -14,7 +16,7 @@ from minilora.runs.state_file import STATE_FILE, save_state
 from minilora.training.loop import Plan, train
 from minilora.training.state import State
 
-LOCK_FILE = ".lock"
+LOCK_FILE, SUMMARY_FILE = ".lock", "summary.json"
 
 
 @contextmanager
@@ -34,6 +36,12 @@ def is_free(folder: Path) -> bool:
     return not folder.exists() or (
         folder.is_dir() and all(path.name in begun or is_unfinished(path) for path in folder.iterdir())
     )
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The figures that a run has left in its folder; none if it is not that of a finished run."""
+    path = folder / SUMMARY_FILE
+    return read_json(path) if path.exists() else {}
 
 
 def train_in(

@@ -178,7 +178,7 @@ def judge(run: Run, model: Model) -> Judgement:
 def summarize(run: Run, before: Judgement, after: Judgement, started: float) -> dict[str, Any]:
     """The figures of `summary.json`. Losses are in nats per labelled token, the drift in nats per token."""
     return {
-        "base_fingerprint": fingerprint(run.source.folder),
+        "base_fingerprint": run.state.made_from["base model"],
         "base_loss": before.loss,
         "adapted_loss": after.loss,
         "base_exact_match": before.exact_match,

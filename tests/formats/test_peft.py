@@ -420,7 +420,8 @@ def test_weights_that_peft_ties_are_refused_for_they_would_be_read_as_untied(tmp
 def test_pytorch_has_the_same_gradient_of_everything_that_trains(table: ModuleType, number: int) -> None:
     """In float64, to ten digits: A and B at any place, and the modules that train whole, tied or not."""
     import torch
-    from support.peers import assert_agree, float64_throughout, peer_loss, peer_of
+    from support.golden import assert_agree
+    from support.peers import float64_throughout, peer_loss, peer_of
 
     case = table.draw_case(number)
     weights = table.random_weights(case.config, number)

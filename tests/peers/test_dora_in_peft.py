@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from support.doras import doras, trained
+from support.golden import assert_agree
 from support.models import logits_of
-from support.peers import assert_agree, float64_throughout, peer_loss, peer_of, peft, torch
+from support.peers import float64_throughout, peer_loss, peer_of, peft, torch
 from support.strategies import normal, random_weights, seeds
 
 from minilora.backend import random_generator

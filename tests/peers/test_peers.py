@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from support.golden import assert_agree
 from support.models import logits_of
-from support.peers import assert_agree, float64_throughout, padded_batches, peer_loss, peer_of, raw_configs, with_peft
+from support.peers import float64_throughout, padded_batches, peer_loss, peer_of, raw_configs, with_peft
 from support.strategies import adapters, random_adapter, random_weights, seeds
 
 from minilora.data.batches import Batch

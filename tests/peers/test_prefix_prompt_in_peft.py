@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.golden import assert_agree
 from support.models import logits_of
-from support.peers import assert_agree, float64_throughout, padded_batches, peer_of, peft, raw_configs, torch
+from support.peers import float64_throughout, padded_batches, peer_of, peft, raw_configs, torch
 from support.strategies import VOCAB, normal, random_weights, seeds
 from support.virtual_tokens import VirtualTokens, methods
 

@@ -18,11 +18,10 @@ def fake_run(**others: Any) -> Any:
     """A run whose figures all differ."""
     state = SimpleNamespace(
         trainable={"A": np.zeros((3, 5)), "B": np.zeros(7)}, best={"A": np.zeros(1)}, step=40, best_step=30,
-        best_loss=0.75, tokens=1000, seconds=16.004,
+        best_loss=0.75, tokens=1000, seconds=16.004, made_from={"base model": "digest of the base"},
     )  # fmt: skip
     run = {
-        "source": SimpleNamespace(folder="of the base"), "folder": "folder", "state": state,
-        "settings": make_settings({}), "tokenizer": "words", "adapted": "adapted",
+        "state": state, "folder": "folder", "settings": make_settings({}), "tokenizer": "words", "adapted": "adapted",
         "base": SimpleNamespace(config="config"), "task": SimpleNamespace(figures={"train": {"examples": 9}}),
     }  # fmt: skip
     return SimpleNamespace(**run | others)
@@ -38,7 +37,6 @@ def summary(monkeypatch: pytest.MonkeyPatch, run: Any) -> dict[str, Any]:
     monkeypatch.setattr(running, "peak_memory_bytes", lambda: 4_000)
     monkeypatch.setattr(running, "read_metrics", lambda folder: f"metrics of {folder}")
     monkeypatch.setattr(running, "advise", advise)
-    monkeypatch.setattr(running, "fingerprint", lambda folder: f"digest {folder}")
     monkeypatch.setattr("minilora.runs.run.time.perf_counter", lambda: 150.0)
     run.base.name = "base"
     return summarize(run, Judgement(2.5, 0.1, []), Judgement(1.25, 0.6, []), started=128.004)

@@ -93,15 +93,6 @@ def peer_loss(model: Any, batch: Batch) -> tuple[Any, Any]:
     return output.loss, output.logits
 
 
-def assert_agree(ours: Gradients, theirs: Gradients, relative: float) -> None:
-    """Within `relative` of each array's largest entry. Gradients that are zero but for rounding count as equal."""
-    assert ours.keys() == theirs.keys()
-    largest = max(float(np.abs(a).max()) for a in theirs.values())
-    for name, a in theirs.items():
-        tolerance = relative * max(float(np.abs(a).max()), 1e-3 * largest)
-        np.testing.assert_allclose(ours[name], a, rtol=0, atol=tolerance, err_msg=name)
-
-
 ONE_STEP_OF_DESCENT = (
     "--optimizer sgd --learning-rate 1 --steps 1 --schedule constant --warmup 0 --max-grad-norm 0 --weight-decay 0"
 ).split()
