@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from support.commands import ADAPTER, good, run
+from support.golden import assert_agree
 from support.models import logits_of
 from support.peers import (
     ONE_STEP_OF_DESCENT,
-    assert_agree,
     float64_throughout,
     padded_batches,
     peer_loss,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from matplotlib.font_manager import get_font_names
 from nbclient import NotebookClient
 
 from minilora.tasks.nl2sql.rows import nl2sql_rows
@@ -47,6 +48,7 @@ def executed(parameters: str = "") -> Any:
     environment = {**os.environ, "PYTHONPATH": paths, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     where = {"metadata": {"path": str(NOTEBOOK.parent)}}
     client = NotebookClient(notebook, timeout=None, resources=where, record_timing=False, coalesce_streams=True)
+    get_font_names()  # makes the list of fonts, else the notebook might be told that this takes a moment
     client.execute(env=environment)
     notebook.metadata.language_info = {"name": "python"}  # without this machine's version of it
     notebook.metadata[DIGEST] = digest(notebook)
