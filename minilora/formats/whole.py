@@ -1,6 +1,6 @@
 """Files and folders that appear whole or not at all: written beside their place, put onto the disk, then renamed.
 
-The name beside is always the same, so that what a killed process left is written over by the next. That no two
+The place beside is always the same, so that what a killed process left is removed by the next. That no two
 processes use it at once is seen to by a lock, which ends with its process, however that ends.
 """
 
@@ -19,18 +19,24 @@ from safetensors import SafetensorError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write to; it becomes `path` when the block ends, and vanishes if the block fails."""
+    """A place beside `path` to write to; it becomes `path` when the block ends, and vanishes if the block fails.
+
+    The place is in a folder of its own, because a library may write under names that nobody knows (safetensors does),
+    and a kill would leave those.
+    """
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with only_writer(path.with_name(f".{path.name}.lock"), path):
+            remove(partial)
             try:
-                yield partial
-                to_disk(partial)
-                os.replace(partial, path)
+                partial.mkdir()
+                yield partial / path.name
+                to_disk(partial / path.name)
+                os.replace(partial / path.name, path)
                 to_disk(path.parent)
             finally:
-                partial.unlink(missing_ok=True)
+                remove(partial)
 
 
 @contextmanager
@@ -42,7 +48,7 @@ def building(folder: Path) -> Iterator[Path]:
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with only_writer(folder.with_name(f".{folder.name}.lock"), folder):
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
             try:
                 partial.mkdir()
                 yield partial
@@ -52,12 +58,20 @@ def building(folder: Path) -> Iterator[Path]:
                 partial.rename(folder)
                 to_disk(folder.parent)
             finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial)
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether this is a file beside another one, partial or lock, as only a kill leaves it."""
+    """Whether this lies beside another file, a place to write it or its lock, as only a kill leaves them."""
     return path.name.startswith(".") and path.name.count(".") > 1 and path.suffix in (".partial", ".lock")
+
+
+def remove(unfinished: Path) -> None:
+    """Remove what a kill has left, file or folder."""
+    if unfinished.is_dir() and not unfinished.is_symlink():
+        shutil.rmtree(unfinished, ignore_errors=True)
+    else:
+        unfinished.unlink(missing_ok=True)
 
 
 def check_new(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from minilora.data.batches import Batch, Rows
 from minilora.formats.files import read_json
-from minilora.formats.whole import is_unfinished, only_writer, writing
+from minilora.formats.whole import is_unfinished, only_writer, remove, writing
 from minilora.model.model import Model
 from minilora.runs.metrics import MetricsFile
 from minilora.runs.state_file import STATE_FILE, save_state
@@ -26,7 +26,7 @@ def only_run(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         with only_writer(folder / LOCK_FILE, folder):
             for left in filter(is_unfinished, list(folder.iterdir())):
-                left.unlink()  # by a run that was killed: no other is at work here
+                remove(left)  # by a run that was killed: no other is at work here
             yield
 
 

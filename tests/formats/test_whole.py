@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from minilora.formats.files import write_text
+from minilora.formats.files import write_safetensors, write_text
 from minilora.formats.whole import building, check_new, replacing
 
 HOLDER = """
@@ -43,6 +44,26 @@ def test_a_file_and_a_folder_appear_at_the_end_of_their_block_and_nothing_stays_
         (folder / "inside").write_text("whole")
         assert "folder" not in names(tmp_path)
     assert names(tmp_path) == {"file", "folder"} and names(tmp_path / "folder") == {"inside"}
+
+
+def test_whatever_a_killed_writer_leaves_its_next_removes(tmp_path: Path) -> None:
+    """A library may write under names of its own, as safetensors does, and be killed there."""
+    path, beside = tmp_path / "file", tmp_path / ".file.partial"
+    beside.mkdir()
+    (beside / ".tmpaR9x2c").touch()
+    write_safetensors(path, {"x": np.ones(3)})
+    beside.touch()  # an earlier version wrote a file
+    write_text(path, "whole")
+    assert names(tmp_path) == {"file"}
+
+
+def test_the_library_never_works_where_others_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def saved(tensors: object, path: Path, metadata: object) -> None:
+        assert names(tmp_path) == {".file.partial", ".file.lock"}
+        assert path.parent == tmp_path / ".file.partial"
+
+    monkeypatch.setattr("minilora.formats.files.save_file", saved)
+    write_safetensors(tmp_path / "file", {"x": np.ones(3)})
 
 
 def test_a_block_that_fails_leaves_what_was_there_before(tmp_path: Path) -> None:
