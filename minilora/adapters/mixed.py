@@ -15,7 +15,7 @@ from minilora.backend import Array, to_device, xp
 from minilora.methods.lora import LoRALinear
 from minilora.model.model import Model
 from minilora.model.names import HEAD
-from minilora.model.sites import FrozenLinear, Gradients, Site
+from minilora.model.sites import FrozenLinear, Gradients, LowRank, Site
 
 
 def mixed(models: Sequence[Model]) -> Model:
@@ -74,6 +74,17 @@ class MixedLoRA:
         for lora, rows in self.loras:
             y[rows] += lora.scale * (x[rows] @ lora.A.T) @ lora.B.T
         return y.reshape(-1, y.shape[-1]), None
+
+    def low_rank(self) -> LowRank:
+        """A and B for each row. Those of a smaller rank, or none, are filled up with zeros."""
+        (out_features, in_features), dtype = self.base.weight.shape, self.loras[0][0].A.dtype
+        rank = max(len(lora.A) for lora, _ in self.loras)
+        A = xp.zeros((self.batch, rank, in_features), dtype)
+        B = xp.zeros((self.batch, out_features, rank), dtype)
+        for lora, rows in self.loras:
+            A[rows, : len(lora.A)] = lora.A
+            B[rows, :, : len(lora.A)] = lora.scale * lora.B
+        return LowRank(self.base.weight, self.base.bias, A, B)
 
     def backward(self, dy: Array, cache: None) -> tuple[Array, Gradients]:
         raise AssertionError("a mixed batch only computes: nothing in it trains")

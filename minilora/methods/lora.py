@@ -23,7 +23,7 @@ from minilora.methods.whole_modules import attach_whole, whole_shapes, whole_sta
 from minilora.model.config import Config
 from minilora.model.model import Model
 from minilora.model.names import EMBED, Shape, weight_shapes
-from minilora.model.sites import FrozenEmbedding, FrozenLinear, Gradients, Site
+from minilora.model.sites import FrozenEmbedding, FrozenLinear, Gradients, LowRank, Site
 
 if TYPE_CHECKING:  # from Python 3.11 on
     from typing import Self
@@ -60,6 +60,9 @@ class LoRALinear:
     def backward(self, dy: Array, cache: LoRACache) -> tuple[Array, Gradients]:
         dx, dA, dB = lora_backward(dy, self.weight, self.A, self.B, self.scale, cache)
         return dx, {"lora_A.weight": dA, "lora_B.weight": dB}
+
+    def low_rank(self) -> LowRank:
+        return LowRank(self.weight, self.base.bias, self.A, self.scale * self.B)
 
     def merged(self) -> dict[str, Array]:
         return {"weight": merge(self.weight.dense(), self.A, self.B, self.scale).W}

@@ -7,7 +7,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from minilora.backend import Array, HostArray, to_device, to_host
+from minilora.backend import Array, HostArray, to_device, to_host, xp
+from minilora.model.decoding import Decoder
 from minilora.model.model import Model, Past, forward
 from minilora.model.names import HEAD
 
@@ -80,15 +81,17 @@ def stream(model: Model, prompts: Sequence[Sequence[int]], choose: Choose = gree
         tokens[b, longest - len(prompt) :] = prompt
         segments[b, longest - len(prompt) :] = 1
     positions = np.maximum(segments.cumsum(axis=1) - 1, 0)
-    past: Past | None = None
+    hidden, past, _ = forward(model, to_device(tokens), to_device(positions), to_device(segments), keep=False)
+    logits, decoder = last_logits(model, hidden, len(prompts)), Decoder(model, past)
+    positions = positions[:, -1]
     texts = [list(prompt) for prompt in prompts]
     while True:
-        hidden, past, _ = forward(model, to_device(tokens), to_device(positions), to_device(segments), past, keep=False)
-        tokens = choose(to_host(last_logits(model, hidden, len(prompts))), texts)[:, None]
-        for text, token in zip(texts, tokens[:, 0].tolist(), strict=True):
-            text.append(token)
-        positions, segments = positions[:, -1:] + 1, np.ones_like(tokens)
-        yield tokens[:, 0]
+        tokens = choose(to_host(logits), texts)
+        for text, token in zip(texts, tokens, strict=True):
+            text.append(int(token))
+        yield tokens
+        positions = positions + 1
+        logits = decoder.step(to_device(tokens), to_device(positions))
 
 
 def last_logits(model: Model, hidden: Array, rows: int) -> Array:
@@ -151,16 +154,17 @@ class Memory:
         if not prompt:
             raise ValueError("an empty prompt: generation needs at least one token to start from")
         self.keep(common_length(self.seen.tokens, prompt[:-1]))  # the last token is run again: its logits are needed
-        new = list(prompt[len(self.seen.tokens) :])
+        start = len(self.seen.tokens)
+        tokens = to_device(np.array([prompt[start:]]))
+        positions = to_device(np.arange(start, len(prompt))[None])
+        hidden, past, _ = forward(self.model, tokens, positions, xp.ones_like(tokens), self.seen.past, keep=False)
+        self.seen = Seen(list(prompt), past)  # at once: an interrupt finds both or neither
+        logits, decoder = last_logits(self.model, hidden, 1), Decoder(self.model, past)
         while True:
-            start = len(self.seen.tokens)
-            tokens = to_device(np.array([new]))
-            positions = to_device(np.arange(start, start + len(new))[None])
-            ones = to_device(np.ones((1, len(new)), np.int64))
-            hidden, past, _ = forward(self.model, tokens, positions, ones, self.seen.past, keep=False)
-            self.seen = Seen(self.seen.tokens + new, past)  # at once: an interrupt finds both or neither
-            new = choose(to_host(last_logits(self.model, hidden, 1)), [self.seen.tokens]).tolist()
-            yield new[0]
+            token = choose(to_host(logits), [self.seen.tokens])
+            yield int(token[0])
+            logits = decoder.step(to_device(token), to_device(np.array([len(self.seen.tokens)])))
+            self.seen = Seen([*self.seen.tokens, int(token[0])], decoder.past)
 
     def keep(self, count: int) -> None:
         """Forget all but the first `count` tokens, and what the method puts before them."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from minilora.backend import Array
 from minilora.frozen.weight import FrozenWeight
@@ -70,6 +70,23 @@ class Site(Protocol):
         parameter. Its keys are the parameters' names within the module, as they stand in files ("weight", "bias",
         "lora_A.weight"). The caller puts the module's name before them, and adds up gradients of the same name.
         """
+
+
+class LowRank(NamedTuple):
+    """A linear site written as y = x Wᵀ + b + (x Aᵀ) Bᵀ, every scale in B."""
+
+    weight: FrozenWeight
+    bias: Array | None = None  # (out,)
+    A: Array | None = None  # (r, in), or (B, r, in) with an A for each row of the batch
+    B: Array | None = None  # (out, r), or (B, out, r)
+
+
+@runtime_checkable
+class WithLowRank(Protocol):
+    """A site that can be written so. Generation then joins it to others that read the same x (`decoding`)."""
+
+    def low_rank(self) -> LowRank:
+        """The site as it is now, without dropout."""
 
 
 class Prefix(Protocol):
@@ -144,6 +161,9 @@ class FrozenLinear:
 
     def backward(self, dy: Array, cache: None) -> tuple[Array, Gradients]:
         return self.weight.backward(dy), {}
+
+    def low_rank(self) -> LowRank:
+        return LowRank(self.weight, self.bias)
 
 
 class FrozenNorm:

@@ -19,6 +19,7 @@ from minilora.methods.prompt import PromptTuning
 from minilora.model import generation
 from minilora.model.base import base_model
 from minilora.model.config import Config
+from minilora.model.decoding import Decoder, DecoderLayer
 from minilora.model.generation import Memory, complete, greedy, penalised, room, sampler, stream
 from minilora.model.model import Model, forward
 from minilora.model.names import HEAD
@@ -49,14 +50,20 @@ def best_by_full_forward(model: Model, prompt: Sequence[int], count: int) -> lis
 
 @pytest.fixture
 def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Of the tokens in each forward of a generation, as it goes."""
+    """Of the tokens in each forward of a generation and in each step of its decoder, as it goes."""
     seen: list[tuple[int, ...]] = []
 
     def recording(model: Model, tokens: np.ndarray, *args: Any, **options: Any) -> Any:
         seen.append(tokens.shape)
         return forward(model, tokens, *args, **options)
 
+    class Recording(Decoder):
+        def step(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+            seen.append(tokens[:, None].shape)
+            return super().step(tokens, positions)
+
     monkeypatch.setattr(generation, "forward", recording)
+    monkeypatch.setattr(generation, "Decoder", Recording)
     return seen
 
 
@@ -144,15 +151,17 @@ def test_an_interrupted_answer_leaves_a_memory_that_is_right(monkeypatch: pytest
     model = adapted_model(TINY, 0)
     memory, calls = Memory(model), []
 
-    def failing(*args: Any, **options: Any) -> Any:
+    def failing(decoder: DecoderLayer, *args: Any) -> Any:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 2 * TINY.num_hidden_layers:
             raise KeyboardInterrupt
-        return forward(*args, **options)
+        return step(decoder, *args)
 
-    monkeypatch.setattr(generation, "forward", failing)
+    step = DecoderLayer.step
+    monkeypatch.setattr(DecoderLayer, "step", failing)
     with pytest.raises(KeyboardInterrupt):
         list(memory.stream([1, 2, 3]))  # without end
+    monkeypatch.undo()
     assert len(memory.seen.tokens) == 4 == memory.seen.past.positions.shape[1]
     prompt = [*memory.seen.tokens, 5]
     assert list(islice(memory.stream(prompt), 3)) == complete(model, [prompt], 3, NEVER)[0]
