@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.method_laws import METHODS, adapted
 from support.strategies import TINY, VOCAB, configs, normal, random_adapter, random_weights, seeds
 
+from minilora.adapters.mixed import mixed
+from minilora.methods.dora import DoRA
 from minilora.methods.lora import LoRA
+from minilora.methods.method import Method
+from minilora.methods.miss import MiSS
 from minilora.methods.prefix import PrefixTuning
 from minilora.methods.prompt import PromptTuning
 from minilora.model import generation
@@ -170,6 +175,71 @@ def test_an_interrupted_answer_leaves_a_memory_that_is_right(monkeypatch: pytest
 def test_a_memory_refuses_an_empty_prompt() -> None:
     with pytest.raises(ValueError, match="an empty prompt"):
         next(Memory(adapted_model(TINY, 0)).stream([]))
+
+
+METHODS_HERE: dict[str, Method] = {
+    **METHODS,
+    "dora": DoRA(2, 4.0, target_modules=("all-linear",)),
+    "miss": MiSS(2, target_modules=("all-linear",)),
+    "prefix": PrefixTuning(3),
+    "prompt": PromptTuning(3),
+    "three linear maps": LoRA(2, 4.0, target_modules=("k_proj", "v_proj", "down_proj")),
+}
+
+
+def forward_of_texts(model: Model, texts: list[list[int]]) -> np.ndarray:
+    """The logits (B, V) after the last token of each text, by a forward of each text alone."""
+    logits = []
+    for text in texts:
+        positions = np.arange(len(text))[None]
+        hidden, _, _ = forward(model, np.array([text]), positions, np.ones_like(positions))
+        logits.append(generation.last_logits(model, hidden, 1)[0])
+    return np.array(logits)
+
+
+def assert_steps_are_forwards(model: Model, alone: Sequence[Model], texts: list[list[int]], seed: int) -> None:
+    """Each row of the decoder's steps is the forward of its text so far by its own model."""
+    drawn = np.random.default_rng([seed, 41]).integers(0, VOCAB, (len(texts), 3))
+    steps = iter(drawn.T)
+    logits: list[np.ndarray] = []
+
+    def choose(found: np.ndarray, texts: Any = ()) -> np.ndarray:
+        logits.append(found)
+        return next(steps)
+
+    list(islice(stream(model, texts, choose), 3))
+    for count, found in enumerate(logits):
+        so_far = [[*text, *row[:count]] for text, row in zip(texts, drawn.tolist(), strict=True)]
+        expected = [forward_of_texts(own, [text])[0] for own, text in zip(alone, so_far, strict=True)]
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", METHODS_HERE)
+@settings(max_examples=15)
+@given(config=configs(), seed=seeds, prompts=prompts_)
+def test_a_step_of_the_decoder_is_a_forward_of_the_text_so_far_whatever_the_method(
+    name: str, config: Config, seed: int, prompts: list[list[int]]
+) -> None:
+    _, model, _ = adapted(config, METHODS_HERE[name], seed)
+    assert_steps_are_forwards(model, [model] * len(prompts), prompts, seed)
+
+
+@some
+@given(config=configs(), seed=seeds, prompts=prompts_, chosen=st.lists(st.integers(0, 3), min_size=4, max_size=4))
+def test_rows_with_different_adapters_are_decoded_together_as_each_is_alone(
+    config: Config, seed: int, prompts: list[list[int]], chosen: list[int]
+) -> None:
+    base = base_model(config, random_weights(config, seed), np.float64)
+    models = [base]
+    for method in (
+        LoRA(2, 4.0),
+        LoRA(3, 1.0, target_modules=("all-linear",)),
+        LoRA(1, 2.0, target_modules=("o_proj",)),
+    ):
+        trainable = method.start(base, np.random.default_rng(seed), np.float64)
+        models.append(method.attach(base, random_adapter(trainable, seed + method.rank)))
+    alone = [models[i] for i in chosen[: len(prompts)]]
+    assert_steps_are_forwards(mixed(alone), alone, prompts, seed)
 
 
 # --- drawing ---
