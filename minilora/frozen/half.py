@@ -19,14 +19,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from minilora.backend import Array, on_cpu
-from minilora.frozen.weight import FrozenWeight
+from minilora.backend import Array, HostArray, on_cpu
+from minilora.frozen.weight import DenseWeight, FrozenWeight
 
 HALVES: dict[str, Any] = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16}
 
 
 class HalfWeight:
     """A frozen weight whose products are in 16 bits, between arrays of 32. `weight` gives W in 16 bits, as a whole."""
+
+    pieces = 1  # of x, in products that a CPU makes in bfloat16
 
     def __init__(self, weight: FrozenWeight, half: Any, dtype: Any = np.float32) -> None:
         self.weight = weight
@@ -45,6 +47,11 @@ class HalfWeight:
 
     def dense(self) -> Array:
         return self.weight.dense().astype(self.dtype)
+
+    def bfloat16(self) -> HostArray | None:
+        """Of a W that is held in bfloat16, not of one in 4 bits."""
+        W = self.weight.dense() if isinstance(self.weight, DenseWeight) else None
+        return W if isinstance(W, np.ndarray) and W.dtype == ml_dtypes.bfloat16 else None
 
 
 def half_product(a: Array, b: Array, half: Any) -> Array:

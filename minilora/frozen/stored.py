@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-from minilora.backend import Array, matmul_transposed, read_only, slices_of_rows, to_device, to_host, widen, xp
+from minilora.backend import (
+    Array,
+    HostArray,
+    matmul_transposed,
+    read_only,
+    slices_of_rows,
+    to_device,
+    to_host,
+    widen,
+    xp,
+)
+from minilora.frozen.packed import EXACT
 
 
 class StoredWeight:
@@ -20,6 +32,8 @@ class StoredWeight:
     W may also stay on the host (offloading). Then a slice goes to the device when it is needed, and is dropped there
     afterwards.
     """
+
+    pieces = EXACT  # of x, in products that a CPU makes in bfloat16
 
     def __init__(self, W: Array, dtype: Any = np.float32) -> None:
         self.W = read_only(W)
@@ -47,6 +61,10 @@ class StoredWeight:
 
     def dense(self) -> Array:
         return self._widened(slice(None))
+
+    def bfloat16(self) -> HostArray | None:
+        on_host = isinstance(self.W, np.ndarray) and self.W.dtype == np.uint16 and self.dtype == np.float32
+        return self.W.view(ml_dtypes.bfloat16) if on_host else None
 
     def _widened(self, rows: Any) -> Array:
         return widen(to_device(self.W[rows]), self.dtype)

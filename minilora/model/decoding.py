@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora.backend import Array, to_device, xp
-from minilora.frozen.products import products
+from minilora.frozen.products import products_with
 from minilora.model.layers import Past
 from minilora.model.model import Model
 from minilora.model.names import EMBED, HEAD, NORM
@@ -163,13 +163,15 @@ class Joined:
         self.sites = sites
         parts = [site.low_rank() for site in sites if isinstance(site, WithLowRank)]
         self.parts = parts if len(parts) == len(sites) else []
+        if self.parts:
+            self.product = products_with([part.weight for part in self.parts])
         self.A, self.B = _thin(self.parts)
         self.bias = _bias(self.parts)
 
     def __call__(self, x: Array) -> Array:
         if not self.parts:
             return xp.concatenate([site.forward(x)[0] for site in self.sites], axis=1)
-        y = products(x, [part.weight for part in self.parts])
+        y = self.product(x)
         if self.A is None or self.B is None:
             pass
         elif self.A.ndim == 2:
