@@ -58,11 +58,12 @@ class Decoder:
         self._add_column(positions)
         x, _ = self.model.sites[EMBED].forward(tokens)
         turn, no_turn = self._turns(positions, x.dtype)
+        mask = None if self.mask is None else self.mask.astype(x.dtype)
         for layer, use_rope, (keys, values) in zip(
             self.layers, self.model.config.rope_layers, self.keys_values, strict=True
         ):
             columns = slice(0, self.length)
-            x = layer.step(x, turn if use_rope else no_turn, keys[:, :, columns], values[:, :, columns], self.mask)
+            x = layer.step(x, turn if use_rope else no_turn, keys[:, :, columns], values[:, :, columns], mask)
         x, _ = self.model.sites[NORM].forward(x)
         return self.head(x)
 
@@ -128,8 +129,9 @@ class DecoderLayer:
         x = x + self.o(a.reshape(B, -1))
 
         xn, _ = self.site.mlp_norm.forward(x)
-        gate, up = xp.split(self.gate_up(xn), 2, axis=1)
-        f, _ = swiglu(gate, up)
+        gate_up = self.gate_up(xn)
+        F = gate_up.shape[1] // 2
+        f, _ = swiglu(gate_up[:, :F], gate_up[:, F:])
         return x + self.down(f)
 
     def _normalised(self, qk: Array, K: int) -> Array:
@@ -145,7 +147,7 @@ def attend(q: Array, keys: Array, values: Array, mask: Array | None) -> Array:
     """`plain_attention` of one query for each head: q (B, K, G, d), divided by √d already, → y (B, K, G, d)."""
     S = q @ keys.transpose(0, 1, 3, 2)
     if mask is not None:
-        S += mask.astype(S.dtype, copy=False)
+        S += mask
     S -= S.max(axis=-1, keepdims=True)
     e = xp.exp(S, out=S)
     y: Array = e @ values
