@@ -16,7 +16,7 @@ from minilora.cli.flags import add_model_flags, flags
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.library import BASE, load_adapters, named_adapters
 from minilora.formats.load import load_model
-from minilora.frozen.hold import FROZEN
+from minilora.frozen.hold import FROZEN, MIXED_PRECISION
 from minilora.model.generation import Choose, penalised, sampler
 from minilora.model.model import Model
 from minilora.runs.folder import read_summary
@@ -67,6 +67,12 @@ def add_flags(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--frozen", choices=FROZEN, default="widened", help="how weights are held")
+    parser.add_argument(
+        *flags("mixed_precision"),
+        choices=MIXED_PRECISION,
+        default="no",
+        help="products with the base's weights in 16 bits: faster where the machine has them (%(default)s)",
+    )
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -103,7 +109,7 @@ def load(args: argparse.Namespace) -> Loaded:
     use(args.device)
     adapters = named_adapters(args.adapter)
     folder = find_base(args.model, args.revision, adapters).folder
-    base, _ = load_model(folder, frozen=args.frozen)
+    base, _ = load_model(folder, frozen=args.frozen, mixed_precision=args.mixed_precision)
     models = load_adapters(base, adapters)
     tokenizer = Tokenizer.load(folder).fitting(base.config.vocab_size)
     drawn = sampler(args.temp, args.top_k, args.top_p, np.random.default_rng(args.seed))

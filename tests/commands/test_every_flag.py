@@ -46,6 +46,7 @@ OF_ANSWERS = {
     "extra_eos_token": f"--extra-eos-token % {' '.join(string.ascii_letters)}",
     "device": "--device cuda",
     "frozen": "--frozen nf4",
+    "mixed_precision": "--temp 5 + --mixed-precision bf16",
     "system_prompt": "--system-prompt six",
 }
 FLAGS: dict[str, dict[str, str]] = {  # what is added; before a + stands what both calls have
