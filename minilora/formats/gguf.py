@@ -238,12 +238,14 @@ class GGUFWeights(Mapping[str, Any]):
         heads = turned_heads(self.config, name) if self.permuted else 0
         order = order_in_file(len(data), heads) if heads else None
         if kind.name in ("F32", "F16", "BF16") and not (self.mapped and heads and data.itemsize == 2):
-            return finite(self.file.path, tensor.name, data if order is None else data[order])
-        held = Blocks(data.view(np.uint8), kind, order)
-        finite(self.file.path, tensor.name, data if data.itemsize == 2 else held.scales())
+            found: Any = finite(self.file.path, tensor.name, data if order is None else data[order])
+        else:
+            held = Blocks(data.view(np.uint8), kind, order)
+            finite(self.file.path, tensor.name, data if data.itemsize == 2 else held.scales())
+            found = held if self.blocks else held.rows()
         if self.mapped:
-            let_go([held.data])
-        return held if self.blocks else held.rows()
+            let_go([data])
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
