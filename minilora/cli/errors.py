@@ -12,7 +12,8 @@ from minilora.parser import any_terminal
 
 OUT_OF_MEMORY = (
     "out of memory. What usually helps, in this order: a smaller --batch-size with more --grad-accumulation (the same "
-    "training), --activation-checkpointing, a shorter --max-length, --frozen stored (16 bits) or --frozen nf4 (4 bits)"
+    "training), --activation-checkpointing, a shorter --max-length, --frozen stored (16 bits), "
+    "--frozen nf4 (4 bits) or --frozen mapped (left in the file)"
 )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from minilora.counting.module import OutlineModule, outlines
+from minilora.counting.outline import Outline
+from minilora.counting.tally import Allocation
 from minilora.counting.watched import LOSS, MOMENTS, UPDATE, watched_base, watched_model
 from minilora.data.batches import Batch, divide
 from minilora.formats.checkpoint import named_dtype
@@ -115,7 +117,7 @@ class Counted:
     def __init__(self, xp: OutlineModule, config: Config, method: Method, storage: Storage, optimizer: str) -> None:
         self.tally = xp.tally
         dtype = named_dtype(storage.dtype)
-        weights: Any = Tensors(xp, config, named_dtype(storage.file))
+        weights: Any = Tensors(xp, config, named_dtype(storage.file), storage.frozen == "mapped")
         base = base_model(config, weights, dtype, storage.frozen, storage.mixed_precision)
         self.base = watched_base(base, xp.tally)  # it stays, whatever trains: a run judges it before and after
         draws: Any = xp.random
@@ -165,12 +167,14 @@ class Counted:
 
 class Tensors(Mapping[str, Any]):
     """The tensors of a checkpoint, as outlines. Each is made when it is asked for, and gone once the model has taken
-    from it what it holds."""
+    from it what it holds. Those of a mapped file take no memory of the process."""
 
-    def __init__(self, xp: OutlineModule, config: Config, dtype: Any) -> None:
-        self.xp, self.shapes, self.dtype = xp, parameter_shapes(config), dtype
+    def __init__(self, xp: OutlineModule, config: Config, dtype: Any, mapped: bool = False) -> None:
+        self.xp, self.shapes, self.dtype, self.mapped = xp, parameter_shapes(config), dtype, mapped
 
     def __getitem__(self, name: str) -> Any:
+        if self.mapped:
+            return Outline(self.xp.tally, self.shapes[name], self.dtype, Allocation(self.xp.tally, 0))
         return self.xp.outline(self.shapes[name], self.dtype)
 
     def __iter__(self) -> Iterator[str]:

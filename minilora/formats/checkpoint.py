@@ -16,6 +16,8 @@ from minilora.backend import HostArray
 from minilora.formats.files import check_shapes, open_safetensors, read_json, write_json, write_safetensors
 from minilora.formats.finite import finite
 from minilora.formats.gguf import gguf_config, gguf_weights, is_gguf
+from minilora.formats.mapped import STORED, mapped_tensors
+from minilora.frozen.mapped import let_go
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, Shape, parameter_shapes
 
@@ -27,7 +29,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-STORED = ("F64", "F32", "F16", "BF16")  # the same four, as safetensors spells them
 MISFIT = "The weights and config.json do not belong together."
 
 
@@ -60,14 +61,20 @@ def _parsed(path: Path, raw: dict[str, Any]) -> Config:
 
 class Weights(Mapping[str, HostArray]):
     """The tensors of a checkpoint in their stored dtype. Each is read from its file when it is asked for, so that a
-    model is never in memory twice: as stored, and as it computes."""
+    model is never in memory twice: as stored, and as it computes. With `mapped` each stays in its file."""
 
-    def __init__(self, places: Mapping[str, Path]) -> None:
+    def __init__(self, places: Mapping[str, Path], mapped: bool = False) -> None:
         self.places = places
+        self.mapped = {path: mapped_tensors(path) for path in {*places.values()}} if mapped else {}
 
     def __getitem__(self, name: str) -> HostArray:
-        with open_safetensors(self.places[name]) as file:  # anew each time: pages of one long mapping would be a copy
-            return finite(self.places[name], name, np.asarray(file.get_tensor(name)))
+        path = self.places[name]
+        if self.mapped:
+            tensor = finite(path, name, self.mapped[path][name])
+            let_go([tensor])
+            return tensor
+        with open_safetensors(path) as file:  # anew each time: pages of one long mapping would be a copy
+            return finite(path, name, np.asarray(file.get_tensor(name)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -76,8 +83,8 @@ class Weights(Mapping[str, HostArray]):
         return len(self.places)
 
 
-def read_weights(folder: Path, config: Config) -> Mapping[str, HostArray]:
-    """Every tensor of the configuration, and not one more or less.
+def read_weights(folder: Path, config: Config, mapped: bool = False) -> Mapping[str, HostArray]:
+    """Every tensor of the configuration, and not one more or less; `mapped`, as views of their files.
 
     Two things that old files hold are passed over: buffers of RoPE, and the head of a tied model if it is a copy.
     """
@@ -103,8 +110,8 @@ def read_weights(folder: Path, config: Config) -> Mapping[str, HostArray]:
     copied_head = config.tie_word_embeddings and head in found
     check_shapes(folder, expected | ({head: expected[embed]} if copied_head else {}), found, MISFIT)
 
-    weights = Weights({name: places[name] for name in expected})
-    if copied_head and not _same_bytes(Weights(places)[head], weights[embed]):
+    weights = Weights({name: places[name] for name in expected}, mapped)
+    if copied_head and not _same_bytes(*(Weights(places, mapped=True)[name] for name in (head, embed))):
         raise ValueError(
             f"{places[head]}: {head} differs from {embed}, but config.json ties them: "
             "set tie_word_embeddings to false, or remove the head"
@@ -135,7 +142,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _same_bytes(a: HostArray, b: HostArray) -> bool:
-    return a.dtype == b.dtype and bool(np.array_equal(a.view(np.uint8), b.view(np.uint8)))
+    return a.dtype == b.dtype and all(
+        bool(np.array_equal(row.view(np.uint8), other.view(np.uint8))) for row, other in zip(a, b, strict=True)
+    )
 
 
 def write_checkpoint(

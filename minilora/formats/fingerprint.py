@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from minilora.formats.checkpoint import read_config, weight_files
-from minilora.formats.files import open_safetensors
 from minilora.formats.gguf import is_gguf, open_gguf
+from minilora.formats.mapped import places
 
 PIECES, PIECE = 8, 512  # of one tensor, and bytes of each
 
@@ -31,17 +31,14 @@ def fingerprint(folder: Path) -> str:
 
 def _safetensors(folder: Path) -> Iterator[tuple[str, str, list[int], bytes]]:
     for path in weight_files(folder):
-        with open_safetensors(path), path.open("rb") as file:  # the library has seen that the header is sound
-            start = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(start - 8))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
+        found = places(path)
+        with path.open("rb") as file:
+            for name, (kind, shape, begin, end) in found.items():
                 pieces = []
                 for offset, length in _pieces(end - begin):
-                    file.seek(start + begin + offset)
+                    file.seek(begin + offset)
                     pieces.append(file.read(length))
-                yield name, entry["dtype"], entry["shape"], b"".join(pieces)
+                yield name, kind, shape, b"".join(pieces)
 
 
 def _gguf(path: Path) -> Iterator[tuple[str, str, list[int], bytes]]:

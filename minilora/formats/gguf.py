@@ -20,6 +20,7 @@ from minilora.backend import HostArray
 from minilora.formats.files import check_shapes
 from minilora.formats.finite import finite
 from minilora.frozen.gguf import Blocks, gguf_library
+from minilora.frozen.mapped import let_go
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, NORM, layer_module, parameter_shapes, roles
 from minilora.ops.rope import rope_frequencies
@@ -218,12 +219,14 @@ def order_for_file(rows: int, heads: int) -> HostArray:
 
 class GGUFWeights(Mapping[str, Any]):
     """The tensors of a file by our names, each dequantised when it is asked for; or, with `blocks`, matrices in blocks
-    as `Blocks`. 16-bit and 32-bit tensors are the file's own bytes, memory-mapped."""
+    as `Blocks`. 16-bit and 32-bit tensors are the file's own bytes, memory-mapped; where rows have to change places
+    they are a copy, unless `mapped`, which leaves those of 16 bits in the file too."""
 
-    def __init__(self, file: File, config: Config, blocks: bool = False) -> None:
+    def __init__(self, file: File, config: Config, blocks: bool = False, mapped: bool = False) -> None:
         self.file = file
         self.config = config
         self.blocks = blocks
+        self.mapped = mapped
         self.names = tensor_names(config)
         self.permuted = ARCHITECTURES[file["general.architecture"]].permuted
 
@@ -234,11 +237,15 @@ class GGUFWeights(Mapping[str, Any]):
             data = data.view(ml_dtypes.bfloat16)
         heads = turned_heads(self.config, name) if self.permuted else 0
         order = order_in_file(len(data), heads) if heads else None
-        if kind.name in ("F32", "F16", "BF16"):
-            return finite(self.file.path, tensor.name, data if order is None else data[order])
-        held = Blocks(data, kind, order)
-        finite(self.file.path, tensor.name, held.scales())
-        return held if self.blocks else held.rows()
+        if kind.name in ("F32", "F16", "BF16") and not (self.mapped and heads and data.itemsize == 2):
+            found: Any = finite(self.file.path, tensor.name, data if order is None else data[order])
+        else:
+            held = Blocks(data.view(np.uint8), kind, order)
+            finite(self.file.path, tensor.name, data if data.itemsize == 2 else held.scales())
+            found = held if self.blocks else held.rows()
+        if self.mapped:
+            let_go([data])
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -247,11 +254,11 @@ class GGUFWeights(Mapping[str, Any]):
         return len(self.names)
 
 
-def gguf_weights(path: Path, config: Config, blocks: bool = False) -> GGUFWeights:
+def gguf_weights(path: Path, config: Config, blocks: bool = False, mapped: bool = False) -> GGUFWeights:
     """Every tensor of the configuration, and not one more or less."""
     file = open_gguf(path)
     names = tensor_names(config)
     expected = {names[name]: shape for name, shape in parameter_shapes(config).items()}
     found = {name: tuple(reversed(t.shape.tolist())) for name, t in file.tensors.items() if name != ROPE_FACTORS}
     check_shapes(path, expected, found, "The tensors and the fields of the file do not belong together.")
-    return GGUFWeights(file, config, blocks)
+    return GGUFWeights(file, config, blocks, mapped)

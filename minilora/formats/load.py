@@ -20,5 +20,6 @@ def load_model(
 ) -> tuple[Model, dict[str, Any]]:
     """The base model of a checkpoint, everything frozen, and its config.json."""
     config, raw = read_config(folder)
-    weights = gguf_weights(folder, config, blocks=True) if is_gguf(folder) else read_weights(folder, config)
+    mapped = frozen == "mapped"
+    weights = gguf_weights(folder, config, True, mapped) if is_gguf(folder) else read_weights(folder, config, mapped)
     return base_model(config, weights, np.dtype(dtype), frozen, mixed_precision), raw

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora.backend import HostArray
-from minilora.formats.checkpoint import STORED
 from minilora.formats.files import check_shapes, open_safetensors, read_json, write_json, write_safetensors
 from minilora.formats.finite import finite
+from minilora.formats.mapped import STORED
 from minilora.methods.method import Method, method_held_by
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, Shape, parameter_shapes

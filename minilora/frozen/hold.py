@@ -8,9 +8,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from minilora.backend import Array, HostArray, narrow, supports, to_device, widen
+from minilora.backend import Array, HostArray, narrow, on_cpu, supports, to_device, widen
 from minilora.frozen.gguf import Blocks, BlockWeight
 from minilora.frozen.half import HALVES, HalfWeight
+from minilora.frozen.mapped import MappedWeight
 from minilora.frozen.nf4 import NF4Weight
 from minilora.frozen.stored import StoredWeight
 from minilora.frozen.weight import DenseWeight, FrozenWeight
@@ -38,6 +39,14 @@ def offloaded(array: HostArray | Blocks, dtype: Any) -> FrozenWeight:
     return StoredWeight(_portable(array, dtype), dtype)
 
 
+def mapped(array: HostArray | Blocks, dtype: Any) -> FrozenWeight:
+    """W as it lies in its file, which is mapped into memory: no memory of its own, and the results of `stored`."""
+    if on_cpu() and not isinstance(array, Blocks) and array.dtype == dtype:
+        astray = isinstance(array, np.ndarray) and not array.flags.aligned  # the BLAS multiplies no such array
+        return DenseWeight(array.copy() if astray else array)
+    return offloaded(array, dtype)
+
+
 def nf4(array: HostArray, dtype: Any) -> FrozenWeight:
     """W in 4 bits, as in QLoRA: an eighth of the memory, and nearly the same weights."""
     return NF4Weight(widen(to_device(_portable(array, np.float32)), np.float32), dtype)
@@ -48,9 +57,10 @@ WAYS: dict[str, Callable[[Any, Any], FrozenWeight]] = {
     "stored": stored,
     "nf4": nf4,
     "offloaded": offloaded,
+    "mapped": mapped,
 }
 FROZEN = tuple(WAYS)
-AS_IT_IS = ("stored", "offloaded")  # ways in which blocks stay blocks
+AS_IT_IS = ("stored", "offloaded", "mapped")  # ways in which blocks stay blocks
 MIXED_PRECISION = ("no", *HALVES)
 
 
@@ -58,7 +68,8 @@ def hold(array: HostArray | Blocks, dtype: Any, frozen: str = "widened", mixed_p
     """The matrix W (out, in) of a checkpoint, held in one of the WAYS, for a computation in `dtype`.
 
     With `mixed_precision` bf16 or fp16 the products with W are in 16 bits. Then W is rounded to these 16 bits first,
-    except in nf4, which is dequantised to them. An array that is held as it is becomes read-only.
+    except in nf4, which is dequantised to them, and in a mapped file, where it is rounded at each use. An array that is
+    held as it is becomes read-only.
 
     Raises ValueError for an unknown way, and RuntimeError if the array module has no such 16 bits.
     """
@@ -67,15 +78,22 @@ def hold(array: HostArray | Blocks, dtype: Any, frozen: str = "widened", mixed_p
     if isinstance(array, Blocks) and frozen not in AS_IT_IS:
         array = array.rows()
     if mixed_precision == "no":
-        return WAYS[frozen](array, dtype)
+        return _in_its_file(array, WAYS[frozen](array, dtype), frozen)
     half = HALVES[mixed_precision]
     if not supports(half):
         raise RuntimeError(
             f"this CuPy has no {mixed_precision}: install CuPy 14 with CUDA 12.2, or later ones, or take fp16"
         )
-    if frozen != "nf4" and not isinstance(array, Blocks):
+    if frozen not in ("nf4", "mapped") and not isinstance(array, Blocks):
         array = array.astype(half, copy=False)
-    return HalfWeight(WAYS[frozen](array, half), half, dtype)
+    return _in_its_file(array, HalfWeight(WAYS[frozen](array, half), half, dtype), frozen)
+
+
+def _in_its_file(array: HostArray | Blocks, weight: FrozenWeight, frozen: str) -> FrozenWeight:
+    """The weight, and of a mapped one its place."""
+    if frozen != "mapped":
+        return weight
+    return MappedWeight(weight, array.data if isinstance(array, Blocks) else array)
 
 
 def _portable(array: HostArray, dtype: Any) -> Array:

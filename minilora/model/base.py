@@ -9,6 +9,7 @@ import numpy as np
 
 from minilora.backend import narrow, read_only, to_device, widen
 from minilora.frozen.hold import hold
+from minilora.frozen.mapped import put_in_order
 from minilora.model.config import Config
 from minilora.model.model import Model
 from minilora.model.names import EMBED, HEAD, LINEAR, NORM, layer_module, norms
@@ -49,4 +50,9 @@ def base_model(
             sites[layer_module(layer, role)] = norm(layer_module(layer, role))
     sites[NORM] = norm(NORM)
     sites[HEAD] = FrozenLinear(embed) if config.tie_word_embeddings else linear(HEAD, outside)
+    if frozen == "mapped":
+        layers: list[Any] = [
+            [sites[layer_module(layer, role)] for role in LINEAR] for layer in range(config.num_hidden_layers)
+        ]
+        put_in_order([[site.weight for site in layer] for layer in [*layers, [sites[HEAD]]]])
     return Model(config, sites)

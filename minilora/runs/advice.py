@@ -84,10 +84,11 @@ def out_of_memory(settings: Settings, longest: int) -> str:
         ways.append("--activation-checkpointing")
     ways.append(f"a --max-length below that of your longest row, {longest} tokens, which leaves such rows out")
     if settings.method.freezes_base:
+        mapped = "--frozen mapped, weights left in their file"
         ways += {
-            "widened": ["--frozen stored, bfloat16 weights as they are", "--frozen nf4, 4 bits a weight"],
-            "stored": ["--frozen nf4, 4 bits a weight (now stored)"],
-            "offloaded": ["--frozen nf4, 4 bits a weight (now offloaded)"],
+            "widened": ["--frozen stored, bfloat16 weights as they are", "--frozen nf4, 4 bits a weight", mapped],
+            "stored": ["--frozen nf4, 4 bits a weight (now stored)", mapped],
+            "offloaded": ["--frozen nf4, 4 bits a weight (now offloaded)", mapped],
         }.get("stored" if settings.mixed_precision != "no" and settings.frozen == "widened" else settings.frozen, [])
     return (
         f"out of memory. What usually helps, in this order: {'; '.join(ways)}. With the same flags, "

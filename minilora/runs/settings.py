@@ -192,7 +192,7 @@ class Settings:
         "widened",
         "how frozen weights are held: widened to --dtype; stored as in the checkpoint, in 16 bits or the blocks of a "
         "GGUF file; nf4: 4 bits, as in "
-        "QLoRA; offloaded: stored, but off the GPU",
+        "QLoRA; offloaded: stored, but off the GPU; mapped: stored, but left in the file",
         group=MACHINE,
         choices=FROZEN,
         aliases=("load_in_4bit",),

@@ -252,7 +252,12 @@ CASES: dict[str, list[Case]] = {
     ],
     "frozen": [
         Case(name, held, [kind] * 2)
-        for name, kind in {"stored": "StoredWeight", "nf4": "NF4Weight", "offloaded": "StoredWeight"}.items()
+        for name, kind in {
+            "stored": "StoredWeight",
+            "nf4": "NF4Weight",
+            "offloaded": "StoredWeight",
+            "mapped": "MappedWeight",
+        }.items()
     ],
     "mixed_precision": [
         Case("bf16", lambda seen: getattr(seen.frozen_at(Q), "half", None), HALVES["bf16"]),

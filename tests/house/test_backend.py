@@ -111,8 +111,9 @@ def trained_steps(config: Config, adapter: LoRA | None, frozen: str, optimizer: 
         (LoRA(4, target_modules=("all-linear",)), "stored"),
         (LoRA(4, target_modules=("all-linear",)), "nf4"),
         (LoRA(4, target_modules=("all-linear",)), "offloaded"),
+        (LoRA(4, target_modules=("all-linear",)), "mapped"),
     ],
-    ids=["full", "lora", "qlora", "lora with offloading"],
+    ids=["full", "lora", "qlora", "lora with offloading", "lora on a mapped base"],
 )
 @pytest.mark.parametrize("config", [TINY, UNTIED], ids=["tied", "untied"])
 def test_training_on_a_device_never_mixes_arrays_and_computes_what_the_host_computes(
@@ -132,7 +133,7 @@ def test_training_on_a_device_never_mixes_arrays_and_computes_what_the_host_comp
         np.testing.assert_array_equal(on_the_device[name], array, err_msg=name)
 
 
-@pytest.mark.parametrize("frozen", ["stored", "nf4", "offloaded"])
+@pytest.mark.parametrize("frozen", ["stored", "nf4", "offloaded", "mapped"])
 @pytest.mark.parametrize("half", ["bf16", "fp16"])
 def test_mixed_precision_on_a_device_never_mixes_arrays_and_computes_nearly_what_the_host_computes(
     half: str, frozen: str, request: pytest.FixtureRequest

@@ -207,7 +207,8 @@ def test_nothing_is_advised_that_the_method_has_not_or_that_is_done_already(sett
     assert ("--activation-checkpointing" in said) == (not settings.activation_checkpointing)
     assert ("--grad-accumulation" in said) == (settings.batch_size > 1)
     assert ("--frozen stored" in said) == (settings.frozen == "widened" and method != "full")
-    assert ("--frozen nf4" in said) == (settings.frozen != "nf4" and method != "full")
+    in_memory = settings.frozen not in ("nf4", "mapped")
+    assert ("--frozen nf4" in said) == ("--frozen mapped" in said) == (in_memory and method != "full")
 
 
 # --- In real runs ---
@@ -276,7 +277,7 @@ def test_a_run_that_needs_more_memory_than_there_is_stops_with_advice_of_its_own
     result = run("train", "--model", model, "--data", data, "--out", tmp_path / "run", "--batch-size", 8)
     assert_refused(
         result, "out of memory", "--batch-size 4 with --grad-accumulation 2", "longest row, 15 tokens",
-        "--frozen stored", "--frozen nf4", "minilora.plan",
+        "--frozen stored", "--frozen nf4", "--frozen mapped", "minilora.plan",
     )  # fmt: skip
 
 

@@ -10,10 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.halves import STORED, in_halves, stored
+from support.mapped_files import write_at
 from support.strategies import TINY, configs, normal, random_weights, seeds, sizes
 
 from minilora.backend import narrow, widen
-from minilora.frozen.hold import FROZEN
+from minilora.formats.mapped import mapped_tensors
+from minilora.frozen.half import HALVES
+from minilora.frozen.hold import FROZEN, hold
 from minilora.frozen.weight import DenseWeight, FrozenWeight
 from minilora.model.base import base_model
 from minilora.model.config import Config
@@ -40,6 +43,31 @@ def test_a_weight_stored_in_16_bits_gives_the_very_bytes_of_the_widened_one(
         assert one.dtype == other.dtype == dtype
         assert one.tobytes() == other.tobytes()
     assert narrow_weight.shape == wide_weight.shape == (outer, inner)
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", *HALVES])
+@pytest.mark.parametrize("kind", ["float32", *STORED])
+@given(seed=seeds, n=sizes, inner=sizes, outer=sizes, odd=st.integers(0, 3), at_once=st.sampled_from([8, 2**18]))
+def test_a_weight_mapped_from_its_file_gives_the_very_bytes_of_the_one_in_memory(
+    tmp_path_factory: pytest.TempPathFactory,
+    kind: str, mixed_precision: str, seed: int, n: int, inner: int, outer: int, odd: int, at_once: int,
+) -> None:  # fmt: skip
+    """It costs no digit to leave it there, in slices or as a whole, at whatever byte of the file it begins."""
+    file = tmp_path_factory.getbasetemp() / f"{kind}.safetensors"
+    W = normal(seed, outer, inner).astype(STORED.get(kind, np.float32))
+    write_at(file, {"W": W}, odd)
+    x, dy = (normal(seed, n, width, stream=width).astype(np.float32) for width in (inner, outer))
+    index = np.random.default_rng(seed).integers(0, outer, n)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minilora.backend.SLICE", at_once)
+        in_file = hold(mapped_tensors(file)["W"], np.float32, "mapped", mixed_precision)
+        in_memory = hold(W, np.float32, "stored", mixed_precision)
+        for use, argument in (("forward", x), ("backward", dy), ("rows", index)):
+            one, other = (getattr(weight, use)(argument) for weight in (in_file, in_memory))
+            assert one.dtype == other.dtype == np.float32
+            assert one.tobytes() == other.tobytes(), use
+    assert in_file.dense().tobytes() == in_memory.dense().tobytes()
+    assert in_file.shape == (outer, inner)
 
 
 @given(seeds, sizes, sizes, sizes)
