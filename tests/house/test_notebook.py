@@ -1,4 +1,4 @@
-"""The notebook docs/lora.ipynb runs from top to bottom, what it says is so, and its own cells made what it shows."""
+"""The notebook docs/notebook.ipynb runs from top to bottom, what it says is so, and its own cells made what it shows."""
 
 from __future__ import annotations
 
