@@ -129,7 +129,7 @@ class Page:
             if number in rows() and rows()[number].page == self.file:
                 together = nodes.container(classes=["equation"], ids=[number])
                 block.replace_self(together)
-                together += [block, nodes.container("", *self.beside(rows()[number]), classes=["beside"])]
+                together += [nodes.container("", *self.beside(rows()[number]), classes=["beside"]), block]
 
     def beside(self, row: Row) -> Iterator[nodes.Node]:
         """The functions of an equation, each shown in full where the page first needs it, and its laws."""
