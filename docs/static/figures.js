@@ -1,6 +1,6 @@
 // The figures that a reader can move. Their numbers stand in the page, made by minilora/book/numbers.py.
 
-const NEGATIVE = [33, 102, 172], POSITIVE = [214, 96, 30];
+const NEGATIVE = [47, 123, 193], POSITIVE = [226, 104, 36];
 
 // --- Numbers ---
 
@@ -69,10 +69,10 @@ function heatMap(title, scale, height) {
 
 // A curve on a logarithmic axis of losses, with a mark that moves.
 function curve(label, losses, names) {
-  const [width, height, left, bottom] = [520, 170, 44, 26];
+  const [width, height, left, bottom] = [520, 180, 44, 26];
   const logs = losses.map(Math.log), low = Math.min(...logs), high = Math.max(...logs);
   const x = (i) => left + 8 + (i / (losses.length - 1)) * (width - left - 24);
-  const y = (log) => 14 + ((high - log) / (high - low)) * (height - bottom - 26);
+  const y = (log) => 26 + ((high - log) / (high - low)) * (height - bottom - 38);
   const mark = element("circle", { r: 6, class: "mark" }), value = element("text", { class: "value" });
   const svg = element("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label },
     element("path", { class: "curve", d: "M" + logs.map((log, i) => `${x(i)},${y(log)}`).join("L") }),
@@ -109,7 +109,7 @@ function firstSteps(numbers) {
   const ones = new Float64Array(A[0].rows).fill(numbers.scale);
   const changes = A.map((a, i) => product(B[i], a, ones, a.rows));
   const maps = [
-    ["A − A₀", moved, 4], ["dA", dA, 4], ["Bᵀ", across[0], 4], ["dBᵀ", across[1], 4],
+    ["Bᵀ", across[0], 4], ["dBᵀ", across[1], 4], ["A − A₀", moved, 4], ["dA", dA, 4],
   ].map(([title, list, height]) => [list, heatMap(title, largest(list), height)]);
   const change = heatMap("ΔW = s B A", largest(changes), 8);
   const loss = curve("loss on the batch", numbers.losses, numbers.losses.map((_, i) => i));

@@ -27,10 +27,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("site"), help="the folder of the site: a new one, or an older book (%(default)s)"
+        "--out",
+        type=Path,
+        default=Path("site"),
+        help="the site's folder: a new one, or an older book (%(default)s)",
     )
     parser.add_argument(
-        "--pictures", action="store_true", help="instead, draw the still pictures of docs/images anew, for GitHub"
+        "--pictures", type=Path, metavar="FOLDER", help="instead, draw the still pictures that stand in docs/images"
     )
     return parser.read(argv)
 
@@ -40,7 +43,7 @@ def book_command(argv: list[str] | None) -> None:
     if not (DOCS / "conf.py").is_file():
         raise ValueError(f"{DOCS} holds no book: run this in a clone of the repository")
     if args.pictures:
-        draw_pictures(DOCS / "images")
+        draw_pictures(args.pictures)
     else:
         build(args.out)
         print(f"open {args.out / 'index.html'}")

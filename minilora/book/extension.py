@@ -1,7 +1,7 @@
 """A Sphinx extension: what the pages of docs/ say in plain Markdown, shown as a book.
 
 Each numbered equation gets the functions that compute it beside it, and the tests that state it, by the table in
-docs/README.md. A number such as (L3) leads to its equation, and a link to a file of the repository to a page that shows
+docs/README.md. A number such as (L3) leads to its equation, and a link to a file of code to a page that shows
 the file. KaTeX sets the mathematics in the reader's browser, from files that lie beside the pages.
 """
 
@@ -18,7 +18,7 @@ from docutils import nodes
 
 from minilora.book import figures
 from minilora.book.equations import DOCS, LINK, ROOT, Row, definitions, file_of, table
-from minilora.book.sources import anchor_in, is_shown, source_pages
+from minilora.book.sources import anchor_in, source_pages, sources
 
 
 def setup(app: Any) -> dict[str, bool]:
@@ -83,6 +83,10 @@ def rows() -> dict[str, Row]:
     return {row.equation: row for row in table()}
 
 
+def leads_to(uri: str, *words: nodes.Node) -> nodes.reference:
+    return nodes.reference("", "", *words, refuri=uri, internal=True)
+
+
 class Page:
     """The page that is being read. It remembers which functions it has shown."""
 
@@ -95,16 +99,15 @@ class Page:
     def uri(self, path: Path, anchor: str = "") -> str:
         """The page of a file of the repository, seen from this one."""
         name = path.relative_to(ROOT).as_posix()
-        name = re.sub(r"\.(md|ipynb)$", "", name) if path.suffix in (".md", ".ipynb") else name
+        name = re.sub(r"\.(md|ipynb)$", "", name)
         return relpath(f"{name}.html", str(Path(self.docname).parent)) + (f"#{anchor}" if anchor else "")
 
     def lead_links_to_files(self, doctree: nodes.document) -> None:
         for node in [*doctree.findall(lambda node: "reftarget" in getattr(node, "attributes", {}))]:
             assert isinstance(node, nodes.Element)
             path = file_of(self.file, node["reftarget"])
-            if is_shown(path):
-                link = nodes.reference("", "", *node.children, refuri=self.uri(path, anchor_in(path, node.astext())))
-                node.replace_self(link)
+            if path in sources():
+                node.replace_self(leads_to(self.uri(path, anchor_in(path, node.astext())), *node.children))
 
     def lead_numbers_to_equations(self, doctree: nodes.document) -> None:
         apart = (nodes.reference, nodes.literal, nodes.literal_block, nodes.title, nodes.math, nodes.math_block)
@@ -119,7 +122,7 @@ class Page:
         """`… by (L3) …`, in which L3 leads to its equation."""
         for piece in re.split(r"((?<=\()[A-Z]\d+(?=\)))", words):
             if piece in rows():
-                yield nodes.reference("", piece, refuri=self.uri(rows()[piece].page, piece))
+                yield leads_to(self.uri(rows()[piece].page, piece), nodes.Text(piece))
             elif piece:
                 yield nodes.Text(piece)
 
@@ -134,17 +137,17 @@ class Page:
     def beside(self, row: Row) -> Iterator[nodes.Node]:
         """The functions of an equation, each shown in full where the page first needs it, and its laws."""
         for name, path in row.functions:
-            where = nodes.reference("", "", nodes.literal("", name), refuri=self.uri(path, name))
+            where = leads_to(self.uri(path, name), nodes.literal("", name))
             caption = nodes.paragraph("", "", where, nodes.Text(f" in {path.relative_to(ROOT).as_posix()}"))
             first = self.shown.setdefault((name, path), row.equation)
             if first != row.equation:
-                caption += [nodes.Text(", shown at "), nodes.reference("", first, refuri=f"#{first}")]
+                caption += [nodes.Text(", shown at "), leads_to(f"#{first}", nodes.Text(first))]
             yield caption
             if first == row.equation:
                 code = definitions(path)[name].text
                 yield nodes.literal_block(code, code, language="python", classes=["function"])
         laws = nodes.bullet_list(classes=["laws"])
         for law, path in row.tests:
-            uri = self.uri(path, f"test_{law.replace(' ', '_')}")
-            laws += nodes.list_item("", nodes.paragraph("", "", nodes.reference("", law, refuri=uri)))
+            link = leads_to(self.uri(path, f"test_{law.replace(' ', '_')}"), nodes.Text(law))
+            laws += nodes.list_item("", nodes.paragraph("", "", link))
         yield laws

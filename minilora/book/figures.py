@@ -1,4 +1,4 @@
-"""Two pictures of docs/ that a reader of the book can move: each gets its numbers, and docs/static/figures.js draws it."""
+"""Two pictures of docs/ that a reader of the book can move: each gets its numbers, and figures.js draws it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def raw(html: str) -> nodes.raw:
 
 
 def packed(array: HostArray) -> dict[str, Any]:
-    """An array as text: its shape, its largest number, and in base64 sixteen bits for each number as a share of that."""
+    """An array as text: its shape, its largest number, and each number as a share of that, in 16 bits and base64."""
     largest = float(np.abs(array).max()) or 1.0
     shares = np.round(array / largest * 32767).astype("<i2")
     return {"shape": array.shape, "largest": largest, "data": base64.b64encode(shares.tobytes()).decode()}

@@ -1,4 +1,4 @@
-"""The numbers behind the book's two figures: real steps of the shipped model on its own task, made while it is built."""
+"""The numbers behind the book's two figures: real steps of the shipped model on its own task."""
 
 from __future__ import annotations
 

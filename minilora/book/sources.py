@@ -1,25 +1,27 @@
-"""The files of the repository that the pages link to, each as a page of the book, with an anchor at each definition."""
+"""The code that the pages link to, each file as a page of the book, with an anchor at each definition."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from html import escape
 from pathlib import Path
-from posixpath import relpath
 from typing import Any
 
 from minilora.book.equations import ROOT, definitions
 
-ROOMS = ("minilora", "tests", "docs", "weights", ".ci")
-SHOWN = (".py", ".json", ".cfg", ".toml", "")  # the endings of files that are text
+ROOMS = ("minilora", "tests")
 
 
-def is_shown(path: Path) -> bool:
-    """Whether a link leads to a folder or a file of code, not to a page or a picture."""
-    if not path.is_relative_to(ROOT) or path == ROOT or not path.exists():
-        return False
-    return path.is_dir() or path.suffix in SHOWN
+@cache
+def sources() -> frozenset[Path]:
+    """Every file that has a page here, and the folders above it."""
+    files = {path for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    files |= {ROOT / "docs" / "lora_in_one_file.py", ROOT / "setup.cfg"}
+    return frozenset(
+        files | {parent for path in files for parent in path.parents if parent.is_relative_to(ROOT)} - {ROOT}
+    )
 
 
 def anchor_in(path: Path, words: str) -> str:
@@ -35,23 +37,16 @@ def letters(words: str) -> str:
 
 
 def source_pages(app: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Name, content and template of each page: all Python files of the rooms that are linked, and their folders."""
-    for path in sorted(linked()):
+    """The name, the content and the template of each page."""
+    for path in sorted(sources()):
         name = path.relative_to(ROOT).as_posix()
         body = listing(path) if path.is_dir() else highlighted(path, app.builder.highlighter)
         yield name, {"title": name, "body": f"<h1>{escape(name)}</h1>\n{body}"}, "page.html"
 
 
-def linked() -> set[Path]:
-    """Every file of code, with the folders above it, so that whatever a page links to is there."""
-    files = {path for room in ("minilora", "tests") for path in (ROOT / room).rglob("*.py")}
-    files |= {ROOT / "docs" / "lora_in_one_file.py", ROOT / "setup.cfg"}
-    return files | {parent for path in files for parent in path.parents if parent.is_relative_to(ROOT)} - {ROOT}
-
-
 def listing(folder: Path) -> str:
     """The files and folders in a folder that have pages."""
-    entries = sorted(path for path in linked() if path.parent == folder)
+    entries = sorted(path for path in sources() if path.parent == folder)
     items = (f'<li><a href="{folder.name}/{path.name}.html">{escape(path.name)}</a></li>' for path in entries)
     return "<ul>" + "\n".join(items) + "</ul>"
 

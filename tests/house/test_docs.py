@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-from support.pages import DOCS, LINK, ROOT, TABLE, anchors, definitions, displayed, file_of, prose, table
+from support.pages import anchors, displayed, prose
 from tools import mutation, settings_page, specification, specification_of_others
 
+from minilora.book.equations import DOCS, LINK, ROOT, TABLE, definitions, file_of, table
 from minilora.figures.tables import BEGIN, END
 
 OTHERS = ("README.md", "weights/README.md", "tests/golden/README.md")

@@ -394,8 +394,8 @@ def test_A_first_and_then_B_with_the_new_A_pushes_B_up_along_itself(site: Site, 
 
 
 def test_two_steps_with_a_pencil() -> None:
-    """The example of docs/lora.md: W the identity, tokens (1, 2) and (2, 0), A = (1, 1), B = 0, s = 2, η = 0.01, and the
-    loss half the squared distance of y from (1, 0) and (2, 1)."""
+    """The example of docs/lora.md: W the identity, tokens (1, 2) and (2, 0), A = (1, 1), B = 0, s = 2, η = 0.01, and
+    the loss half the squared distance of y from (1, 0) and (2, 1)."""
     x, W = np.array([[1.0, 2.0], [2.0, 0.0]]), DenseWeight(np.eye(2))
     target = np.array([[1.0, 0.0], [2.0, 1.0]])
     p = {"A": np.ones((1, 2)), "B": np.zeros((2, 1))}
