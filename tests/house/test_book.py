@@ -24,7 +24,8 @@ from bs4 import BeautifulSoup
 from support.browser import CHROMIUM, PHONE, WIDE, chromium, opened
 from support.commands import assert_refused, run
 
-from minilora.book.equations import ROOT, definitions, table
+from minilora.book.equations import DOCS, ROOT, definitions, table
+from minilora.book.figures import FIGURES
 
 PAGES = ("README", "docs/README", "docs/lora", "docs/notebook", "docs/operations", "docs/dora", "docs/model")
 PAGES += ("docs/training", "docs/specification", "minilora/lora.py")
@@ -177,6 +178,16 @@ def test_the_search_works_without_a_network(site: Path, browser: Any) -> None:
 
 
 # --- The command ---
+
+
+def test_the_still_pictures_are_those_that_the_pages_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minilora.book.numbers.FULL_STEPS", 2)
+    assert run("book", "--pictures", tmp_path).code == 0
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {*FIGURES}
+    for name in drawn:
+        assert f"(images/{name})" in (DOCS / "lora.md").read_text(encoding="utf-8")
+        assert (DOCS / "images" / name).is_file()
 
 
 def test_a_folder_of_something_else_is_not_written_over(tmp_path: Path) -> None:
