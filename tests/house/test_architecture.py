@@ -21,7 +21,7 @@ ROOMS = (  # from the ground: a room imports only from itself and from rooms bef
 )
 COMMANDS = {  # the rooms above all others, which do not know each other
     *("train", "generate", "chat", "evaluate", "merge", "combine", "convert", "random_checkpoint"),
-    *("plan", "benchmark", "compare", "pretrain"),
+    *("plan", "benchmark", "compare", "pretrain", "book"),
 }
 STRANGERS = {  # a room → rooms before it that it does not know all the same
     "model": {"lora"},  # the model is written once, for any method

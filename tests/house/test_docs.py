@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
 import pytest
-from support.pages import DOCS, LINK, ROOT, TABLE, anchors, definitions, displayed, file_of, prose, table
+from support.pages import anchors, displayed, prose
 from tools import mutation, settings_page, specification, specification_of_others
 
+from minilora.book.equations import DOCS, LINK, ROOT, TABLE, definitions, file_of, table
 from minilora.figures.tables import BEGIN, END
 
 OTHERS = ("README.md", "weights/README.md", "tests/golden/README.md")
@@ -128,6 +130,25 @@ def test_docstrings_name_the_equations_that_the_table_gives_their_function(path:
             if file == path:
                 in_table.setdefault(name.partition(".")[0], set()).add(row.equation)
     assert equations_named(path) == in_table
+
+
+def test_the_measured_figures_beside_the_derivation_are_those_of_the_claims() -> None:
+    words = " ".join((DOCS / "lora.md").read_text(encoding="utf-8").split())
+    judged = json.loads((DOCS / "claims.json").read_text(encoding="utf-8"))
+    evidence = {(model, claim): found for model, claims in judged.items() for claim, found, _ in claims}
+    of_ranks = "the change of full fine-tuning has a low intrinsic rank"
+    largest, random, kept, enough = re.findall(r"(?:hold|numbers|keeps|and rank) (\d+)", evidence["tinysmol", of_ranks])
+    for sentence in (
+        f"the 8 largest of 256 singular values hold {largest} %",
+        f"where random numbers have {random} %",
+        f"Cut to rank 8, $\\Delta W$ keeps {kept} % of the gain in held-out loss,",
+        f"and with rank {enough} more than 95 %",
+    ):
+        assert sentence in words
+    assert "rank 1 is enough for 95 %" in evidence["SmolLM2-135M-Instruct", of_ranks]
+    enciphered = evidence["tinysmol", "for extreme distribution shifts full fine-tuning may be necessary"]
+    full, lora, many = re.findall(r"\d\.\d+", enciphered)
+    assert f"rank 8 ends at a loss of {lora}, rank 64 at {many}, full fine-tuning at {full}" in words
 
 
 # --- The list of explained mutants ---

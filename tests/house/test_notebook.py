@@ -1,4 +1,4 @@
-"""The notebook docs/lora.ipynb runs from top to bottom, what it says is so, and its own cells made what it shows."""
+"""docs/notebook.ipynb runs from top to bottom, what it says is so, and its own cells made what it shows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pytest
 pytest.importorskip("nbclient", reason="pip install -e '.[notebook]'")
 pytest.importorskip("ipykernel", reason="pip install -e '.[notebook]'")
 
-from support.pages import LINK, anchors, file_of, table
+from support.pages import anchors
 from tools.run_notebook import DIGEST, NOTEBOOK, code_cells, digest, executed, read
+
+from minilora.book.equations import LINK, file_of, table
 
 PARAMETERS = "STEPS, QUESTIONS = 3, 4"
 

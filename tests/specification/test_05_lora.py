@@ -394,22 +394,26 @@ def test_A_first_and_then_B_with_the_new_A_pushes_B_up_along_itself(site: Site, 
 
 
 def test_two_steps_with_a_pencil() -> None:
-    """The example of docs/lora.md: W the identity, x = (1, 2), A = (1, 1), B = 0, s = 2, η = 0.01, and the loss half
-    the squared distance of y from (1, 0)."""
-    x, W, target = np.array([[1.0, 2.0]]), DenseWeight(np.eye(2)), np.array([[1.0, 0.0]])
+    """The example of docs/lora.md: W the identity, tokens (1, 2) and (2, 0), A = (1, 1), B = 0, s = 2, η = 0.01, and
+    the loss half the squared distance of y from (1, 0) and (2, 1)."""
+    x, W = np.array([[1.0, 2.0], [2.0, 0.0]]), DenseWeight(np.eye(2))
+    target = np.array([[1.0, 0.0], [2.0, 1.0]])
     p = {"A": np.ones((1, 2)), "B": np.zeros((2, 1))}
-    steps = []
+    steps, moved = [], []
     for _ in range(2):
         y, cache = lora(x, W, p["A"], p["B"], 2.0)
         _, dA, dB = lora_backward(y - target, W, p["A"], p["B"], 2.0, cache)
         SGD(p).update(p, {"A": dA, "B": dB}, 0.01)
         steps.append([a.ravel().tolist() for a in (cache.h, y, dA, dB)])
+        moved.append(p["B"].ravel().tolist())
     first, second = steps
-    assert first == [[3], [1, 2], [0, 0], [0, 12]]
-    for found, expected in zip(second, [[3], [1, 1.28], [-0.3072, -0.6144], [0, 7.68]], strict=True):
+    assert first == [[3, 2], [1, 2, 2, 0], [0, 0], [0, 8]]
+    assert moved[0] == pytest.approx([0, -0.08], rel=1e-12)
+    for found, expected in zip(second, [[3, 2], [1, 1.52, 2, -0.32], [0.1792, -0.4864], [0, 3.84]], strict=True):
         assert found == pytest.approx(expected, rel=1e-12)
-    sketched = 2.0 * (y - target).T @ x @ p["A"].T  # dB with the A that has just moved
-    assert sketched.ravel().tolist() == pytest.approx([0, 7.7193216], rel=1e-12)
+    h = x @ p["A"].T  # with the A that has just moved
+    assert h.ravel().tolist() == pytest.approx([3.007936, 1.996416], rel=1e-12)
+    assert (2.0 * (y - target).T @ h).ravel().tolist() == pytest.approx([0, 3.8735872], rel=1e-12)
 
 
 # --- The frozen weight ---

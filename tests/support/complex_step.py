@@ -1,12 +1,12 @@
 """The complex step: the derivative of a function to machine precision. Every gradient in minilora is held against it.
 
-Move the input of a function by an imaginary step i·h in the direction d. Its Taylor series is
+Move the input of a function by an imaginary step i·δ in the direction v. Its Taylor series is
 
-    f(x + i·h·d) = f(x) + i·h·f'(x)·d − h²·f''(x)·d²/2 − …      so      f'(x)·d = Im f(x + i·h·d) / h
+    f(x + i·δ·v) = f(x) + i·δ·f'(x)·v − δ²·f''(x)·v²/2 − …      so      f'(x)·v = Im f(x + i·δ·v) / δ
 
-with an error of order h². A difference quotient (f(x + h) − f(x)) / h has to subtract two nearly equal numbers and
+with an error of order δ². A difference quotient (f(x + δ) − f(x)) / δ has to subtract two nearly equal numbers and
 loses half of its digits. Here *nothing is subtracted*: the value travels in the real part and the slope in the
-imaginary part, each with all its digits. So h may be as small as 1e-30; then h² is far below rounding, and what comes
+imaginary part, each with all its digits. So δ may be as small as 1e-30; then δ² is far below rounding, and what comes
 out is the derivative as exactly as float64 can hold it. A wrong formula has nowhere to hide: we ask for ten digits.
 
 The price is that f must be written holomorphically, with operations whose complex version is the analytic continuation
@@ -26,13 +26,13 @@ Arrays = Mapping[str, np.ndarray]
 STEP = 1e-30
 RELATIVE = 1e-10  # of the sum of the absolute terms that are added up
 ROUNDING = 1e-12  # of the largest gradient anywhere (at least 1): what float64 leaves where terms cancel
-UPSTREAM, DIRECTIONS = 101, 102  # streams of random numbers. Were d = dy, an antisymmetric error would vanish in dy·E·d
+UPSTREAM, DIRECTIONS = 101, 102  # streams of random numbers. Were v = dy, an antisymmetric error would vanish in dy·E·v
 
 
 def check_gradients(loss: Callable[[Arrays], Any], inputs: Arrays, gradients: Arrays, seed: int = 0) -> None:
     """Check that `gradients` are those of the scalar `loss` at `inputs`, one array after the other.
 
-    For each array a random direction d is drawn: f'(x)·d by the complex step must equal Σ gradient·d.
+    For each array a random direction v is drawn: f'(x)·v by the complex step must equal Σ gradient·v.
     """
     assert gradients.keys() == inputs.keys(), f"gradients of {sorted(gradients)} for inputs {sorted(inputs)}"
     rng = np.random.default_rng([seed, DIRECTIONS])
@@ -41,9 +41,9 @@ def check_gradients(loss: Callable[[Arrays], Any], inputs: Arrays, gradients: Ar
     for name, x in inputs.items():
         gradient = gradients[name]
         assert gradient.shape == x.shape, f"d{name} has the shape {gradient.shape}, but {name} has {x.shape}"
-        d = rng.normal(size=x.shape)
-        slope = float(np.imag(loss({**here, name: x + 1j * STEP * d}))) / STEP
-        terms = gradient * d
+        v = rng.normal(size=x.shape)
+        slope = float(np.imag(loss({**here, name: x + 1j * STEP * v}))) / STEP
+        terms = gradient * v
         tolerance = RELATIVE * float(np.abs(terms).sum()) + ROUNDING * largest
         assert abs(slope - terms.sum()) <= tolerance, (
             f"the gradient of {name} is wrong: along a random direction the loss changes by {slope:.15g}, "

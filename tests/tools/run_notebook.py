@@ -1,4 +1,4 @@
-"""Run docs/lora.ipynb from top to bottom, and keep what it shows: python tests/tools/run_notebook.py
+"""Run docs/notebook.ipynb from top to bottom, and keep what it shows: python tests/tools/run_notebook.py
 
 To be done after a change of its cells, of tinysmol or of its task; test_notebook.py notices if it was forgotten. It
 takes a minute or two, and `pip install -e '.[notebook]'`.
@@ -19,7 +19,7 @@ from nbclient import NotebookClient
 from minilora.tasks.nl2sql.rows import nl2sql_rows
 
 ROOT = Path(__file__).parents[2]
-NOTEBOOK = ROOT / "docs" / "lora.ipynb"
+NOTEBOOK = ROOT / "docs" / "notebook.ipynb"
 WEIGHTS = ROOT / "weights" / "tinysmol" / "model.safetensors"
 DIGEST = "outputs_of"  # in the notebook's metadata: what its outputs were made from
 
