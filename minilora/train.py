@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -104,7 +105,7 @@ def describe(run: Run, device: str) -> None:
     print(f"  {run.plan.steps} steps of {settings.batch_size * settings.grad_accumulation} rows{done}")
 
 
-def print_examples(rows: list[Row], before: Judgement, after: Judgement, count: int = 3) -> None:
+def print_examples(rows: Sequence[Row], before: Judgement, after: Judgement, count: int = 3) -> None:
     """Print a few held-out rows: the prompt, the right answer, and the answers before and after training."""
     for i in range(0, len(after.answers), max(1, len(after.answers) // count))[:count]:
         asked, right = question(rows[i]) or ({"prompt": ""}, "")  # rows that were answered ask something

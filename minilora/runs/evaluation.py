@@ -12,8 +12,9 @@ import numpy as np
 
 from minilora.backend import Array, to_device, xp
 from minilora.data.batches import Batch, pad
-from minilora.data.examples import Example, Row
+from minilora.data.examples import Row
 from minilora.data.prompts import PromptRow, encode_prompt, end_of_turn, question
+from minilora.data.store import Example
 from minilora.data.tokenizer import Tokenizer
 from minilora.model.generation import complete
 from minilora.model.model import Model
