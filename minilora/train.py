@@ -22,6 +22,7 @@ from minilora.data.prompts import last_words, question
 from minilora.data.show import show_batch
 from minilora.formats.files import write_json
 from minilora.runs.advice import out_of_memory
+from minilora.runs.evaluation import LENGTH, TEXTS
 from minilora.runs.folder import SUMMARY_FILE, is_free, only_run
 from minilora.runs.plots import plot_loss
 from minilora.runs.run import Judgement, Run, judge, prepare, summarize, train_run
@@ -131,6 +132,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     if summary["adapted_exact_match"] is not None:
         print(f"{'exact match':24}{summary['base_exact_match']:>10.1%}{summary['adapted_exact_match']:>10.1%}")
     print(f"{'drift KL(base ‖ adapted)':24}{0:>10.3f}{summary['drift_kl']:>10.3f}   nats per token of other text")
+    if summary["tokens"] < TEXTS * LENGTH:
+        print(f"(the drift is of {summary['drift_tokens']:,} tokens of it: training read {summary['tokens']:,} only)")
     print(f"\ntrained {summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters ({share:.1%})")
     print(
         f"{summary['steps']} steps at {summary['tokens_per_second']:,.0f} tokens/s; {summary['seconds']:.0f} s in all, "
