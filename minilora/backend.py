@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -24,6 +25,7 @@ __all__ = [
     "cores",
     "from_host",
     "matmul_transposed",
+    "memory_bytes",
     "narrow",
     "on_cpu",
     "one_core_for_products",
@@ -241,6 +243,16 @@ def peak_memory_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024  # macOS counts bytes, others kibibytes
+
+
+def memory_bytes() -> int:
+    """The memory of this machine, or of the container this process is in; 0 where it cannot be told."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return 0
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    given = limit.read_text().strip() if limit.is_file() else "max"
+    return machine if given == "max" else min(machine, int(given))
 
 
 def _keep_large_temporaries() -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from minilora.backend import use
 from minilora.cli import errors
 from minilora.cli.base import find_base
 from minilora.cli.flags import add_model_flags, flags
-from minilora.data.batches import batches_of
+from minilora.data.batches import ExampleRows, batches_of
 from minilora.data.conversations import TRAIN_ON
 from minilora.data.datasets import FLAGS, Features, load_dataset, read_rows
 from minilora.data.examples import Row, encode_rows
@@ -55,7 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.read(argv)
 
 
-def held_out_rows(data: Path | None, features: Features) -> list[Row]:
+def held_out_rows(data: Path | None, features: Features) -> Sequence[Row]:
     """The rows to measure on. Without --data they are the test part of the built-in task."""
     if data is None:
         return list(nl2sql_rows("test", BUILT_IN_ROWS["test"]))
@@ -67,7 +68,7 @@ def held_out_rows(data: Path | None, features: Features) -> list[Row]:
     return parts.test or parts.valid
 
 
-def training_rows(data: Path | None, features: Features) -> list[Row]:
+def training_rows(data: Path | None, features: Features) -> Sequence[Row]:
     """The rows to show before each prompt."""
     if data is None:
         return list(nl2sql_rows("train", BUILT_IN_ROWS["train"]))
@@ -93,7 +94,7 @@ def evaluate_command(argv: list[str] | None = None) -> None:
         shown = training_rows(args.data, features)
         rows, shots = few_shot_rows(rows, shown, args.few_shot, tokenizer, max_length, args.seed)
     encoded = encode_rows(rows, tokenizer, max_length, args.train_on)
-    batches = batches_of([[example] for example in encoded.examples], args.batch_size, tokenizer.pad_id)
+    batches = batches_of(ExampleRows(encoded.examples), args.batch_size, tokenizer.pad_id)
 
     loss = mean_loss(model, batches)
     if not math.isfinite(loss):

@@ -31,7 +31,7 @@ from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD
 from minilora.parser import Parser
-from minilora.runs.evaluation import drift, largest_logit_difference, outside_text
+from minilora.runs.evaluation import differences, outside_text
 
 MERGE_FILE = "merge.json"
 MUCH = 0.1  # of the adapter's effect: more than this is not lost in silence
@@ -126,16 +126,16 @@ def merge_command(argv: list[str] | None = None) -> None:
     tokenizer = Tokenizer.load(source).fitting(config.vocab_size)
     texts = outside_text(tokenizer)
     plain = base_model(adapted.config, written, frozen="stored")
-    difference, largest = largest_logit_difference(adapted, plain, texts)
-    if not math.isfinite(difference):
+    (of_rounding, of_adapter), largest = differences(adapted, [plain, base], texts)
+    if not math.isfinite(of_rounding.logit):
         raise ValueError(f"{args.adapter} on {source}: the logits of sample text are no numbers, they overflow")
     report = {
         "dtype": args.dtype,
         **rounding.report(),
-        "largest_logit_difference": difference,
+        "largest_logit_difference": of_rounding.logit,
         "largest_logit": largest,
-        "rounding_kl": drift(adapted, plain, texts),
-        "adapter_kl": drift(adapted, base, texts),
+        "rounding_kl": of_rounding.kl,
+        "adapter_kl": of_adapter.kl,
     }
     if args.format == GGUF:
         fields, kind = tokenizer_fields(tokenizer, config.vocab_size), raw_config.get("model_type", "llama")

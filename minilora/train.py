@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -21,6 +22,7 @@ from minilora.data.prompts import last_words, question
 from minilora.data.show import show_batch
 from minilora.formats.files import write_json
 from minilora.runs.advice import out_of_memory
+from minilora.runs.evaluation import LENGTH, TEXTS
 from minilora.runs.folder import SUMMARY_FILE, is_free, only_run
 from minilora.runs.plots import plot_loss
 from minilora.runs.run import Judgement, Run, judge, prepare, summarize, train_run
@@ -104,7 +106,7 @@ def describe(run: Run, device: str) -> None:
     print(f"  {run.plan.steps} steps of {settings.batch_size * settings.grad_accumulation} rows{done}")
 
 
-def print_examples(rows: list[Row], before: Judgement, after: Judgement, count: int = 3) -> None:
+def print_examples(rows: Sequence[Row], before: Judgement, after: Judgement, count: int = 3) -> None:
     """Print a few held-out rows: the prompt, the right answer, and the answers before and after training."""
     for i in range(0, len(after.answers), max(1, len(after.answers) // count))[:count]:
         asked, right = question(rows[i]) or ({"prompt": ""}, "")  # rows that were answered ask something
@@ -130,6 +132,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     if summary["adapted_exact_match"] is not None:
         print(f"{'exact match':24}{summary['base_exact_match']:>10.1%}{summary['adapted_exact_match']:>10.1%}")
     print(f"{'drift KL(base ‖ adapted)':24}{0:>10.3f}{summary['drift_kl']:>10.3f}   nats per token of other text")
+    if summary["tokens"] < TEXTS * LENGTH:
+        print(f"(the drift is of {summary['drift_tokens']:,} tokens of it: training read {summary['tokens']:,} only)")
     print(f"\ntrained {summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters ({share:.1%})")
     print(
         f"{summary['steps']} steps at {summary['tokens_per_second']:,.0f} tokens/s; {summary['seconds']:.0f} s in all, "

@@ -9,7 +9,7 @@ from minilora.backend import Array, peak_memory_bytes, to_host, use
 from minilora.benchmark.job import PAD, Figures, Job, JobRow, read_job_rows, steps_of
 from minilora.benchmark.worker import Work, serve
 from minilora.data.batches import Batch, collate
-from minilora.data.examples import Example
+from minilora.data.store import Example
 from minilora.formats.adapters import read_method
 from minilora.formats.load import load_model
 from minilora.model.generation import complete

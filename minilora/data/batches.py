@@ -1,12 +1,12 @@
 """Examples laid side by side (padding) and end to end (packing) in rectangular arrays."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minilora.data.examples import Example
+from minilora.data.store import Example, Examples
 from minilora.ops.cross_entropy import IGNORE
 
 Ints = NDArray[np.int64]
@@ -20,6 +20,37 @@ class Batch(NamedTuple):
     labels: Ints  # the token that should follow tokens[b, t], or IGNORE
     positions: Ints  # 0, 1, 2, … from the start of each example
     segments: Ints  # 0 is padding; 1, 2, … are the examples of the row, which must not see each other
+
+
+class ExampleRows(Sequence[list[Example]]):
+    """Rows of one example each; or, where `members` says of which examples, of several end to end. A row is made when
+    it is asked for."""
+
+    def __init__(self, examples: Examples, members: Sequence[Sequence[int]] | None = None) -> None:
+        self.examples, self.members = examples, members
+
+    def __len__(self) -> int:
+        return len(self.examples if self.members is None else self.members)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return [self.examples[i] for i in ([index] if self.members is None else self.members[index])]
+
+    @property
+    def lengths(self) -> Ints:
+        """The tokens of each row, all its examples together."""
+        return self._totals(self.examples.lengths)
+
+    @property
+    def labels(self) -> Ints:
+        """The tokens of each row that are to be predicted."""
+        return self._totals(self.examples.labels)
+
+    def _totals(self, of_examples: Ints) -> Ints:
+        if self.members is None:
+            return of_examples
+        return np.array([of_examples[row].sum() for row in self.members], np.int64)
 
 
 def row_length(row: Sequence[Example]) -> int:
@@ -60,18 +91,21 @@ def pad(examples: Sequence[Example], pad_id: int, left: bool = False) -> Batch:
     return collate([[example] for example in examples], pad_id, left)
 
 
-def pack(examples: Sequence[Example], length: int) -> list[list[int]]:
-    """Group examples, by index, into rows of at most `length` tokens: each goes to the first row it fits.
+def pack(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Group examples of these lengths, by index, into rows of at most `most` tokens: each goes to the first row it
+    fits.
 
     Raises ValueError for an example that is longer than a row.
     """
     rows: list[list[int]] = []
-    room = np.full(len(examples), length)
-    for index, example in enumerate(examples):
-        size = len(example.tokens)
-        if size > length:
-            raise ValueError(f"example {index} has {size} tokens; pack rows longer than {length}, or leave it out")
-        row = int(np.argmax(room[: len(rows) + 1] >= size))  # the last of these is still empty: it fits
+    room = np.full(len(lengths), most)
+    smallest, full = min(lengths, default=0), 0  # the first `full` rows have no room for any example
+    for index, size in enumerate(lengths):
+        if size > most:
+            raise ValueError(f"example {index} has {size} tokens; pack rows longer than {most}, or leave it out")
+        while full < len(rows) and room[full] < smallest:
+            full += 1
+        row = full + int(np.argmax(room[full : len(rows) + 1] >= size))  # the last of these is still empty: it fits
         if row == len(rows):
             rows.append([])
         rows[row].append(index)
@@ -79,19 +113,21 @@ def pack(examples: Sequence[Example], length: int) -> list[list[int]]:
     return rows
 
 
-def of_like_length(rows: Rows, batch_size: int) -> list[Rows]:
-    """All rows in groups of `batch_size`, rows of like length together, so that little of a batch is padding.
+def of_like_length(lengths: Ints, batch_size: int) -> list[Ints]:
+    """The numbers of all rows in groups of `batch_size`, rows of like length together, so that little of a batch is
+    padding.
 
     A training step cuts away even that (`divide`); generation and the drift do not. The loss is a sum over tokens: the
     order of the rows, and which of them share a batch, change nothing.
     """
-    ordered = sorted(rows, key=row_length)
+    ordered = np.argsort(lengths, kind="stable")
     return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
 
 
 def batches_of(rows: Rows, batch_size: int, pad_id: int) -> list[Batch]:
     """All rows in batches, as `of_like_length` groups them."""
-    return [collate(group, pad_id) for group in of_like_length(rows, batch_size)]
+    groups = of_like_length(np.array([row_length(row) for row in rows], np.int64), batch_size)
+    return [collate([rows[i] for i in group], pad_id) for group in groups]
 
 
 def divide(batch: Batch, parts: int) -> list[Batch]:
@@ -126,10 +162,13 @@ def count_examples(batch: Batch) -> int:
     return len(np.unique(numbered_examples(batch))) - bool((batch.segments == 0).any())
 
 
-def padding_share(groups: Sequence[Rows]) -> float:
-    """The share of padding in the batches of these groups: 1 − tokens / (rows × the longest row of each batch)."""
-    lengths = [[row_length(row) for row in group] for group in groups]
-    return 1 - sum(map(sum, lengths)) / max(sum(len(group) * max(group) for group in lengths), 1)
+def padding_share(batches: Iterable[Ints]) -> float:
+    """The share of padding in batches of rows of these lengths: 1 − tokens / (rows × the longest row of each batch)."""
+    tokens = places = 0
+    for lengths in batches:
+        tokens += int(lengths.sum())
+        places += len(lengths) * int(lengths.max())
+    return 1 - tokens / max(places, 1)
 
 
 def count_labels(batch: Batch) -> int:

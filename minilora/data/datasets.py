@@ -1,18 +1,22 @@
 """Data sets: files to rows, their keys renamed, and rows to parts."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from minilora.backend import memory_bytes
 from minilora.data.conversations import TEMPLATE_KEYS, type_name
 from minilora.data.examples import ACCEPTED_ROWS, SHAPES, Row, row_shape
+from minilora.data.json_lines import chosen, read_json_lines
 from minilora.data.rows import FileRow, Place, as_ours
-from minilora.formats.files import read_text
+from minilora.formats.files import check_regular, read_text
 
 SUFFIXES = (".jsonl", ".json", ".txt")
+BYTES_IN_MEMORY = {".json": 5, ".txt": 100}  # for each byte of the file; a .jsonl is never in memory as a whole
 MOST_HELD_OUT = 500  # rows: more would make every evaluation slow and hardly more exact
 
 Features = Mapping[str, str]  # "prompt" → the key under which the rows have their prompts
@@ -26,9 +30,9 @@ FLAGS = {
 
 
 class Dataset(NamedTuple):
-    train: list[Row]
-    valid: list[Row]
-    test: list[Row]
+    train: Sequence[Row]
+    valid: Sequence[Row]
+    test: Sequence[Row]
 
 
 def load_dataset(path: Path, seed: int, valid_share: float = 0.1, features: Features = AS_NAMED) -> Dataset:
@@ -56,12 +60,12 @@ def load_dataset(path: Path, seed: int, valid_share: float = 0.1, features: Feat
             f"{path} has a single row, and one must be held out; add rows, or give a folder with train.jsonl"
         )
     count = min(max(round(len(rows) * valid_share), 1), MOST_HELD_OUT, len(rows) - 1)
-    held_out = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
-    train = [row for i, row in enumerate(rows) if i not in held_out]
-    return Dataset(train, [rows[i] for i in sorted(held_out)], [])
+    held_out = np.zeros(len(rows), bool)
+    held_out[np.random.default_rng(seed).permutation(len(rows))[:count]] = True
+    return Dataset(chosen(rows, ~held_out), chosen(rows, held_out), [])
 
 
-def read_rows(path: Path, features: Features = AS_NAMED) -> list[Row]:
+def read_rows(path: Path, features: Features = AS_NAMED) -> Sequence[Row]:
     """The rows of a .jsonl, or of a .json list, all of one shape; a .txt is one row, {"document": …}.
 
     `features` says where the rows have what a shape needs: {"prompt": "question", "completion": "answer"}. The rows
@@ -73,6 +77,13 @@ def read_rows(path: Path, features: Features = AS_NAMED) -> list[Row]:
             f"{path}: data must be a folder or a file that ends in {', '.join(SUFFIXES)}; a data set of the Hugging "
             "Face Hub is not fetched: write it to one, as by Dataset.to_json"
         )
+    check_regular(path)
+    if path.suffix == ".jsonl":
+        lines = read_json_lines(path, partial(_line_to_row, features), OneShape())
+        if not lines:
+            raise ValueError(f"{path} is empty")
+        return lines
+    _check_memory(path)
     text = read_text(path)
     if not text.strip():
         raise ValueError(f"{path} is empty")
@@ -80,23 +91,59 @@ def read_rows(path: Path, features: Features = AS_NAMED) -> list[Row]:
         if features:
             raise ValueError(f"{path} is a text, without keys: leave out {_flags(features)}")
         return [FileRow({"document": text}, Place(str(path), "line", 1))]
-    rows: list[Row] = []
-    shape = ""
-    for place, row in _json_values(path, text):
-        if type(row) is not dict:
-            raise ValueError(f"{place}: {type_name(row)}, not a JSON object: {ACCEPTED_ROWS}")
+    values = _parse(path, text)
+    if not isinstance(values, list):
+        raise ValueError(f"{path}: must hold a JSON list of rows; one object a line belongs in a .jsonl")
+    if not values:
+        raise ValueError(f"{path} holds no rows: {ACCEPTED_ROWS}")
+    check, listed = OneShape(), []
+    for number, value in enumerate(values, start=1):
+        row = _to_row(features, Place(str(path), "row", number), value)
+        check(row)
+        listed.append(row)
+    return listed
+
+
+def _check_memory(path: Path) -> None:
+    """ValueError for a file that is read as a whole and would not fit the memory."""
+    size, memory = path.stat().st_size, memory_bytes()
+    needed = BYTES_IN_MEMORY[path.suffix] * size
+    if 0 < memory < needed:
+        raise ValueError(
+            f"{path} has {size / 1e9:,.1f} GB and is read as a whole, which would take some {needed / 1e9:,.0f} GB of "
+            f"memory; here are {memory / 1e9:,.0f}. Write it as rows in a .jsonl, one JSON object a line, as "
+            '{"text": "…"}: these are read one by one'
+        )
+
+
+class OneShape:
+    """A check that all rows have one shape: ValueError, naming the place of the first that has another, or none."""
+
+    def __init__(self) -> None:
+        self.shape = ""
+
+    def __call__(self, row: FileRow) -> None:
         try:
-            row = as_ours(_renamed(row, features))
             this = row_shape(row)
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-        shape = shape or this
-        if this != shape:
-            raise ValueError(f"{place}: this row is {this}, those before {shape}; keep one shape in a file")
-        rows.append(FileRow(row, place))
-    if not rows:
-        raise ValueError(f"{path} holds no rows: {ACCEPTED_ROWS}")
-    return rows
+            raise ValueError(f"{row.place}: {error}") from error
+        self.shape = self.shape or this
+        if this != self.shape:
+            raise ValueError(f"{row.place}: this row is {this}, those before {self.shape}; keep one shape in a file")
+
+
+def _line_to_row(features: Features, place: Place, text: str) -> FileRow:
+    return _to_row(features, place, _parse(place, text))
+
+
+def _to_row(features: Features, place: Place, value: Any) -> FileRow:
+    """A JSON value as a row, under the usual names."""
+    if type(value) is not dict:
+        raise ValueError(f"{place}: {type_name(value)}, not a JSON object: {ACCEPTED_ROWS}")
+    try:
+        return FileRow(as_ours(_renamed(value, features)), place)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _renamed(row: Row, features: Features) -> Row:
@@ -119,21 +166,6 @@ def _flags(features: Features) -> str:
     return " and ".join(FLAGS[name] for name in features)
 
 
-def _json_values(path: Path, text: str) -> Iterator[tuple[Place, Any]]:
-    """Each value with the place that an error should name."""
-    file = str(path)
-    if path.suffix == ".json":
-        values = _parse(path, text)
-        if not isinstance(values, list):
-            raise ValueError(f"{path}: must hold a JSON list of rows; one object a line belongs in a .jsonl")
-        yield from ((Place(file, "row", number), value) for number, value in enumerate(values, start=1))
-    else:  # not splitlines(): JSON strings may contain U+2028 and its like
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                place = Place(file, "line", number)
-                yield place, _parse(place, line)
-
-
 def _parse(place: Place | Path, text: str) -> Any:
     try:
         return json.loads(text)
@@ -146,7 +178,7 @@ def _parse(place: Place | Path, text: str) -> Any:
         raise ValueError(f"{place}: not valid JSON ({error.msg}, {where})") from error
 
 
-def _part(folder: Path, features: Features, *names: str) -> list[Row]:
+def _part(folder: Path, features: Features, *names: str) -> Sequence[Row]:
     files = [file for name in names for suffix in SUFFIXES if (file := folder / (name + suffix)).exists()]
     if len(files) > 1:
         raise ValueError(f"{folder} has {files[0].name} and {files[1].name}, which mean the same; keep one")

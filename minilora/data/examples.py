@@ -5,13 +5,22 @@ itself, so the mask is exact to the token, and a prompt gives the very tokens th
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from tqdm import tqdm
 
 from minilora.data.conversations import TRAIN_ON, Piece, conversation_pieces, fault_of, template_arguments, type_name
+from minilora.data.json_lines import chosen
 from minilora.data.rows import Place, named, place_of
-from minilora.data.tokenizer import Tokenizer
+from minilora.data.store import Example, Examples
+from minilora.data.tokenizer import Tokenizer, check_text
 
 Row = dict[str, Any]
+T = TypeVar("T")
+TEXT_AT_ONCE = 2**19  # characters: enough for all cores, and little beside all rows
 
 SHAPES = (("text",), ("prompt", "completion"), ("messages",), ("document",))
 ACCEPTED_ROWS = (
@@ -21,24 +30,19 @@ ACCEPTED_ROWS = (
 )
 
 
-class Example(NamedTuple):
-    """Tokens, and for each whether it is to be predicted (the first never is: nothing precedes it)."""
-
-    tokens: list[int]
-    trained: list[bool]
-
-
 class Encoded(NamedTuple):
     """Examples, and the rows left out: their numbers (from 1), and their places."""
 
-    examples: list[Example]
+    examples: Examples
     too_long: dict[int, Place]
     unlabelled: dict[int, Place]
+    shapes: set[str]  # of all rows
 
-    def kept(self, rows: Sequence[Row]) -> list[Row]:
+    def kept(self, rows: Sequence[Row]) -> Sequence[Row]:
         """The rows that became examples."""
-        left_out = {*self.too_long, *self.unlabelled}
-        return [row for number, row in enumerate(rows, start=1) if number not in left_out]
+        mask = np.ones(len(rows), bool)
+        mask[[number - 1 for number in (*self.too_long, *self.unlabelled)]] = False
+        return chosen(rows, mask)
 
 
 def row_shape(row: Row) -> str:
@@ -70,34 +74,55 @@ def encode_row(row: Row, tokenizer: Tokenizer, train_on: str = TRAIN_ON[0]) -> E
     With `train_on` "last-turn", of messages only the last turn; with "everything", the prompts too.
     A chat template writes the whole text; to every other one BOS is added where the tokenizer adds it.
     """
+    prepared = _prepared(row, tokenizer, train_on)
+    return _example(prepared, iter(tokenizer.encode_batch(prepared.texts)), tokenizer)
+
+
+class _Prepared(NamedTuple):
+    """A row as the pieces of text that are its tokens."""
+
+    row: Row
+    shape: str
+    pieces: list[Piece]
+
+    @property
+    def texts(self) -> list[str]:
+        return [text for text, _ in self.pieces]
+
+
+def _prepared(row: Row, tokenizer: Tokenizer, train_on: str) -> _Prepared:
     shape = row_shape(row)
     if shape == "messages":
         pieces = conversation_pieces(row["messages"], 0, tokenizer, template_arguments(row), train_on)
-        return _encode(pieces, tokenizer)
-    if shape == "prompt + completion as messages":
+    elif shape == "prompt + completion as messages":
         messages, first = row["prompt"] + row["completion"], len(row["prompt"])
-        return _encode(conversation_pieces(messages, first, tokenizer, template_arguments(row), train_on), tokenizer)
-    if shape == "prompt + completion":
+        pieces = conversation_pieces(messages, first, tokenizer, template_arguments(row), train_on)
+    elif shape == "prompt + completion":
         pieces = [(row["prompt"], train_on == "everything"), (row["completion"], True)]
     else:
         pieces = [(row[shape], True)]
+    prepared = _Prepared(row, shape, pieces)
+    for text in prepared.texts:
+        check_text(text)
+    return prepared
 
-    tokens, trained = _encode(pieces, tokenizer)
+
+def _example(row: _Prepared, ids_of_pieces: Iterator[list[int]], tokenizer: Tokenizer) -> Example:
+    """The tokens of the row's pieces, which come next, and their mask; BOS and EOS where they belong."""
+    tokens: list[int] = []
+    trained: list[bool] = []
+    for _, train in row.pieces:
+        ids = next(ids_of_pieces)
+        tokens += ids
+        trained += [train] * len(ids)
+    if "messages" in row.shape:
+        return Example(tokens, trained)
     begun = tokenizer.with_bos(tokens)
-    example = Example(begun, [False] * (len(begun) - len(tokens)) + trained)
-    if shape != "document" and tokenizer.eos_id is not None and tokens[-1:] != [tokenizer.eos_id]:
-        example.tokens.append(tokenizer.eos_id)
-        example.trained.append(True)
-    return example
-
-
-def _encode(pieces: Sequence[Piece], tokenizer: Tokenizer) -> Example:
-    example = Example([], [])
-    for text, train in pieces:
-        ids = tokenizer.encode(text)
-        example.tokens.extend(ids)
-        example.trained.extend([train] * len(ids))
-    return example
+    trained = [False] * (len(begun) - len(tokens)) + trained
+    if row.shape != "document" and tokenizer.eos_id is not None and tokens[-1:] != [tokenizer.eos_id]:
+        begun.append(tokenizer.eos_id)
+        trained.append(True)
+    return Example(begun, trained)
 
 
 def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int, train_on: str = TRAIN_ON[0]) -> Encoded:
@@ -107,26 +132,67 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int, trai
     """
     if max_length < 2:
         raise ValueError(f"--max-length is {max_length}; it takes two tokens to predict one")
-    encoded = Encoded([], {}, {})
-    for number, row in enumerate(rows, start=1):
-        try:
-            example = encode_row(row, tokenizer, train_on)
-        except ValueError as error:
-            raise ValueError(f"{place_of(row, number)}: {error}") from error
-        if not any(example.trained[1:]):
-            encoded.unlabelled[number] = place_of(row, number)
-        elif row_shape(row) == "document":
-            encoded.examples.extend(_windows(example, max_length))
-        elif len(example.tokens) > max_length:
-            encoded.too_long[number] = place_of(row, number)
-        else:
-            encoded.examples.append(example)
+    encoded = Encoded(Examples(), {}, {}, set())
+    with tqdm(
+        total=len(rows), desc="to tokens", unit="row", dynamic_ncols=True, leave=False, delay=1, disable=None
+    ) as bar:
+        for number, (row, example) in enumerate(_all_encoded(rows, tokenizer, train_on), start=1):
+            bar.update()
+            encoded.shapes.add(row.shape)
+            if not any(example.trained[1:]):
+                encoded.unlabelled[number] = place_of(row.row, number)
+            elif row.shape == "document":
+                for window in _windows(example, max_length):
+                    encoded.examples.append(window)
+            elif len(example.tokens) > max_length:
+                encoded.too_long[number] = place_of(row.row, number)
+            else:
+                encoded.examples.append(example)
     if rows and not encoded.examples:
         raise ValueError(
             f"none of {len(rows)} rows is left: {left_out(encoded, max_length)}. "
             "Raise --max-length, shorten the rows, or give them completions or assistant turns to learn"
         )
     return encoded
+
+
+def _all_encoded(rows: Sequence[Row], tokenizer: Tokenizer, train_on: str) -> Iterator[tuple[_Prepared, Example]]:
+    """Each row with its tokens, in order. While some rows become examples, the next ones' texts are encoded."""
+
+    with ThreadPoolExecutor(1) as thread:
+        begun = (
+            (some, thread.submit(tokenizer.encode_batch, [text for row in some for text in row.texts]))
+            for some in _some_at_once(rows, tokenizer, train_on)
+        )
+        for some, encoding in _one_ahead(begun):
+            ids_of_pieces = iter(encoding.result())
+            yield from ((row, _example(row, ids_of_pieces, tokenizer)) for row in some)
+
+
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """All items, each given when the one after it has been made."""
+    for before in islice(items, 1):
+        for item in items:
+            yield before
+            before = item
+        yield before
+
+
+def _some_at_once(rows: Sequence[Row], tokenizer: Tokenizer, train_on: str) -> Iterator[list[_Prepared]]:
+    """All rows in pieces, as many of them at once as have TEXT_AT_ONCE characters. ValueError names the row."""
+    some: list[_Prepared] = []
+    size = 0
+    for number, row in enumerate(rows, start=1):
+        try:
+            some.append(_prepared(row, tokenizer, train_on))
+        except ValueError as error:
+            raise ValueError(f"{place_of(row, number)}: {error}") from error
+        size += sum(map(len, some[-1].texts))
+        if size >= TEXT_AT_ONCE:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
 
 
 def left_out(encoded: Encoded, max_length: int) -> str:

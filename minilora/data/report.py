@@ -1,7 +1,8 @@
 """The figures of a data set, known before training starts: how much there is, how much of it trains, what is lost."""
 
-import statistics
 from typing import Any
+
+import numpy as np
 
 from minilora.data.examples import Encoded, left_out
 
@@ -11,18 +12,19 @@ def figures(encoded: Encoded, padding_share: float | None = None) -> dict[str, A
 
     `padding_share` is that of the batches in which the part will be read, None where these are not known.
     """
-    lengths = [len(example.tokens) for example in encoded.examples]
-    labels = sum(sum(example.trained[1:]) for example in encoded.examples)
+    lengths = np.sort(encoded.examples.lengths)
+    tokens, labels = int(lengths.sum()), int(encoded.examples.labels.sum())
     return {
         "examples": len(lengths),
-        "tokens": sum(lengths),
+        "tokens": tokens,
         "labels": labels,
-        "label_share": labels / max(sum(lengths), 1),
+        "label_share": labels / max(tokens, 1),
         "padding_share": padding_share,
-        "median_length": int(statistics.median_high(lengths)) if lengths else 0,
-        "longest": max(lengths, default=0),
+        "median_length": int(lengths[len(lengths) // 2]) if len(lengths) else 0,
+        "longest": int(lengths[-1]) if len(lengths) else 0,
         "too_long": len(encoded.too_long),
         "unlabelled": len(encoded.unlabelled),
+        "shapes": sorted(encoded.shapes),
     }
 
 

@@ -18,6 +18,8 @@ from minilora.formats.finite import finite_fields
 from minilora.formats.whole import replacing
 from minilora.model.names import Shape
 
+BOM = b"\xef\xbb\xbf"  # a byte order mark, which some editors put before UTF-8
+
 
 def write_safetensors(path: Path, tensors: Mapping[str, HostArray], metadata: dict[str, str] | None = None) -> None:
     """Write arrays of any layout. The library copies raw memory, so a transposed view has to be laid out first."""
@@ -50,15 +52,38 @@ def read_text(path: Path) -> str:
     A pipe or a device might never end, so it is refused before it is opened.
     """
     path = Path(path)
+    check_regular(path)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(_not_utf8(path, path.read_bytes())) from error
+
+
+def check_regular(path: Path) -> None:
+    """OSError or ValueError, naming it, unless it is a regular file."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "a pipe or a device"
         raise ValueError(f"{path}: {kind}, and a regular file is needed here")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(_not_utf8(path, path.read_bytes())) from error
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes, str]]:
+    """Each line of a regular file as it comes: the byte at which it starts, its bytes, and its text without line end.
+
+    Lines and errors are those of `read_text`, but only one line is in memory at a time.
+    """
+    check_regular(path)
+    with path.open("rb") as file:
+        start = len(BOM) if file.read(len(BOM)) == BOM else 0
+        file.seek(start)
+        for number, line in enumerate((line for block in file for line in block.splitlines(keepends=True)), start=1):
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(_not_utf8_at(path, number, line[error.start], start + error.start)) from error
+            yield start, line, text.rstrip("\r\n")
+            start += len(line)
 
 
 def _not_utf8(path: Path, data: bytes) -> str:
@@ -66,10 +91,13 @@ def _not_utf8(path: Path, data: bytes) -> str:
     try:
         data.decode()
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        byte = f"0x{data[error.start]:02x}, byte {error.start + 1} of the file"
-        return f"{path}, line {line}: not UTF-8 text ({byte}); convert it first: iconv -f latin1 -t utf-8"
+        return _not_utf8_at(path, data.count(b"\n", 0, error.start) + 1, data[error.start], error.start)
     return f"{path}: not UTF-8 text"  # it has been changed meanwhile
+
+
+def _not_utf8_at(path: Path, line: int, byte: int, place: int) -> str:
+    what = f"0x{byte:02x}, byte {place + 1} of the file"
+    return f"{path}, line {line}: not UTF-8 text ({what}); convert it first: iconv -f latin1 -t utf-8"
 
 
 def read_json(path: Path) -> dict[str, Any]:

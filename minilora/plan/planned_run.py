@@ -9,7 +9,7 @@ import numpy as np
 
 from minilora.counting.step_count import Storage
 from minilora.data.batches import Batch, collate
-from minilora.data.examples import Example
+from minilora.data.store import Example
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.adapters import read_layout
 from minilora.formats.checkpoint import DTYPES, read_config, read_config_file
@@ -92,11 +92,11 @@ def plan_run(settings: Settings, labelled: float) -> PlannedRun:
 def longest(settings: Settings, folder: Path, max_length: int) -> MicroBatch:
     """The micro-batch of an epoch that has the most tokens, padding included: the peak of memory is its step's."""
     task = load_task(settings, Tokenizer.load(folder), max_length)
-    shapes = []
-    for group in micro_batches(task.rows, settings):
-        lengths = [sum(len(example.tokens) for example in row) for row in group]
-        labels = sum(sum(example.trained[1:]) for row in group for example in row)
-        shapes.append(MicroBatch(len(group), max(lengths), labels))
+    lengths, labels = task.rows.lengths, task.rows.labels
+    shapes = [
+        MicroBatch(len(group), int(lengths[group].max()), int(labels[group].sum()))
+        for group in micro_batches(lengths, settings)
+    ]
     return max(shapes, key=lambda shape: (shape.rows * shape.length, shape.labelled))
 
 

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from minilora.backend import to_device, to_host, use
 from minilora.cli import errors
 from minilora.data.batches import Rows, batches_of
-from minilora.data.examples import Example
+from minilora.data.store import Example
 from minilora.data.train_tokenizer import train_tokenizer
 from minilora.formats.checkpoint import random_weights, write_checkpoint
 from minilora.formats.files import write_json

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import pydoc_data.topics
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from tqdm import tqdm
 
 from minilora.backend import Array, to_device, xp
 from minilora.data.batches import Batch, pad
-from minilora.data.examples import Example, Row
+from minilora.data.examples import Row
 from minilora.data.prompts import PromptRow, encode_prompt, end_of_turn, question
+from minilora.data.store import Example
 from minilora.data.tokenizer import Tokenizer
 from minilora.model.generation import complete
-from minilora.model.model import Model
+from minilora.model.model import LOGITS_AT_ONCE, Model
 from minilora.model.names import HEAD
 from minilora.training.step import hidden_states
 
 MOST_ANSWER_TOKENS = 128  # of a right answer
 ROOM = 8  # tokens more, in which it may end: white space, a stop token, or the line break before the model's next row
 CUT_OFF = "…"  # the last character of an answer that did not end
+TEXTS, LENGTH = 16, 128  # of other text: that many beginnings of so many tokens
+AT_THE_SAME_TIME = 3  # arrays (chunk, V): both models' logits, and a temporary
 T = TypeVar("T")
 
 
@@ -74,57 +78,91 @@ def _question(row: Row) -> tuple[PromptRow, str]:
     return asked
 
 
-def drift(base: Model, adapted: Model, batches: Sequence[Batch], chunk: int = 512) -> float:
+class Difference(NamedTuple):
+    """How another model differs from a model, over all tokens of some text."""
+
+    kl: float  # KL(model ‖ other), in nats per token
+    logit: float  # the largest |difference| of their logits
+
+
+def drift(
+    base: Model, adapted: Model, batches: Sequence[Batch], chunk: int = LOGITS_AT_ONCE // AT_THE_SAME_TIME
+) -> float:
     """KL(base ‖ adapted) = Σ_v p_v (log p_v − log q_v), in nats, as the mean over all tokens of the batches. (docs: T9)
 
     p is the base's and q the adapted model's distribution of the next token. On text outside the task, the drift is an
-    unwanted effect of fine-tuning.
+    unwanted effect of fine-tuning. At the most, AT_THE_SAME_TIME arrays (chunk, V) are in memory.
     """
-    total, count = 0.0, 0
-    for batch in batches:
-        real = xp.flatnonzero(to_device(batch.segments).reshape(-1))
-        p_hidden, q_hidden = hidden_states(base, batch)[0][real], hidden_states(adapted, batch)[0][real]
-        for start in range(0, len(real), chunk):
-            log_p = _log_softmax(base.sites[HEAD].forward(p_hidden[start : start + chunk])[0])
-            log_q = _log_softmax(adapted.sites[HEAD].forward(q_hidden[start : start + chunk])[0])
-            total += float((xp.exp(log_p) * (log_p - log_q)).sum())
-        count += len(real)
-    return total / count
+    with tqdm(total=_tokens(batches), desc="drift", unit="token", dynamic_ncols=True, leave=False, disable=None) as bar:
+        total = 0.0
+        for logits, other_logits in _logits((base, adapted), batches, chunk):
+            total += _divergence(logits, other_logits)
+            bar.update(len(logits))
+            del logits, other_logits  # before the next ones are made
+    return total / _tokens(batches)
 
 
-def largest_logit_difference(
-    model: Model, other: Model, batches: Sequence[Batch], chunk: int = 512
-) -> tuple[float, float]:
-    """The largest |difference| of two models' logits over all tokens of the batches, and `model`'s largest |logit|."""
-    differences, largest = [0.0], [0.0]
+def differences(
+    model: Model, others: Sequence[Model], batches: Sequence[Batch], chunk: int = LOGITS_AT_ONCE // AT_THE_SAME_TIME
+) -> tuple[list[Difference], float]:
+    """How each of the other models differs from `model`, and `model`'s largest |logit|. Each model runs once."""
+    kl, logit, largest = np.zeros(len(others)), np.zeros(len(others)), 0.0
+    for logits, *others_logits in _logits((model, *others), batches, chunk):
+        largest = np.maximum(largest, float(xp.abs(logits).max()))  # NaN if one is, which `max` would pass over
+        for i, other_logits in enumerate(others_logits):
+            logit[i] = np.maximum(logit[i], float(xp.abs(logits - other_logits).max()))
+            kl[i] += _divergence(logits.copy(), other_logits)
+    return [Difference(*pair) for pair in zip((kl / _tokens(batches)).tolist(), logit.tolist(), strict=True)], float(
+        largest
+    )
+
+
+def _logits(models: Sequence[Model], batches: Sequence[Batch], chunk: int) -> Iterator[list[Array]]:
+    """The logits of each model at all tokens of the batches, `chunk` tokens at a time: arrays (chunk, V)."""
     for batch in batches:
         real = xp.flatnonzero(to_device(batch.segments).reshape(-1))
-        hidden, other_hidden = hidden_states(model, batch)[0][real], hidden_states(other, batch)[0][real]
+        hidden = [hidden_states(model, batch)[0][real] for model in models]
         for start in range(0, len(real), chunk):
-            logits = model.sites[HEAD].forward(hidden[start : start + chunk])[0]
-            other_logits = other.sites[HEAD].forward(other_hidden[start : start + chunk])[0]
-            differences.append(float(xp.abs(logits - other_logits).max()))
-            largest.append(float(xp.abs(logits).max()))
-    return float(np.max(differences)), float(np.max(largest))  # NaN if one is, which `max` would pass over
+            here = slice(start, start + chunk)
+            yield [model.sites[HEAD].forward(of_model[here])[0] for model, of_model in zip(models, hidden, strict=True)]
+
+
+def _divergence(logits: Array, other_logits: Array) -> float:
+    """Σ_n Σ_v p_nv (log p_nv − log q_nv) of logits (N, V). Both arrays are overwritten."""
+    log_p, log_q = _log_softmax(logits), _log_softmax(other_logits)
+    # (exp(log_p) * (log_p - log_q)).sum()
+    difference = xp.subtract(log_p, log_q, out=log_q)
+    difference *= xp.exp(log_p, out=log_p)
+    return float(difference.sum())
 
 
 def _log_softmax(logits: Array) -> Array:
-    z: Array = logits - logits.max(axis=-1, keepdims=True)
-    z -= xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
-    return z
+    """In place of the logits."""
+    logits -= logits.max(axis=-1, keepdims=True)
+    logits -= xp.log(xp.exp(logits).sum(axis=-1, keepdims=True))
+    return logits
 
 
-def outside_text(tokenizer: Tokenizer, texts: int = 16, length: int = 128) -> list[Batch]:
-    """Text outside any task that every Python has: the beginnings of the topics of its language reference."""
+def _tokens(batches: Sequence[Batch]) -> int:
+    return sum(int(np.count_nonzero(batch.segments)) for batch in batches)
+
+
+def outside_text(
+    tokenizer: Tokenizer, texts: int = TEXTS, length: int = LENGTH, at_once: int | None = None
+) -> list[Batch]:
+    """Text outside any task that every Python has: the beginnings of the topics of its language reference.
+
+    A batch has `at_once` of them, or all.
+    """
     topics = pydoc_data.topics.topics
-    return _beginnings(tokenizer, [topics[name] for name in _spread(sorted(topics), texts)], length)
+    return _beginnings(tokenizer, [topics[name] for name in _spread(sorted(topics), texts)], length, at_once or texts)
 
 
 def python_source(tokenizer: Tokenizer, texts: int = 16, length: int = 128) -> list[Batch]:
     """Python that every Python has: what follows the middle of files of its standard library."""
     files = sorted(path for path in Path(sysconfig.get_path("stdlib")).glob("*.py") if path.stat().st_size > 8000)
     sources = [path.read_text(encoding="utf-8") for path in _spread(files, texts)]
-    return _beginnings(tokenizer, [source[source.index("\n", len(source) // 2) :] for source in sources], length)
+    return _beginnings(tokenizer, [source[source.index("\n", len(source) // 2) :] for source in sources], length, texts)
 
 
 def _spread(things: Sequence[T], count: int) -> Sequence[T]:
@@ -132,7 +170,8 @@ def _spread(things: Sequence[T], count: int) -> Sequence[T]:
     return things[:: max(1, len(things) // count)][:count]
 
 
-def _beginnings(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> list[Batch]:
+def _beginnings(tokenizer: Tokenizer, texts: Sequence[str], length: int, at_once: int) -> list[Batch]:
     """The first tokens of each text, all to be predicted."""
     rows = [tokenizer.with_bos(tokenizer.encode(text))[:length] for text in texts]
-    return [pad([Example(tokens, [True] * len(tokens)) for tokens in rows], tokenizer.pad_id)]
+    examples = [Example(tokens, [True] * len(tokens)) for tokens in rows]
+    return [pad(examples[i : i + at_once], tokenizer.pad_id) for i in range(0, len(examples), at_once)]

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minilora.backend import cores, peak_memory_bytes, to_host
+from minilora.data.batches import Batch
 from minilora.data.tokenizer import Tokenizer, save_tokenizer_files
 from minilora.formats.adapters import check_format, read_method, write_method
 from minilora.formats.checkpoint import write_checkpoint
@@ -21,10 +22,19 @@ from minilora.formats.hub import Source, find_adapter, find_model
 from minilora.formats.load import load_model
 from minilora.methods.method import Method
 from minilora.model.config import Config
-from minilora.model.model import Model
+from minilora.model.model import LOGITS_AT_ONCE, Model
 from minilora.model.names import parameter_count
 from minilora.runs.advice import advise, after_divergence, not_finite_at_start
-from minilora.runs.evaluation import answers, can_be_matched, drift, exact_match, outside_text
+from minilora.runs.evaluation import (
+    AT_THE_SAME_TIME,
+    LENGTH,
+    TEXTS,
+    answers,
+    can_be_matched,
+    drift,
+    exact_match,
+    outside_text,
+)  # fmt: skip
 from minilora.runs.folder import train_in
 from minilora.runs.metrics import read_metrics
 from minilora.runs.settings import Settings
@@ -37,6 +47,8 @@ from minilora.training.order import Order
 from minilora.training.schedules import warmup_steps
 from minilora.training.state import State
 from minilora.training.step import mean_loss
+
+MOST_ANSWERS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -171,19 +183,42 @@ def judge(run: Run, model: Model) -> Judgement:
     if not can_be_matched(rows):
         return Judgement(loss, None, [])
     with tqdm(total=len(rows), desc="answering", unit="row", dynamic_ncols=True, leave=False) as bar:
-        texts = answers(model, run.tokenizer, rows, on_batch=bar.update)
+        at_once = min(MOST_ANSWERS_AT_ONCE, logits_at_once(run))
+        texts = answers(model, run.tokenizer, rows, at_once, on_batch=bar.update)
     return Judgement(loss, exact_match(texts, rows), texts)
+
+
+def logits_at_once(run: Run) -> int:
+    """The rows of logits (each V wide) that a training step holds at once, as a mean: judging shall take no more."""
+    return min(LOGITS_AT_ONCE, max(1, _in_a_micro_batch(run, "labels")))
+
+
+def other_text(run: Run) -> list[Batch]:
+    """The text outside the task to measure the drift on: no more of it at once than a micro-batch has, and in all no
+    more tokens than training has read, so that the drift never outlasts training. Both are counts, not times: the
+    figure is the same on any machine.
+    """
+    texts = min(TEXTS, max(1, run.state.tokens // LENGTH))
+    return outside_text(run.tokenizer, texts, at_once=max(1, _in_a_micro_batch(run, "tokens") // LENGTH))
+
+
+def _in_a_micro_batch(run: Run, what: str) -> int:
+    """The mean number of tokens, or of labels, in a micro-batch."""
+    rows = len(run.task.rows)
+    return int(run.task.figures["train"][what] * min(run.settings.batch_size, rows) // rows)
 
 
 def summarize(run: Run, before: Judgement, after: Judgement, started: float) -> dict[str, Any]:
     """The figures of `summary.json`. Losses are in nats per labelled token, the drift in nats per token."""
+    text = other_text(run)
     return {
         "base_fingerprint": run.state.made_from["base model"],
         "base_loss": before.loss,
         "adapted_loss": after.loss,
         "base_exact_match": before.exact_match,
         "adapted_exact_match": after.exact_match,
-        "drift_kl": drift(run.base, run.adapted, outside_text(run.tokenizer)),
+        "drift_kl": drift(run.base, run.adapted, text, max(1, logits_at_once(run) // AT_THE_SAME_TIME)),
+        "drift_tokens": sum(int(np.count_nonzero(batch.segments)) for batch in text),
         "data": run.task.figures,
         "trainable_parameters": sum(p.size for p in run.state.trainable.values()),
         "total_parameters": parameter_count(run.base.config),

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minilora.data.batches import Batch, Rows, collate, of_like_length, pack, padding_share
+from minilora.data.batches import Batch, ExampleRows, Ints, batches_of, of_like_length, pack, padding_share
 from minilora.data.datasets import Dataset, load_dataset
-from minilora.data.examples import Example, Row, encode_rows, row_shape
+from minilora.data.examples import Row, encode_rows
 from minilora.data.report import figures, report
 from minilora.data.tokenizer import Tokenizer
 from minilora.runs.settings import Settings
@@ -27,10 +27,10 @@ BUILT_IN_ROWS = {"train": 8000, "valid": 100, "test": 200}
 class Task:
     """The rows to train on, the batches to validate on, and the held-out rows that judge the outcome."""
 
-    rows: Rows
+    rows: ExampleRows
     valid: list[Batch]
     held_out: list[Batch]  # the test part, or valid if there is no test part
-    held_out_rows: list[Row]
+    held_out_rows: Sequence[Row]
     figures: dict[str, dict[str, Any]]  # the figures of each part, as in data/report.py
     report: list[str]  # the same in sentences
 
@@ -57,30 +57,24 @@ def load_task(settings: Settings, tokenizer: Tokenizer, max_length: int) -> Task
         for name, rows in data._asdict().items()
         if rows
     }
-    train = encoded["train"].examples
-    rows: list[list[Example]] = [[example] for example in train]
+    rows = {name: ExampleRows(part.examples) for name, part in encoded.items()}
     if settings.packing:
-        rows = [[train[i] for i in indices] for indices in pack(train, max_length)]
-    groups = {
-        name: of_like_length([[example] for example in part.examples], settings.batch_size)
-        for name, part in encoded.items()
-    }
-    groups["train"] = micro_batches(rows, settings)
-    padding = {name: padding_share(groups[name]) for name in encoded}
-
+        train = encoded["train"].examples
+        rows["train"] = ExampleRows(train, pack(train.lengths.tolist(), max_length))
+    padding = {name: _padding_share(name, part.lengths, settings) for name, part in rows.items()}
     lines = [report(part, max_length, name, padding[name]) for name, part in encoded.items()]
     if settings.packing:
-        lines.append(f"packed: {len(rows):,} rows of at most {max_length} tokens")
+        lines.append(f"packed: {len(rows['train']):,} rows of at most {max_length} tokens")
     judged = "test" if data.test else "valid"
+    batches = {
+        name: batches_of(rows.get(name, []), settings.batch_size, tokenizer.pad_id) for name in {"valid", judged}
+    }
     return Task(
-        rows=rows,
-        valid=[collate(group, tokenizer.pad_id) for group in groups.get("valid", [])],
-        held_out=[collate(group, tokenizer.pad_id) for group in groups.get(judged, [])],
+        rows=rows["train"],
+        valid=batches["valid"],
+        held_out=batches[judged],
         held_out_rows=encoded[judged].kept(getattr(data, judged)) if judged in encoded else [],
-        figures={
-            name: figures(part, padding[name]) | {"shapes": sorted({*map(row_shape, getattr(data, name))})}
-            for name, part in encoded.items()
-        },
+        figures={name: figures(part, padding[name]) for name, part in encoded.items()},
         report=lines + tokenizer.remarks,
     )
 
@@ -99,11 +93,16 @@ def load_data(settings: Settings) -> Dataset:
     return load_dataset(Path(settings.data), settings.seed, features=features)
 
 
-def micro_batches(rows: Rows, settings: Settings) -> list[Rows]:
-    """The rows of each micro-batch of one epoch, dealt as the training loop does, with a random order of its own."""
-    order, rng = Order(len(rows)), np.random.default_rng(settings.seed)
-    groups: list[Rows] = []
+def _padding_share(name: str, lengths: Ints, settings: Settings) -> float:
+    groups = micro_batches(lengths, settings) if name == "train" else of_like_length(lengths, settings.batch_size)
+    return padding_share(lengths[group] for group in groups)
+
+
+def micro_batches(lengths: Ints, settings: Settings) -> Iterator[Ints]:
+    """The numbers of the rows in each micro-batch of one epoch, dealt as the training loop does, with a random order of
+    its own."""
+    order, rng = Order(len(lengths)), np.random.default_rng(settings.seed)
     step = settings.batch_size * settings.grad_accumulation
-    for _ in range(0, len(rows), step):
-        groups += of_like_length([rows[i] for i in order.take(step, rng)], settings.batch_size)
-    return groups
+    for _ in range(0, len(lengths), step):
+        taken = np.array(order.take(step, rng))
+        yield from (taken[group] for group in of_like_length(lengths[taken], settings.batch_size))

@@ -243,7 +243,7 @@ CASES: dict[str, list[Case]] = {
     "seed": [
         Case(1, written, ANOTHER, STILL),
         Case(1, lambda seen: seen.steps[0].batches[0].tokens.tolist(), ANOTHER, {"batch_size": 2}),
-        Case(1, lambda seen: seen.run.task.held_out_rows, ANOTHER, {"data": "one file.jsonl"}),
+        Case(1, lambda seen: [*seen.run.task.held_out_rows], ANOTHER, {"data": "one file.jsonl"}),
     ],
     "device": [Case("cuda", lambda seen: "minilora[cuda12]" in seen.refusal, True)],
     "dtype": [

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from support.small_tokenizer import CHAT_TEMPLATES, STOP, write_tokenizer
 
 from minilora import evaluate, train
-from minilora.data.batches import collate, of_like_length, padding_share
+from minilora.data.batches import collate, of_like_length, padding_share, row_length
 from minilora.data.conversations import TRAIN_ON
 from minilora.data.datasets import load_dataset, read_rows
-from minilora.data.examples import Encoded, Example, encode_row
+from minilora.data.examples import Encoded, encode_row
 from minilora.data.report import figures, report
 from minilora.data.rows import Place
 from minilora.data.show import show_batch
+from minilora.data.store import Example, Examples
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.checkpoint import random_weights, write_checkpoint
 from minilora.model.config import Config
@@ -75,14 +76,14 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 def test_keys_of_other_names_are_read_as_the_usual_ones_and_other_columns_left(tmp_path: Path) -> None:
     rows = [{"question": p["prompt"], "answer": p["completion"], "text": "not meant", "id": 3} for p in PAIRS]
     path = write_rows(tmp_path / "qa.jsonl", rows)
-    assert read_rows(path, {"prompt": "question", "completion": "answer"}) == PAIRS
-    assert read_rows(path, {"text": "question"}) == [{"text": pair["prompt"]} for pair in PAIRS]
+    assert [*read_rows(path, {"prompt": "question", "completion": "answer"})] == PAIRS
+    assert [*read_rows(path, {"text": "question"})] == [{"text": pair["prompt"]} for pair in PAIRS]
     with pytest.raises(ValueError, match=r"qa\.jsonl, line 1: the row has no key 'completion', .*--completion-feature"):
         read_rows(path, {"prompt": "question"})
     talks = [{"chosen": chat, "tools": [], "chat_template_kwargs": {"a": 1}, "rejected": chat} for chat in CHATS]
     path = write_rows(tmp_path / "talks.jsonl", talks)
     kept = {"tools": [], "chat_template_kwargs": {"a": 1}}
-    assert read_rows(path, {"messages": "chosen"}) == [{"messages": chat, **kept} for chat in CHATS]
+    assert [*read_rows(path, {"messages": "chosen"})] == [{"messages": chat, **kept} for chat in CHATS]
     parts = load_dataset(path, 0, features={"messages": "chosen"})
     assert len(parts.train) + len(parts.valid) == len(CHATS) and all("messages" in row for row in parts.train)
 
@@ -109,15 +110,20 @@ lengths = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size
 @given(lengths=lengths, batch_size=st.integers(1, 5))
 def test_the_padding_share_is_that_of_the_batches(lengths: list[list[int]], batch_size: int) -> None:
     rows = [[Example([1] * n, [True] * n) for n in row] for row in lengths]
-    groups = of_like_length(rows, batch_size)
-    batches = [collate(group, 0) for group in groups]
+    sizes = np.array([row_length(row) for row in rows])
+    groups = of_like_length(sizes, batch_size)
+    batches = [collate([rows[i] for i in group], 0) for group in groups]
     filler = sum(np.count_nonzero(batch.segments == 0) for batch in batches)
-    assert math.isclose(padding_share(groups), filler / sum(batch.tokens.size for batch in batches), abs_tol=1e-12)
+    assert math.isclose(
+        padding_share(sizes[group] for group in groups),
+        filler / sum(batch.tokens.size for batch in batches),
+        abs_tol=1e-12,
+    )
 
 
 @given(data=st.lists(st.lists(st.booleans(), min_size=1, max_size=9), max_size=9))
 def test_the_figures_of_a_part_count_its_tokens_labels_and_rows(data: list[list[bool]]) -> None:
-    encoded = Encoded([Example([7] * len(trained), trained) for trained in data], {3: ROW, 9: ROW}, {4: ROW})
+    encoded = Encoded(Examples(Example([7] * len(t), t) for t in data), {3: ROW, 9: ROW}, {4: ROW}, {"text"})
     found = figures(encoded, 0.25)
     batch = collate([[example] for example in encoded.examples], 0) if data else None
     assert found["labels"] == (np.count_nonzero(batch.labels != IGNORE) if batch else 0)
@@ -130,7 +136,10 @@ def test_the_figures_of_a_part_count_its_tokens_labels_and_rows(data: list[list[
 
 def test_the_report_tells_the_figures_and_names_what_was_left_out() -> None:
     encoded = Encoded(
-        [Example([1, 2, 3], [False, True, True]), Example([1, 2], [False, True])], {2: ROW._replace(number=2)}, {}
+        Examples([Example([1, 2, 3], [False, True, True]), Example([1, 2], [False, True])]),
+        {2: ROW._replace(number=2)},
+        {},
+        {"text"},
     )
     assert report(encoded, 16, "train", 0.25) == (
         "train: 2 examples, 5 tokens, 60% of them trained; median length 3, longest 3; 25% of its batches is padding; "
@@ -150,7 +159,8 @@ def test_the_padding_told_before_training_is_that_of_an_epoch(
     told = task.figures["train"]["padding_share"]
     order, groups = Order(len(task.rows)), []
     while order.epoch < 1 or order.cursor < len(task.rows):
-        groups += of_like_length([task.rows[i] for i in order.take(4, rng)], 4)
+        lengths = np.array([row_length(task.rows[i]) for i in order.take(4, rng)])
+        groups += [lengths[group] for group in of_like_length(lengths, 4)]
     assert abs(told - padding_share(groups)) < 0.02
     assert (told < 0.1) == packing
     valid = [batch.segments for batch in task.valid]

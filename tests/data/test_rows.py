@@ -49,7 +49,7 @@ def test_places_are_told_with_their_file_once_and_at_most_ten_numbers(numbers: l
 def test_a_row_of_a_file_is_the_dictionary_that_it_holds_and_knows_its_line(tmp_path: Path) -> None:
     path = written(tmp_path, PAIRS, json.dumps(PAIRS[0]))
     rows = read_rows(path)
-    assert rows == [*PAIRS, PAIRS[0]]
+    assert [*rows] == [*PAIRS, PAIRS[0]]
     lines = [place_of(row, 0).number for row in rows]
     assert lines == [1, 2, 3, 4, 5, 7]
     (tmp_path / "rows.json").write_text(json.dumps(PAIRS))
@@ -182,7 +182,7 @@ def test_files_of_sharegpt_and_alpaca_train_what_the_assistant_says(
 ) -> None:
     turns = [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "two"}]
     share = read_rows(write_rows(tmp_path / "share.jsonl", [{"conversations": turns}, {"messages": turns}]))
-    assert share == [TALK, TALK] and all(isinstance(row, FileRow) for row in share)
+    assert [*share] == [TALK, TALK] and all(isinstance(row, FileRow) for row in share)
     assert encode_row(share[0], tokenizer) == encode_row(TALK, tokenizer)
     path = write_rows(tmp_path / "alpaca.jsonl", [{"instruction": "one?", "input": "", "output": "two"}] * 4)
     example = encode_row(read_rows(path)[0], tokenizer)
@@ -195,6 +195,6 @@ def test_files_of_sharegpt_and_alpaca_train_what_the_assistant_says(
 def test_keys_that_are_named_are_not_taken_for_alpaca(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"instruction": "one?", "input": "", "output": "two"}])
     features = {"prompt": "instruction", "completion": "output"}
-    assert read_rows(path, features) == [{"prompt": "one?", "completion": "two"}]
+    assert [*read_rows(path, features)] == [{"prompt": "one?", "completion": "two"}]
     path = write_rows(tmp_path / "talk.jsonl", [{"talk": [{"from": "human", "value": "one?"}]}])
-    assert read_rows(path, {"messages": "talk"}) == [{"messages": [USER]}]
+    assert [*read_rows(path, {"messages": "talk"})] == [{"messages": [USER]}]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import tracemalloc
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pydoc_data.topics import topics
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +16,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.strategies import TINY, VOCAB, batches, configs, random_weights, seeds
 
-from minilora.data.batches import Batch
+from minilora.data.batches import Batch, collate
+from minilora.data.store import Example
+from minilora.methods.lora import LoRA
 from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.model import Model, forward
 from minilora.model.names import HEAD
 from minilora.runs import evaluation
-from minilora.runs.evaluation import answers, can_be_matched, drift, exact_match, largest_logit_difference, outside_text
+from minilora.runs.evaluation import (
+    AT_THE_SAME_TIME,
+    answers,
+    can_be_matched,
+    differences,
+    drift,
+    exact_match,
+    outside_text,
+)
+from minilora.runs.run import logits_at_once, other_text
+from minilora.runs.settings import Settings
+from minilora.training.parts import on_all_cores
+from minilora.training.step import loss_and_gradients
 
 few = settings(max_examples=40)
 
@@ -119,8 +135,78 @@ def test_the_largest_difference_of_logits_is_of_all_real_tokens_and_whatever_its
 
     monkeypatch.setattr(evaluation, "hidden_states", lambda model, batch: (np.arange(4), None))
     batch: Any = SimpleNamespace(segments=np.array([[1, 1], [2, 0]]))
-    found = largest_logit_difference(model_with("merged"), model_with("adapted"), [batch], chunk)
-    assert found == (2.25, 7.0)
+    (found,), largest = differences(model_with("merged"), [model_with("adapted")], [batch], chunk)
+    assert (found.logit, largest) == (2.25, 7.0)
+
+
+@few
+@given(configs(), batches(), st.integers(1, 5), seeds)
+def test_several_models_compared_at_once_are_as_they_are_one_by_one(
+    config: Config, batch: Batch, chunk: int, seed: int
+) -> None:
+    model, *others = (model_of(config, seed + i) for i in range(3))
+    together, largest = differences(model, others, [batch], chunk)
+    for found, other in zip(together, others, strict=True):
+        assert found.kl == pytest.approx(drift(model, other, [batch]), rel=1e-12)
+        assert ([found], largest) == differences(model, [other], [batch], chunk)
+
+
+def test_the_largest_difference_of_logits_that_are_no_numbers_is_none() -> None:
+    batch = Batch(*(np.array([[1, 2, 3]]) for _ in range(3)), segments=np.ones((1, 3), np.int64))
+    weights = random_weights(TINY, 0)
+    weights["model.norm.weight"] = np.nan * weights["model.norm.weight"]
+    (found,), _ = differences(model_of(TINY, 0), [base_model(TINY, weights, np.float64)], [batch], 1)
+    assert math.isnan(found.logit)
+
+
+# --- Memory ---
+
+
+def peak(work: Callable[[], Any]) -> int:
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("labels", [1, 5, 30])
+def test_judging_takes_no_more_memory_than_a_training_step(monkeypatch: pytest.MonkeyPatch, labels: int) -> None:
+    """Of a model whose vocabulary is much larger than its width, whether few or many tokens of a step are trained."""
+    monkeypatch.setattr("minilora.training.parts.cores", lambda: 1)
+    config = replace(TINY, vocab_size=30_000)
+    base = base_model(config, random_weights(config, 0), np.float32)
+    method = LoRA(rank=2).for_model(config, lambda text: [])
+    adapted = method.attach(base, method.start(base, np.random.default_rng(0), "float32"))
+    rows = [[Example([*range(32)], [i >= 32 - labels for i in range(32)])] for _ in range(4)]
+    batch = collate(rows, 0)
+    figures = {"train": {"tokens": 4 * 32, "labels": 4 * labels}}
+    run: Any = SimpleNamespace(
+        task=SimpleNamespace(rows=rows, figures=figures), settings=Settings(batch_size=4), tokenizer=Letters(),
+        state=SimpleNamespace(tokens=10**6), base=base, adapted=adapted,
+    )  # fmt: skip
+    letters: Any = Letters()
+    text = [Batch(*(array % 30_000 for array in batch)) for batch in other_text(run)]
+    chunk = max(1, logits_at_once(run) // AT_THE_SAME_TIME)
+    asked = rows_of(["ab"] * 80)
+    training = peak(lambda: loss_and_gradients(adapted, [batch], run=on_all_cores))
+    assert peak(lambda: drift(base, adapted, text[:2], chunk)) <= training
+    assert peak(lambda: answers(adapted, letters, asked, min(64, logits_at_once(run)))) <= training
+    assert peak(lambda: drift(base, adapted, text[:2], chunk=128)) > training or labels == 30
+
+
+@pytest.mark.parametrize(("read", "texts"), [(0, 1), (300, 2), (2047, 15), (2048, 16), (10**9, 16)])
+def test_the_drift_is_of_no_more_tokens_than_training_has_read_and_of_one_text_at_least(read: int, texts: int) -> None:
+    """It depends on counts only. A batch has no more tokens than a micro-batch of training, but one text at least."""
+    for batch_size, at_once in ((1, 1), (8, 2), (1000, 16)):
+        run: Any = SimpleNamespace(
+            task=SimpleNamespace(rows=[[]] * 100, figures={"train": {"tokens": 4_000, "labels": 1_000}}),
+            settings=Settings(batch_size=batch_size), tokenizer=Letters(), state=SimpleNamespace(tokens=read),
+        )  # fmt: skip
+        found = other_text(run)
+        assert sum(len(batch.tokens) for batch in found) == texts
+        assert max(len(batch.tokens) for batch in found) == min(texts, at_once)
 
 
 # --- Exact match ---

@@ -13,6 +13,9 @@ from minilora.runs import run as running
 from minilora.runs.run import Judgement, default_max_length, judge, make_plan, summarize
 from minilora.runs.settings import make_settings
 
+TASK = SimpleNamespace(rows=[[]] * 9, figures={"train": {"examples": 9, "tokens": 900, "labels": 90}})
+TEXT = [SimpleNamespace(segments=np.array([[1, 1, 0], [1, 1, 1]])), SimpleNamespace(segments=np.array([[1]]))]
+
 
 def fake_run(**others: Any) -> Any:
     """A run whose figures all differ."""
@@ -22,7 +25,7 @@ def fake_run(**others: Any) -> Any:
     )  # fmt: skip
     run = {
         "state": state, "folder": "folder", "settings": make_settings({}), "tokenizer": "words", "adapted": "adapted",
-        "base": SimpleNamespace(config="config"), "task": SimpleNamespace(figures={"train": {"examples": 9}}),
+        "base": SimpleNamespace(config="config"), "task": TASK,
     }  # fmt: skip
     return SimpleNamespace(**run | others)
 
@@ -31,8 +34,14 @@ def summary(monkeypatch: pytest.MonkeyPatch, run: Any) -> dict[str, Any]:
     def advise(metrics: Any, settings: Any, before: float, after: float) -> list[str]:
         return [f"{metrics}: from {before} to {after}"]
 
-    monkeypatch.setattr(running, "drift", lambda base, adapted, text: {("base", "adapted"): 0.125}[base.name, adapted])
-    monkeypatch.setattr(running, "outside_text", lambda tokenizer: None)
+    def drift(base: Any, adapted: Any, text: Any, chunk: int) -> float:
+        assert text is TEXT and chunk == 26  # of 8 rows with 10 labels each
+        return {("base", "adapted"): 0.125}[base.name, adapted]
+
+    monkeypatch.setattr(running, "drift", drift)
+    monkeypatch.setattr(
+        running, "outside_text", lambda tokenizer, texts, at_once: {("words", 7, 6): TEXT}[tokenizer, texts, at_once]
+    )
     monkeypatch.setattr(running, "parameter_count", lambda config: {"config": 90_000}[config])
     monkeypatch.setattr(running, "peak_memory_bytes", lambda: 4_000)
     monkeypatch.setattr(running, "read_metrics", lambda folder: f"metrics of {folder}")
@@ -47,7 +56,8 @@ def test_each_figure_of_the_summary_is_the_one_that_it_names(monkeypatch: pytest
     assert summary(monkeypatch, fake_run()) == {
         "base_fingerprint": "digest of the base",
         "base_loss": 2.5, "adapted_loss": 1.25, "base_exact_match": 0.1, "adapted_exact_match": 0.6, "drift_kl": 0.125,
-        "data": {"train": {"examples": 9}}, "trainable_parameters": 22, "total_parameters": 90_000, "steps": 40,
+        "drift_tokens": 6,
+        "data": TASK.figures, "trainable_parameters": 22, "total_parameters": 90_000, "steps": 40,
         "best_step": 30, "best_valid_loss": 0.75, "tokens": 1000, "tokens_per_second": 62.5, "training_seconds": 16.0,
         "seconds": 22.0, "peak_memory_bytes": 4_000, "advice": ["metrics of folder: from 2.5 to 1.25"],
     }  # fmt: skip
@@ -63,11 +73,12 @@ def test_a_model_is_judged_by_all_held_out_batches_and_the_first_rows_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = [{"prompt": str(n), "completion": "right"} for n in range(5)]
-    task = SimpleNamespace(held_out=["a batch", "another"], held_out_rows=rows)
+    task = SimpleNamespace(held_out=["a batch", "another"], held_out_rows=rows, **vars(TASK))
     run = fake_run(task=task, settings=make_settings({"eval_rows": 4}))
     monkeypatch.setattr(running, "mean_loss", lambda model, batches: {"model": 0.5}[model] * len(batches))
 
-    def answers(model: Any, tokenizer: Any, asked: Any, on_batch: Any) -> list[str]:
+    def answers(model: Any, tokenizer: Any, asked: Any, at_once: int, on_batch: Any) -> list[str]:
+        assert at_once == 64  # training has 80 rows of logits at once
         return ["right" if row["prompt"] == "1" else "wrong" for row in asked]
 
     monkeypatch.setattr(running, "answers", answers)

@@ -118,7 +118,7 @@ def test_accumulation_weighs_each_token_alike_which_an_average_of_averages_does_
 
 def test_packed_rows_train_as_padded_rows_do(tmp_path: Path) -> None:
     examples = [row[0] for row in ROWS]
-    packed = [[examples[i] for i in row] for row in pack(examples, 12)]
+    packed = [[examples[i] for i in row] for row in pack([len(example.tokens) for example in examples], 12)]
     assert len(packed) < len(ROWS)
     plan = replace(DESCENT, batch_size=len(ROWS), grad_accumulation=1)  # each step is an epoch: the same rows in both
     on_packed = trained(tmp_path / "packed", plan, packed, optimizer="sgd")
