@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from minilora.data.batches import Batch, Rows
 from minilora.formats.files import read_json
@@ -17,6 +17,25 @@ from minilora.training.loop import Plan, train
 from minilora.training.state import State
 
 LOCK_FILE, SUMMARY_FILE = ".lock", "summary.json"
+
+
+class TrainKeys(TypedDict, total=False):
+    """The figures of the training rows."""
+
+    shapes: list[str]
+
+
+class DataKeys(TypedDict, total=False):
+    """The figures of the rows."""
+
+    train: TrainKeys
+
+
+class SummaryKeys(TypedDict, total=False):
+    """The figures in `summary.json` that are read again."""
+
+    base_fingerprint: str
+    data: DataKeys
 
 
 @contextmanager
@@ -41,7 +60,7 @@ def is_free(folder: Path) -> bool:
 def read_summary(folder: Path) -> dict[str, Any]:
     """The figures that a run has left in its folder; none if it is not that of a finished run."""
     path = folder / SUMMARY_FILE
-    return read_json(path) if path.exists() else {}
+    return read_json(path, SummaryKeys) if path.exists() else {}
 
 
 def train_in(

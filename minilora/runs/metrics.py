@@ -11,13 +11,32 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
-from minilora.formats.files import read_text, write_text
+from minilora.formats.files import parsed_json, read_text, write_text
 from minilora.formats.whole import writing
+from minilora.keys import Between, checked
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"  # the folder beside METRICS_FILE
+
+
+class Line(TypedDict):
+    """A line. All values beside the step are numbers or null."""
+
+    step: Annotated[int, Between(0, 2**53)]
+
+
+class Training(Line):
+    """That of a step of training. More numbers may stand in it."""
+
+    learning_rate: float
+
+
+class Validation(Line, total=False):
+    """That of a validation."""
+
+    valid_loss: float
 
 
 def check_report_to(report_to: str) -> None:
@@ -31,8 +50,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS_FILE
     if not path.is_file():
         return []
-    lines = read_text(path).split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    lines = []
+    for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
+        if line:
+            place = f"{path}, line {number}"
+            lines.append(checked(place, parsed_json(place, line), Training if '"loss"' in line else Line))
+    return lines
 
 
 class MetricsFile:

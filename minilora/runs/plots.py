@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 
 from minilora.figures.drawing import save
-from minilora.runs.metrics import read_metrics
+from minilora.runs.metrics import METRICS_FILE, read_metrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -22,6 +22,8 @@ def plot_loss(folder: Path) -> Path:
     lines = read_metrics(folder)
     train = [line for line in lines if "loss" in line]
     valid = [line for line in lines if "valid_loss" in line]
+    if not train:
+        raise ValueError(f"{folder / METRICS_FILE}: holds no step of training, and there is nothing to plot")
     steps = np.array([line["step"] for line in train])
     losses = np.array([line["loss"] for line in train])
     window = max(1, len(losses) // 30)

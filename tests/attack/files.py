@@ -93,7 +93,9 @@ class Files:
         yield Case("config.json", "model/config.json", "merge", [*adapted[:2], *adapted[-2:], *out])
         yield Case("config.json", "model/config.json", "random_checkpoint", [at("model/config.json"), *out])
         yield Case("model.safetensors", "model/model.safetensors", "generate", asked)
-        yield Case("index.json", "shards/model.safetensors.index.json", "generate", ["--model", at("shards"), *asked[2:]])
+        yield Case(
+            "index.json", "shards/model.safetensors.index.json", "generate", ["--model", at("shards"), *asked[2:]]
+        )
         yield Case("tokenizer.json", "model/tokenizer.json", "generate", asked)
         yield Case("tokenizer_config.json", "model/tokenizer_config.json", "generate", told)
         yield Case("generation_config.json", "model/generation_config.json", "generate", asked)

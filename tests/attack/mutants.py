@@ -1,4 +1,4 @@
-"""Files with a mistake in them, drawn by a seed: the bytes of a file as a bad disk, a bad tool or an enemy leaves them."""
+"""Files with a mistake in them, drawn by a seed, as a bad disk, a bad tool or an enemy leaves them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,22 @@ VALUES: tuple[Any, ...] = (
     *(RAW + "[" * depth + "]" * depth for depth in (60, 900, 100_000)),
     *(RAW + '{"a":' * depth + "0" + "}" * depth for depth in (60, 900, 5_000)),
 )
-WORDS = (b"null", b"true", b"-1", b"1e999", b".nan", b"&a *a", b"[[[[", b"{", b"}", b"'", b'"', b"\0", b"\xff", b"\xed\xa0\xbd")
+WORDS = (
+    b"null",
+    b"true",
+    b"-1",
+    b"1e999",
+    b".nan",
+    b"&a *a",
+    b"[[[[",
+    b"{",
+    b"}",
+    b"'",
+    b'"',
+    b"\0",
+    b"\xff",
+    b"\xed\xa0\xbd",
+)
 COUNTS = (0, 1, 2**16, 2**31 - 1, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)
 
 
@@ -116,7 +131,9 @@ def json_changed(data: bytes, draw: random.Random) -> bytes:
         if isinstance(parent, list):
             parent.append(parent[key])
         else:
-            parent[f"{RAW}{json.dumps(key)}: {json.dumps(draw.choice((1, None, 'x')))}, {json.dumps(key)}"] = parent.pop(key)
+            parent[f"{RAW}{json.dumps(key)}: {json.dumps(draw.choice((1, None, 'x')))}, {json.dumps(key)}"] = (
+                parent.pop(key)
+            )
     elif change == "rename" and isinstance(parent, dict):
         parent[draw.choice((key + "x", "", SURROGATE, "q_proj", "(a+)+$", "("))] = parent.pop(key)
     elif change == "number" and isinstance(parent[key], int | float):
