@@ -31,16 +31,17 @@ Positive: TypeAlias = Annotated[float, Between(1e-30, 1e30)]
 
 
 def checked(place: object, raw: Any, keys: Any) -> dict[str, Any]:
-    """`raw`, if it is an object whose values have the types that the TypedDict `keys` declares.
+    """`raw`, if it is an object whose values have the types that `keys` declares, a TypedDict or a dictionary of types.
 
     ValueError, naming the place and the key, if not, or if a key is missing that has to be there.
     """
     if not isinstance(raw, dict):
         raise ValueError(f"{place} is {shown(raw)}, expected an object in braces")
-    for key, kind in get_type_hints(keys, include_extras=True).items():
+    kinds = keys if isinstance(keys, dict) else get_type_hints(keys, include_extras=True)
+    for key, kind in kinds.items():
         value = raw.get(key)
         if value is None:
-            if key in keys.__required_keys__:
+            if key in getattr(keys, "__required_keys__", ()):
                 raise ValueError(f"{place}: {key!r} is missing")
         elif is_typeddict(kind):
             checked(f"{place}: {key}", value, kind)

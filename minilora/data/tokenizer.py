@@ -15,7 +15,7 @@ from minilora.data.chat_template import read_templates
 from minilora.data.template_process import rendered
 from minilora.data.tokenizer_keys import GenerationKeys, SpecialTokens, TokenizerKeys, token_ids, token_text
 from minilora.formats.files import copy_file, read_json, write_json
-from minilora.formats.gguf import is_gguf
+from minilora.formats.gguf_file import is_gguf
 from minilora.formats.gguf_tokenizer import tokenizer_files
 from minilora.keys import checked
 
@@ -176,9 +176,26 @@ def save_tokenizer_files(source: Path, target: Path) -> None:
         for name, value in tokenizer_files(source).items():
             write_json(target / name, value)
         return
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file() and source.resolve() != target.resolve():
-            copy_file(source / name, target / name)
+    for path in tokenizer_files_to_copy(source):
+        if source.resolve() != target.resolve():
+            copy_file(path, target / path.name)
+
+
+def tokenizer_files_to_copy(source: Path) -> list[Path]:
+    """The files that are copied beside weights. ValueError, naming it, if one is a link out of the model's folder.
+
+    A folder from elsewhere may link to any file of the user's, and what is written is often given away. The cache of
+    the Hugging Face Hub links the files of `snapshots/COMMIT` to `blobs`, and these are the model's own.
+    """
+    home = source.resolve()
+    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    paths = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for path in paths:
+        if not any(path.resolve().is_relative_to(place) for place in homes):
+            raise ValueError(
+                f"{path} is a link to {path.resolve()}, out of the model's folder: put a copy in its place"
+            )
+    return paths
 
 
 def _reader(folder: Path) -> tuple[Callable[[str, type], dict[str, Any]], tokenizers.Tokenizer]:

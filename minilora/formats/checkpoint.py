@@ -15,7 +15,8 @@ import numpy as np
 from minilora.backend import HostArray
 from minilora.formats.files import check_shapes, open_safetensors, read_json, write_json, write_safetensors
 from minilora.formats.finite import finite
-from minilora.formats.gguf import gguf_config, gguf_weights, is_gguf
+from minilora.formats.gguf import gguf_config, gguf_weights
+from minilora.formats.gguf_file import is_gguf
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, Shape, parameter_shapes
 

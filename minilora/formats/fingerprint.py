@@ -15,7 +15,7 @@ from typing import Any
 
 from minilora.formats.checkpoint import read_config, weight_files
 from minilora.formats.files import open_safetensors
-from minilora.formats.gguf import is_gguf, open_gguf
+from minilora.formats.gguf_file import is_gguf, open_gguf
 
 PIECES, PIECE = 8, 512  # of one tensor, and bytes of each
 
