@@ -43,10 +43,11 @@ def only_run(folder: Path) -> Iterator[None]:
     """Be the only process that writes to the folder of a run, which is made if it is not there. OSError if one does."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with only_writer(folder / LOCK_FILE, folder):
+    with only_writer(folder / LOCK_FILE, folder):
+        with writing(folder):
             for left in filter(is_unfinished, list(folder.iterdir())):
                 remove(left)  # by a run that was killed: no other is at work here
-            yield
+        yield
 
 
 def is_free(folder: Path) -> bool:
