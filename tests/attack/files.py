@@ -120,12 +120,16 @@ class Files:
             yield Case("resume", f"run/{name}", "train", ["--resume", at("run")])
         yield Case("resume", "run/summary.json", "generate", [*asked, "--adapter", at("run")])
 
+    def anew(self) -> None:
+        """The copy is as good as the original."""
+        shutil.rmtree(self.bad, ignore_errors=True)
+        shutil.copytree(self.good, self.bad, copy_function=_linked)
+
     def attack(self, seed: int) -> Outcome:
         """One case with its file changed, both as the seed says."""
         draw = random.Random(seed)
         case = self.cases[seed % len(self.cases)]
-        shutil.rmtree(self.bad, ignore_errors=True)
-        shutil.copytree(self.good, self.bad, copy_function=_linked)
+        self.anew()
         file = self.bad / case.file
         changed = mutant(file, draw)
         file.unlink()  # it is a link to the good one
@@ -135,6 +139,7 @@ class Files:
 
 
 def _linked(source: str, target: str) -> None:
+    """As a copy that costs nothing. Whole files are written beside the old ones, so no command changes the original."""
     Path(target).hardlink_to(source)
 
 
