@@ -193,7 +193,7 @@ def tokenizer_files_to_copy(source: Path) -> list[Path]:
     for path in paths:
         if not any(path.resolve().is_relative_to(place) for place in homes):
             raise ValueError(
-                f"{path} is a link to {path.resolve()}, out of the model's folder: put a copy in its place"
+                f"{path} is a link out of the model's folder, to {path.resolve()}: put a copy in its place"
             )
     return paths
 

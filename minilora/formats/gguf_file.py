@@ -77,8 +77,9 @@ def open_gguf(path: Path) -> File:
 
 @lru_cache(maxsize=2)  # configuration, weights and tokenizer each ask for it, and the library takes a second to read it
 def _opened(path: Path, size: int, changed: int) -> File:
+    reader_class = _reader()
     try:
-        reader = _reader()(path)
+        reader = reader_class(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # the library raises whatever its arrays raise
         raise ValueError(f"{path}: not a whole GGUF file ({error}): download or copy it again") from error

@@ -73,6 +73,9 @@ def _used(patterns: Mapping[str, Number], modules: Collection[str]) -> dict[str,
 
 def read(place: object, raw: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """The settings of LoRA or DoRA by name. ValueError, naming place and field, for what cannot be honoured."""
+    for key in ("r", "lora_alpha", "lora_dropout"):
+        if raw.get(key, 0) is None:  # elsewhere null is PEFT's own default
+            raise ValueError(f"{place}: {key} is None, expected a number")
     raw = stated(checked(place, raw, LoraKeys))
     init = raw.get("init_lora_weights", True)
     if init not in INITIALISATIONS:

@@ -15,28 +15,24 @@ from typing import Annotated, Any, TypedDict
 
 from minilora.formats.files import parsed_json, read_text, write_text
 from minilora.formats.whole import writing
-from minilora.keys import Between, checked
+from minilora.keys import Between, checked, fits, shown
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"  # the folder beside METRICS_FILE
 
 
-class Line(TypedDict):
-    """A line. All values beside the step are numbers or null."""
+class Step(TypedDict):
+    """A line. All its values are numbers or null."""
 
     step: Annotated[int, Between(0, 2**53)]
 
 
-class Training(Line):
-    """That of a step of training. More numbers may stand in it."""
+class Line(Step, total=False):
+    """A step of training or a validation, with the values that are read again."""
 
-    learning_rate: float
-
-
-class Validation(Line, total=False):
-    """That of a validation."""
-
+    loss: float
     valid_loss: float
+    learning_rate: float
 
 
 def check_report_to(report_to: str) -> None:
@@ -54,7 +50,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
         if line:
             place = f"{path}, line {number}"
-            lines.append(checked(place, parsed_json(place, line), Training if '"loss"' in line else Line))
+            values = checked(place, parsed_json(place, line), Line)
+            if not fits(values, dict[str, float | None]):
+                raise ValueError(f"{place}: holds {shown(values)}, and all values are numbers or null")
+            lines.append(values)
     return lines
 
 

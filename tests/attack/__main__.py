@@ -13,6 +13,8 @@ from collections import Counter
 from itertools import chain
 from pathlib import Path
 
+from tqdm import tqdm
+
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from attack.files import CLEAR, OUTCOMES, WORKS, Files  # noqa: E402
@@ -62,7 +64,7 @@ def of_faults(args: argparse.Namespace, folder: Path) -> int:
 def of_files(args: argparse.Namespace, folder: Path) -> int:
     """Print how often which outcome came of the files of each format, and each outcome that is not as it should be."""
     files, counts = Files(folder), Counter[tuple[str, str]]()
-    for seed in range(args.seed, args.seed + args.files):
+    for seed in tqdm(range(args.seed, args.seed + args.files), unit="file", mininterval=10):
         outcome = files.attack(seed)
         counts[outcome.case.format, outcome.kind] += 1
         if outcome.kind not in (WORKS, CLEAR):
