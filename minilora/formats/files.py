@@ -92,7 +92,7 @@ def parsed_json(place: object, text: str) -> Any:
         value = json.loads(text, object_pairs_hook=finite_fields)
         if _depth(value) > DEEPEST:
             raise ValueError(f"nested deeper than {DEEPEST} levels")
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         raise ValueError(f"{place}: not valid JSON (\\u{ord(half):04x} is half of a character)") from error
