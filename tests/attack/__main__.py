@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the random moments; of the first file (%(default)s)")
     parser.add_argument("--commands", nargs="+", default=COMMANDS, choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("--files", type=int, default=0, metavar="N", help="instead: so many files with mistakes")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for the files that were not met as they should be")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         return of_files(args, Path(folder)) if args.files else of_faults(args, Path(folder))
@@ -70,6 +71,9 @@ def of_files(args: argparse.Namespace, folder: Path) -> int:
         if outcome.kind not in (WORKS, CLEAR):
             end = outcome.output.strip().rpartition("\n")[2]
             again = f"--files 1 --seed {seed}"
+            if args.keep:
+                args.keep.mkdir(parents=True, exist_ok=True)
+                (args.keep / f"{seed}-{Path(outcome.case.file).name}").write_bytes(outcome.changed)
             print(f"{outcome.kind}: {outcome.case.command} on {outcome.case.file} ({again}): {end}", file=sys.stderr)
     print(f"\n| format | files | {' | '.join(OUTCOMES)} |\n|{'---|' * (len(OUTCOMES) + 2)}")
     for format in dict.fromkeys(case.format for case in files.cases):

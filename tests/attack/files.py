@@ -42,12 +42,13 @@ class Case(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a command took a changed file. `seed` repeats it."""
+    """How a command took a changed file. `seed` repeats it, but for the seconds that a run writes into its files."""
 
     case: Case
     seed: int
     kind: str
     output: str
+    changed: bytes
 
 
 class Files:
@@ -131,11 +132,12 @@ class Files:
         case = self.cases[seed % len(self.cases)]
         self.anew()
         file = self.bad / case.file
-        changed = mutant(file, draw)
+        place = str(self.good).encode()  # which differs from call to call, and a seed has to make the same mistake
+        changed = mutant(file.read_bytes().replace(place, b"/good"), file.suffix, draw).replace(b"/good", place)
         file.unlink()  # it is a link to the good one
         file.write_bytes(changed)
         ended = faulty.limited(case.command, case.flags, SECONDS, BYTES)
-        return Outcome(case, seed, classed(ended, Path(case.file)), ended.output)
+        return Outcome(case, seed, classed(ended, Path(case.file)), ended.output, changed)
 
 
 def _linked(source: str, target: str) -> None:

@@ -6,7 +6,6 @@ import json
 import random
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 JSON_KINDS = (".json", ".jsonl")
@@ -38,15 +37,14 @@ WORDS = (
 COUNTS = (0, 1, 2**16, 2**31 - 1, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)
 
 
-def mutant(path: Path, draw: random.Random) -> bytes:
-    """The bytes of the file with one mistake, or a few."""
-    data = path.read_bytes()
+def mutant(data: bytes, kind: str, draw: random.Random) -> bytes:
+    """The bytes of a file with one mistake, or a few. `kind` is the end of its name."""
     ways: list[Callable[[bytes, random.Random], bytes]] = [bytes_changed, cut]
-    if path.suffix in JSON_KINDS:
+    if kind in JSON_KINDS:
         ways += [json_changed] * 6 + [words_changed]
-    elif path.suffix == ".safetensors":
+    elif kind == ".safetensors":
         ways += [header_changed] * 3
-    elif path.suffix == ".gguf":
+    elif kind == ".gguf":
         ways += [start_changed] * 4
     else:
         ways += [words_changed] * 3 + [lines_changed] * 2
