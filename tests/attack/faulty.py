@@ -20,10 +20,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from support.commands import command_module, hear_interrupts
+from tqdm import tqdm
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil.copyfile"}
 NEEDS_ROOM = {"open", "os.mkdir", "shutil.copyfile", "fsync"}
+tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one that is killed would never give it back
+tqdm.monitor_interval = 0  # nor may a thread hold it while a fork is made
+LONGEST = 600  # seconds that any attacked command may take
 TOO_LONG = 98  # the exit status of a command that has used up its seconds
 
 
@@ -100,7 +104,7 @@ def limited(command: str, flags: Sequence[object], seconds: int, size: int) -> E
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
 
     ended = _forked(command, flags, arm)
-    return ended._replace(code=TOO_LONG) if ended.code == -signal.SIGKILL else ended
+    return ended._replace(code=TOO_LONG) if ended.code in (-signal.SIGKILL, -signal.SIGALRM) else ended
 
 
 def _watch(watched: Path, act: Act, tally: int) -> None:
@@ -137,6 +141,7 @@ def _forked(command: str, flags: Sequence[object], arm: Callable[[int], None]) -
             os.dup2(writing, 2)
             sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
             hear_interrupts()
+            signal.alarm(LONGEST)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             arm(tally)
             code = module.main([str(flag) for flag in flags])
