@@ -76,7 +76,7 @@ class Files:
         settings = {"rank": 4, "lora_alpha": 8.0, "steps": 1, "eval_rows": 0, "target_modules": ["q_proj", "v_proj"]}
         mlx = {"lora_parameters": {"rank": 4, "scale": 2.0, "keys": ["q_proj"]}, "iters": 1, "fine_tune_type": "lora"}
         (self.good / "run.json").write_text(json.dumps(settings | {"rank_pattern": {"q_proj": 2}, "optim": "sgd"}))
-        yaml = "".join(f"{key}: {json.dumps(value)}\n" for key, value in (mlx | {"learning_rate": "1e-5"}).items())
+        yaml = "".join(f"{key}: {json.dumps(value)}\n" for key, value in (mlx | {"learning_rate": 1e-5}).items())
         (self.good / "run.yaml").write_text(yaml)
         (self.good / "run.toml").write_text("".join(f"{key} = {json.dumps(v)}\n" for key, v in settings.items()))
         self.cases = list(self._cases())

@@ -59,7 +59,7 @@ def test_each_kind_of_outcome_is_known_when_it_comes(monkeypatch: pytest.MonkeyP
             time.process_time()
 
     def crashes(argv: object) -> int:
-        faulty.os.kill(faulty.os.getpid(), faulty.signal.SIGSEGV)
+        faulty.os.kill(faulty.os.getpid(), faulty.signal.SIGTRAP)
         return 0
 
     def fills(argv: object) -> int:
