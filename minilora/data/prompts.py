@@ -88,7 +88,10 @@ def encode_prompt(row: PromptRow, tokenizer: Tokenizer) -> list[int]:
     prompt = conversation(row)
     if isinstance(prompt, str):
         return tokenizer.with_bos(tokenizer.encode(prompt))
-    return tokenizer.encode(tokenizer.chat(prompt, add_generation_prompt=True, **template_arguments(row)))
+    ids = tokenizer.encode(tokenizer.chat(prompt, add_generation_prompt=True, **template_arguments(row)))
+    if not ids:
+        raise ValueError(f"{tokenizer.folder}: the chat template writes nothing for the messages")
+    return ids
 
 
 def end_of_turn(tokenizer: Tokenizer) -> frozenset[int]:

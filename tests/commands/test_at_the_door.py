@@ -194,6 +194,11 @@ def test_a_command_names_the_folder_of_a_template_that_takes_too_long(
     assert_refused(run("train", "--model", copy, "--data", rows, "--out", tmp_path / "run"), "rows.jsonl, line 1", told)
 
 
+def test_a_template_that_writes_nothing_is_told(copy: Path) -> None:
+    (copy / "chat_template.jinja").write_text("{# nothing #}")
+    assert_refused(run("generate", "--model", copy, "--chat", "--prompt", "up"), f"{copy}: the chat template writes")
+
+
 # --- Links ---
 
 
