@@ -12,7 +12,7 @@ import sys
 
 from minilora.cli import errors
 from minilora.cli.answering import Loaded, add_flags, check_flags, load, pieces
-from minilora.data.prompts import end_of_turn
+from minilora.data.prompts import encode_prompt, end_of_turn
 from minilora.formats.library import BASE
 from minilora.model.generation import Memory, room
 from minilora.parser import Parser
@@ -52,7 +52,7 @@ class Chat:
         """Answer the user's message, word by word. The words of an interrupted answer stay in the conversation."""
         tokenizer, memory = self.loaded.tokenizer, self.memories[self.adapter]
         asked = [*self.messages, {"role": "user", "content": text}]
-        prompt = tokenizer.encode(tokenizer.chat(asked, add_generation_prompt=True))
+        prompt = encode_prompt({"messages": asked}, tokenizer)
         try:
             left = room(memory.model, len(prompt))
         except ValueError as error:

@@ -14,7 +14,7 @@ from minilora.backend import to_host, use
 from minilora.cli import errors
 from minilora.cli.base import find_base
 from minilora.cli.flags import flags
-from minilora.data.tokenizer import Tokenizer, save_tokenizer_files
+from minilora.data.tokenizer import Tokenizer, save_tokenizer_files, tokenizer_files_to_copy
 from minilora.formats.adapters import FORMATS, read_method, write_method
 from minilora.formats.checkpoint import DTYPES, read_config, read_weights, write_checkpoint
 from minilora.formats.gguf_tokenizer import tokenizer_fields
@@ -92,6 +92,7 @@ def convert_model(args: argparse.Namespace) -> None:
         fields, stops = tokenizer_fields(tokenizer, config.vocab_size), tokenizer.stop_texts
         write_gguf(args.out, raw.get("model_type", "llama"), config, weights, dtype, fields, stops)
     elif dtype in DTYPES:
+        tokenizer_files_to_copy(source)  # first: a link out of the folder is an error
         with building(args.out) as out:
             write_checkpoint(out, raw, weights, dtype)
             save_tokenizer_files(source, out)

@@ -19,7 +19,7 @@ from minilora.backend import Array, HostArray, to_host, use
 from minilora.cli import errors
 from minilora.cli.base import find_base
 from minilora.cli.flags import add_model_flags, flags
-from minilora.data.tokenizer import Tokenizer, save_tokenizer_files
+from minilora.data.tokenizer import Tokenizer, save_tokenizer_files, tokenizer_files_to_copy
 from minilora.formats.adapters import load_adapter
 from minilora.formats.checkpoint import DTYPES, as_dtype, read_config, read_weights, write_checkpoint
 from minilora.formats.files import write_json
@@ -106,6 +106,7 @@ def merge_command(argv: list[str] | None = None) -> None:
     weights = dict(read_weights(source, config))
     base = base_model(config, weights, frozen="stored")
     adapted = load_adapter(base, adapter)
+    tokenizer_files_to_copy(source)  # first: a link out of the folder is an error
     if adapted.config.tie_word_embeddings != config.tie_word_embeddings:
         if not args.untie:
             raise ValueError(

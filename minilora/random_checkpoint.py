@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from minilora.cli import errors
-from minilora.data.tokenizer import TOKENIZER_FILES
+from minilora.data.tokenizer import tokenizer_files_to_copy
 from minilora.formats.checkpoint import DTYPES, named_dtype, random_weights, write_checkpoint
 from minilora.formats.files import copy_file
 from minilora.formats.known_configs import KNOWN_CONFIGS, find_config
@@ -46,7 +46,7 @@ def tokenizer_files(folder: Path | None) -> list[Path]:
     chosen = folder or SHIPPED_MODEL
     if folder and not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder / 'tokenizer.json'}: no such file: --tokenizer names a folder that holds it")
-    return [chosen / name for name in TOKENIZER_FILES if (chosen / name).is_file()]
+    return tokenizer_files_to_copy(chosen)
 
 
 def main(argv: list[str] | None = None) -> int:

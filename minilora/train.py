@@ -26,6 +26,7 @@ from minilora.runs.evaluation import LENGTH, TEXTS
 from minilora.runs.folder import SUMMARY_FILE, is_free, only_run
 from minilora.runs.plots import plot_loss
 from minilora.runs.run import Judgement, Run, judge, prepare, summarize, train_run
+from minilora.runs.settings import SETTINGS_FILE
 from minilora.runs.state_file import load_state, save_state
 from minilora.training.loop import next_batches
 
@@ -36,7 +37,12 @@ def train_command(argv: list[str] | None = None) -> None:
     args = parse(argv, __doc__)
     settings, folder, resumed = choose_settings(args)
     device = use(settings.device)
-    run = prepare(settings, folder)
+    try:
+        run = prepare(settings, folder)
+    except (ValueError, FileNotFoundError) as error:
+        if not resumed:
+            raise
+        raise ValueError(f"{error} ({folder / SETTINGS_FILE} has it so)") from error
     if "show_batch" in args:
         if resumed:
             load_state(run.state, folder)

@@ -120,7 +120,8 @@ def load(args: argparse.Namespace) -> Loaded:
 
 def learnt_to_chat(adapter: Path) -> bool:
     """Whether the folder is that of a run whose training rows were messages."""
-    shapes = read_summary(adapter).get("data", {}).get("train", {}).get("shapes", [])
+    train = (read_summary(adapter).get("data") or {}).get("train") or {}
+    shapes = train.get("shapes") or []
     return bool(shapes) and all("messages" in shape for shape in shapes)
 
 

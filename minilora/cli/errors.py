@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ def run(command: Callable[[list[str] | None], None], argv: list[str] | None) -> 
     any_terminal()
     try:
         command(argv)
+        sys.stdout.flush()
     except KeyboardInterrupt as error:
         with suppress(OSError):  # the terminal may be gone
             print("\ninterrupted", file=sys.stderr)
@@ -32,9 +34,23 @@ def run(command: Callable[[list[str] | None], None], argv: list[str] | None) -> 
     except (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:
         if os.environ.get("MINILORA_DEBUG"):
             raise
-        print(f"error: {OUT_OF_MEMORY if is_out_of_memory(error) else error}", file=sys.stderr)
+        reason = OUT_OF_MEMORY if is_out_of_memory(error) else str(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE) and not error.filename:
+            # Files that cannot be written are told by their names (formats/whole.py), so this is print's.
+            reason = f"standard output cannot be written ({error.strerror})"
+            drop_output()
+        with suppress(OSError):  # standard error may be full or closed, too
+            print(f"error: {reason}", file=sys.stderr)
         return 2
     return 0
+
+
+def drop_output() -> None:
+    """Let standard output lead nowhere: Python would try to write the rest as it ends, and complain once more."""
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minilora.cli import errors, train_flags
+from minilora.cli.flags import ours
 from minilora.cli.train_flags import choose_settings
 from minilora.compare import figures
 from minilora.compare.claims import Claim, ClaimsByModel, as_page, claims
@@ -35,6 +36,7 @@ from minilora.formats.files import read_json, write_json, write_text
 from minilora.formats.hub import find_model
 from minilora.formats.load import SHIPPED_MODEL, load_model
 from minilora.parser import Listed, Parser, comma_list
+from minilora.runs.folder import is_free, only_run
 from minilora.runs.settings import read_settings
 
 RESULTS_FILE, BUDGET_FILE = "comparison.json", "budget.json"
@@ -79,7 +81,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--page", default="comparison.md", help="the page of --docs that gets the tables and pictures (%(default)s)"
     )
     args, shared = parser.read_known(argv)
-    train_flags.parse(shared, also=parser.flags)  # an unknown one is told here, before anything is written
+    given = train_flags.parse(shared, also=parser.flags)  # an unknown one is told here, before anything is written
+    if any(ours().get(name, name) == "method" for name in vars(given)):
+        raise ValueError("--method would do nothing here: the methods to compare are chosen by --methods")
     return args, shared
 
 
@@ -119,6 +123,8 @@ class Comparison:
         path = args.out / BUDGET_FILE
         if path.exists() and read_json(path) != budget:
             raise ValueError(f"{args.out} holds a comparison with another budget, see {path}: choose another --out")
+        if not path.exists() and not is_free(args.out):
+            raise ValueError(f"--out {args.out} holds files that are not a comparison's: choose a new or empty folder")
         write_json(path, budget)
 
     def steps(self) -> int:
@@ -160,10 +166,15 @@ class Comparison:
 
 
 def compare_command(argv: list[str] | None = None) -> None:
-    """Parse, run, measure, write, print."""
+    """Parse, check, and compare."""
     args, shared = parse(argv)
     check_comparison(args, shared)
-    comparison = Comparison(args, shared)
+    with only_run(args.out):
+        compare(args, Comparison(args, shared))
+
+
+def compare(args: argparse.Namespace, comparison: Comparison) -> None:
+    """Run, measure, write, print."""
     machine = facts(usable_cores())
     print(machine_line(machine))
     results = comparison.run()

@@ -1,6 +1,5 @@
 """Prompts to be continued: one JSON object a line, and the tokens that the model starts from."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 from minilora.data.conversations import TEMPLATE_KEYS, fault_of, template_arguments
 from minilora.data.examples import Row
 from minilora.data.tokenizer import Tokenizer
-from minilora.formats.files import read_text
-from minilora.formats.finite import finite_fields
+from minilora.formats.files import parsed_json, read_text
 
 PromptRow = dict[str, Any]
 ACCEPTED_PROMPTS = (
@@ -22,10 +20,12 @@ def read_prompts(path: Path) -> list[PromptRow]:
     prompts = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
+            place = f"{path}, line {number}"
+            row = parsed_json(place, line)
             try:
-                prompts.append(_check(json.loads(line, object_pairs_hook=finite_fields)))
-            except (ValueError, RecursionError) as error:  # wrong JSON, or a wrong shape
-                raise ValueError(f"{path}, line {number}: {error}") from error
+                prompts.append(_check(row))
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
     if not prompts:
         raise ValueError(f"{path} holds no prompts: each line is {ACCEPTED_PROMPTS}")
     return prompts
@@ -88,7 +88,10 @@ def encode_prompt(row: PromptRow, tokenizer: Tokenizer) -> list[int]:
     prompt = conversation(row)
     if isinstance(prompt, str):
         return tokenizer.with_bos(tokenizer.encode(prompt))
-    return tokenizer.encode(tokenizer.chat(prompt, add_generation_prompt=True, **template_arguments(row)))
+    ids = tokenizer.encode(tokenizer.chat(prompt, add_generation_prompt=True, **template_arguments(row)))
+    if not ids:
+        raise ValueError(f"{tokenizer.folder}: the chat template writes nothing for the messages")
+    return ids
 
 
 def end_of_turn(tokenizer: Tokenizer) -> frozenset[int]:

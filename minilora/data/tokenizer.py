@@ -1,20 +1,23 @@
 """Text to tokens and back, and conversations to text, exactly as a model's own folder says."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
 
-from minilora.data.chat_template import compile_template, read_templates
+from minilora.data.chat_template import read_templates
+from minilora.data.template_process import rendered
+from minilora.data.tokenizer_keys import GenerationKeys, SpecialTokens, TokenizerKeys, token_ids, token_text
 from minilora.formats.files import copy_file, read_json, write_json
-from minilora.formats.gguf import is_gguf
+from minilora.formats.gguf_file import is_gguf
 from minilora.formats.gguf_tokenizer import tokenizer_files
+from minilora.keys import checked
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -52,18 +55,19 @@ class Tokenizer:
         backend.no_truncation()  # a saved truncation would silently shorten every row
         backend.no_padding()
 
-        config = read("special_tokens_map.json") | read("tokenizer_config.json")
-        roles = {role: text for role in ROLES if (text := _token_text(config.get(role)))}
+        config = read("special_tokens_map.json", SpecialTokens) | read("tokenizer_config.json", TokenizerKeys)
+        roles = {role: text for role in ROLES if (text := token_text(config.get(role)))}
         ids = {role: backend.token_to_id(text) for role, text in roles.items()}
-        stops = _token_ids(folder / "generation_config.json", read("generation_config.json").get("eos_token_id"))
+        stops = token_ids(read("generation_config.json", GenerationKeys))
         if ids.get("eos_token") is None:
-            stops = stops or _token_ids(folder / "config.json", read("config.json").get("eos_token_id"))
+            stops = stops or token_ids(read("config.json", GenerationKeys))
             if stops:
                 ids["eos_token"] = stops[0]
                 roles["eos_token"] = backend.id_to_token(stops[0]) or ""
         bos_id, eos_id, pad_id = (ids.get(role) for role in ("bos_token", "eos_token", "pad_token"))
 
-        prefix = _prefix(backend)
+        with _tokenizing(folder):
+            prefix = _prefix(backend)
         remarks = []
         if config.get("add_bos_token") not in (None, bool(prefix)):
             remarks.append(
@@ -116,7 +120,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`, nothing added; special tokens written out in it are recognised."""
         check_text(text)
-        return self.backend.encode(text, add_special_tokens=False).ids
+        with _tokenizing(self.folder):
+            return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text, as `encode` gives them, on all cores."""
@@ -126,7 +131,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        with _tokenizing(self.folder):
+            return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def piece(self, token: int) -> str:
         """One token to look at, special or not; a token that is no whole character is shown by its name."""
@@ -164,12 +170,9 @@ class Tokenizer:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return _compiled(self.templates[name], self.now).render(self.roles | variables | given)
-        except (jinja2.TemplateError, TypeError) as error:
+            return rendered(self.templates[name], self.now, self.roles | variables | given)
+        except ValueError as error:
             raise ValueError(f"{self.folder}: the chat template refuses the messages: {error}") from error
-
-
-_compiled = cache(compile_template)
 
 
 def save_tokenizer_files(source: Path, target: Path) -> None:
@@ -179,24 +182,52 @@ def save_tokenizer_files(source: Path, target: Path) -> None:
         for name, value in tokenizer_files(source).items():
             write_json(target / name, value)
         return
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file() and source.resolve() != target.resolve():
-            copy_file(source / name, target / name)
+    for path in tokenizer_files_to_copy(source):
+        if source.resolve() != target.resolve():
+            copy_file(path, target / path.name)
 
 
-def _reader(folder: Path) -> tuple[Callable[[str], dict[str, Any]], tokenizers.Tokenizer]:
+def tokenizer_files_to_copy(source: Path) -> list[Path]:
+    """The files that are copied beside weights. ValueError, naming it, if one is a link out of the model's folder.
+
+    A folder from elsewhere may link to any file of the user's, and what is written is often given away. The cache of
+    the Hugging Face Hub links the files of `snapshots/COMMIT` to `blobs`, and these are the model's own.
+    """
+    home = source.resolve()
+    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    paths = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for path in paths:
+        if not any(path.resolve().is_relative_to(place) for place in homes):
+            raise ValueError(
+                f"{path} is a link out of the model's folder, to {path.resolve()}: put a copy in its place"
+            )
+    return paths
+
+
+def _reader(folder: Path) -> tuple[Callable[[str, type], dict[str, Any]], tokenizers.Tokenizer]:
     """What reads a JSON file of the folder, {} if it is not there, and the tokenizer of tokenizer.json."""
     if is_gguf(folder):
         files = tokenizer_files(folder)
-        return (lambda name: files.get(name, {})), tokenizers.Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
+        with _tokenizing(folder):
+            backend = tokenizers.Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
+        return (lambda name, keys: checked(f"{folder}, {name}", files.get(name, {}), keys)), backend
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found; copy it from the model's release")
-    try:
+    with _tokenizing(folder):
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{file}: not a tokenizer that `tokenizers` can read ({error})") from error
-    return (lambda name: read_json(folder / name) if (folder / name).is_file() else {}), backend
+    return (lambda name, keys: read_json(folder / name, keys) if (folder / name).is_file() else {}), backend
+
+
+@contextmanager
+def _tokenizing(folder: Path) -> Iterator[None]:
+    """Whatever the library raises as a ValueError, its panics too, as when a regular expression tries for too long."""
+    try:
+        yield
+    except BaseException as error:  # it raises nothing narrower than Exception, and panics are not even that
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{folder}, tokenizer.json: `tokenizers` cannot use it ({error})") from error
+        raise
 
 
 def _prefix(backend: tokenizers.Tokenizer) -> list[int]:
@@ -204,21 +235,6 @@ def _prefix(backend: tokenizers.Tokenizer) -> list[int]:
     plain = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a").ids
     return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
-
-
-def _token_text(token: Any) -> str | None:
-    """A special token's text, written as a string or as {"content": …}."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
-
-
-def _token_ids(file: Path, given: Any) -> list[int]:
-    """The value of eos_token_id: none, one or several. ValueError, naming the file, for what is no token's number."""
-    ids = [] if given is None else given if isinstance(given, list) else [given]
-    for id in ids:
-        if type(id) is not int or not 0 <= id < 2**31:
-            raise ValueError(f"{file}: eos_token_id is {given!r}, expected a token's number or a list of them")
-    return ids
 
 
 def check_text(text: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +15,8 @@ import numpy as np
 from minilora.backend import HostArray
 from minilora.formats.files import check_shapes, open_safetensors, read_json, write_json, write_safetensors
 from minilora.formats.finite import finite
-from minilora.formats.gguf import gguf_config, gguf_weights, is_gguf
+from minilora.formats.gguf import gguf_config, gguf_weights
+from minilora.formats.gguf_file import is_gguf
 from minilora.formats.mapped import STORED, mapped_tensors
 from minilora.frozen.mapped import let_go
 from minilora.model.config import Config
@@ -30,6 +31,12 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 MISFIT = "The weights and config.json do not belong together."
+
+
+class IndexKeys(TypedDict):
+    """`model.safetensors.index.json`."""
+
+    weight_map: dict[str, str]
 
 
 def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
@@ -128,16 +135,17 @@ def weight_files(folder: Path) -> list[Path]:
         advice = "convert pytorch_model.bin to safetensors" if pickled else "copy or download the checkpoint whole"
         raise FileNotFoundError(f"{folder}: holds neither {SINGLE} nor {INDEX}: {advice}")
     index = folder / INDEX
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: 'weight_map' is missing or empty")
-    shards = sorted(set(map(str, weight_map.values())))
+    shards = sorted(set(read_json(index, IndexKeys)["weight_map"].values()))
+    if not shards:
+        raise ValueError(f"{index}: 'weight_map' is empty")
     for shard in shards:
         # An index from elsewhere must not make us open a file outside the folder.
         if shard in ("", ".", "..") or any(mark in shard for mark in "/\\:\0"):
             raise ValueError(f"{index}: shard {shard!r} is not a plain file name")
         if not (folder / shard).is_file():
-            raise FileNotFoundError(f"{folder / shard}: this shard is missing: copy or download the checkpoint whole")
+            raise FileNotFoundError(
+                f"{folder / shard}: this shard, which {INDEX} names, is missing: copy or download the checkpoint whole"
+            )
     return [folder / shard for shard in shards]
 
 

@@ -16,9 +16,11 @@ from safetensors.numpy import save_file
 from minilora.backend import HostArray
 from minilora.formats.finite import finite_fields
 from minilora.formats.whole import replacing
+from minilora.keys import checked
 from minilora.model.names import Shape
 
 BOM = b"\xef\xbb\xbf"  # a byte order mark, which some editors put before UTF-8
+DEEPEST = 100  # levels of a JSON file: code behind it may then call itself
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, HostArray], metadata: dict[str, str] | None = None) -> None:
@@ -100,16 +102,39 @@ def _not_utf8_at(path: Path, line: int, byte: int, place: int) -> str:
     return f"{path}, line {line}: not UTF-8 text ({what}); convert it first: iconv -f latin1 -t utf-8"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
-    text = read_text(path)
-    try:
-        value = json.loads(text, object_pairs_hook=finite_fields)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
+def read_json(path: Path, keys: type | None = None) -> dict[str, Any]:
+    """The JSON object in a file, with the types that the TypedDict `keys` declares (keys.py)."""
+    value = parsed_json(path, read_text(path))
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a JSON {type(value).__name__}, expected an object in braces")
+    return value if keys is None else checked(path, value, keys)
+
+
+def parsed_json(place: object, text: str) -> Any:
+    """The value that a text of JSON holds. ValueError, naming the place, for a text that holds none.
+
+    Nor may it hold NaN, half of a character, or more levels than code can walk down that calls itself.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=finite_fields)
+        if _depth(value) > DEEPEST:
+            raise ValueError(f"nested deeper than {DEEPEST} levels")
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"{place}: not valid JSON (\\u{ord(half):04x} is half of a character)") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not valid JSON ({error})") from error
     return value
+
+
+def _depth(value: Any) -> int:
+    """How many containers stand within each other."""
+    depth, level = 0, [value]
+    while level := [entry for entry in level if isinstance(entry, dict | list)]:
+        depth += 1
+        level = [inner for entry in level for inner in (entry.values() if isinstance(entry, dict) else entry)]
+    return depth
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.formats.checkpoint import read_config, weight_files
-from minilora.formats.gguf import is_gguf, open_gguf
+from minilora.formats.gguf_file import is_gguf, open_gguf
 from minilora.formats.mapped import places
 
 PIECES, PIECE = 8, 512  # of one tensor, and bytes of each

@@ -9,9 +9,8 @@ the computation and is not understood is refused by name. The tokenizer is in `g
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -19,90 +18,19 @@ import numpy as np
 from minilora.backend import HostArray
 from minilora.formats.files import check_shapes
 from minilora.formats.finite import finite
-from minilora.frozen.gguf import Blocks, gguf_library
+from minilora.formats.gguf_file import ARCHITECTURES, ROLES, File, open_gguf
+from minilora.frozen.gguf import Blocks
 from minilora.frozen.mapped import let_go
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, NORM, layer_module, parameter_shapes, roles
 from minilora.ops.rope import rope_frequencies
 
-TENSOR_TYPES = (  # by the library's names: plain numbers, and blocks
-    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
-    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
-)
 GGUF_LAYER = {  # role within a layer → module name within a layer of a GGUF file
     **{"attention_norm": "attn_norm", "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"},
     **{"q_norm": "attn_q_norm", "k_norm": "attn_k_norm", "mlp_norm": "ffn_norm"},
     **{"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"},
 }
 ROPE_FACTORS = "rope_freqs.weight"  # by which llama.cpp divides the frequencies: where Llama 3's scaling is kept
-
-
-class Architecture(NamedTuple):
-    """What is to be known of a `general.architecture`."""
-
-    model_type: str  # Hugging Face's name
-    class_name: str
-    permuted: bool  # whether the rows of q and k are in llama.cpp's order
-
-
-ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", True),
-    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", True),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", False),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", False),
-}
-
-
-class File:
-    """An open file: its fields as Python values, and its tensors as the library gives them, memory-mapped."""
-
-    def __init__(self, path: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> None:
-        self.path = path
-        self.fields = fields
-        self.tensors = tensors
-
-    def __getitem__(self, field: str) -> Any:
-        if field not in self.fields:
-            raise ValueError(f"{self.path}: the field {field} is missing")
-        return self.fields[field]
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether this is one file in this format, and no folder."""
-    return path.suffix == ".gguf" and not path.is_dir()
-
-
-def open_gguf(path: Path) -> File:
-    """The file of a model. ValueError or OSError if it is none."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    state = path.stat()
-    return _opened(path.resolve(), state.st_size, state.st_mtime_ns)
-
-
-@lru_cache(maxsize=2)  # configuration, weights and tokenizer each ask for it, and the library takes a second to read it
-def _opened(path: Path, size: int, changed: int) -> File:
-    library = gguf_library()
-    try:
-        reader = library.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:  # the library raises whatever its arrays raise
-        raise ValueError(f"{path}: not a whole GGUF file ({error}): download or copy it again") from error
-    file = File(path, fields, {tensor.name: tensor for tensor in reader.tensors})
-    kind = file.fields.get("general.type", "model")
-    if kind != "model":
-        raise ValueError(f"{path}: holds no model, its general.type is {kind!r}")
-    if file.fields.get("split.count", 1) > 1:
-        parts = file["split.count"]
-        raise ValueError(f"{path}: one of {parts} parts: make them one with llama.cpp's gguf-split --merge")
-    if (name := file["general.architecture"]) not in ARCHITECTURES:
-        raise ValueError(f"{path}: architecture {name!r} is not supported, only {', '.join(ARCHITECTURES)}")
-    for name, tensor in file.tensors.items():
-        if (type := tensor.tensor_type.name) not in TENSOR_TYPES:
-            raise ValueError(
-                f"{path}: {name} is of type {type}, which is not supported, only {', '.join(TENSOR_TYPES)}"
-            )
-    return file
 
 
 def gguf_config(path: Path) -> dict[str, Any]:
@@ -151,12 +79,10 @@ def gguf_config(path: Path) -> dict[str, Any]:
     return raw | {f"{role}_id": id for role, id in ids.items() if id is not None and role != "unk_token"}
 
 
-ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}  # ours → theirs
-
-
 def _tensor(file: File, name: str) -> Any:
-    if name not in file.tensors:
-        raise ValueError(f"{file.path}: the tensor {name} is missing")
+    """A matrix of the file."""
+    if name not in file.tensors or file.tensors[name].data.ndim != 2:
+        raise ValueError(f"{file.path}: the tensor {name} is missing, or no matrix")
     return file.tensors[name]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from minilora.formats.gguf import ROLES, File, open_gguf
+from minilora.formats.gguf_file import ROLES, File, open_gguf
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens: control tokens are special, written out or not
 STOPS = ("eot", "eom")  # more tokens that end an answer: of a turn, of a message
@@ -60,6 +60,8 @@ def tokenizer_files(path: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{path}: pre-tokenizer {pre or 'without a name'!r} is not supported, only {known}")
     tokens: list[str] = file["tokenizer.ggml.tokens"]
     kinds: list[int] = file.fields.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    if len(kinds) != len(tokens):
+        raise ValueError(f"{path}: tokenizer.ggml.token_type has {len(kinds)} entries for {len(tokens)} tokens")
     ids = {role: file.fields.get(f"tokenizer.ggml.{theirs}_token_id") for role, theirs in ROLES.items()}
     for name in (*ROLES.values(), *STOPS):
         id = file.fields.get(f"tokenizer.ggml.{name}_token_id", 0)

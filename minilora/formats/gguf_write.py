@@ -17,13 +17,13 @@ from minilora.backend import HostArray
 from minilora.formats.checkpoint import as_dtype, named_dtype
 from minilora.formats.files import write_text
 from minilora.formats.gguf import (
-    ARCHITECTURES,
     ROPE_FACTORS,
     order_for_file,
     rope_factors,
     tensor_names,
     turned_heads,
 )
+from minilora.formats.gguf_file import ARCHITECTURES
 from minilora.formats.whole import replacing
 from minilora.frozen.gguf import gguf_library
 from minilora.methods.lora import LoRA

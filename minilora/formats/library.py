@@ -14,6 +14,7 @@ from minilora.formats.adapters import load_adapter
 from minilora.formats.files import read_json
 from minilora.formats.hub import find_adapter
 from minilora.formats.peft import CONFIG
+from minilora.methods.fields import AdapterKeys
 from minilora.model.model import Model
 
 BASE = "base"  # the name of the model without any adapter
@@ -37,8 +38,8 @@ class Trained(NamedTuple):
 
 def trained_on(folder: Path) -> Trained:
     """The base that the folder's adapter_config.json names."""
-    raw = read_json(folder / CONFIG)
-    return Trained(str(raw.get("base_model_name_or_path") or raw.get("model") or ""), str(raw.get("revision") or ""))
+    raw = read_json(folder / CONFIG, AdapterKeys)
+    return Trained(raw.get("base_model_name_or_path") or raw.get("model") or "", raw.get("revision") or "")
 
 
 def contradiction(folders: Mapping[str, Path]) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from minilora.formats.checkpoint import read_config, read_weights
-from minilora.formats.gguf import gguf_weights, is_gguf
+from minilora.formats.gguf import gguf_weights
+from minilora.formats.gguf_file import is_gguf
 from minilora.model.base import base_model
 from minilora.model.model import Model
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, TypedDict, cast, get_type_hints
 
 import numpy as np
 
@@ -18,7 +18,8 @@ from minilora.backend import HostArray
 from minilora.formats.files import check_shapes, open_safetensors, read_json, write_json, write_safetensors
 from minilora.formats.finite import finite
 from minilora.formats.peft import CONFIG, Adapter, stored_shapes
-from minilora.methods.fields import name_list, number, rank, whole
+from minilora.keys import Between, Count, Share, shown, stated
+from minilora.methods.fields import AdapterKeys, whole
 from minilora.methods.lora import LoRA
 from minilora.methods.method import Method, known_methods
 from minilora.methods.targets import projections
@@ -30,7 +31,28 @@ ENDS = {  # of names: ours → theirs
     **{"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "m"},
     **{"lora_embedding_A": "lora_a", "lora_embedding_B": "lora_b"},
 }
-PARAMETERS = {"rank", "scale", "dropout", "keys", "alpha"}  # mlx-lm itself once wrote an alpha, and never read it
+
+
+class Parameters(TypedDict):
+    """`lora_parameters`."""
+
+    rank: Count
+    scale: Annotated[float, Between(-1e9, 1e9)]
+
+
+class MoreParameters(Parameters, total=False):
+    keys: list[str]
+    dropout: Share
+    alpha: float  # mlx-lm itself once wrote it, and never read it
+
+
+class MlxKeys(AdapterKeys):
+    """mlx-lm's `adapter_config.json`."""
+
+    lora_parameters: MoreParameters
+    num_layers: Annotated[int, Between(-1, 2**12)]
+
+
 TIED = (
     "of a tied model, mlx-lm adapts embedding and head as one, and PEFT and minilora each alone: "
     f"an adapter on {EMBED} or {HEAD} cannot be exchanged"
@@ -83,7 +105,7 @@ def write_mlx_adapter(
 def read_mlx_adapter(folder: Path, config: Config) -> Adapter:
     """Read an adapter for a model of this configuration. ValueError or OSError, naming file and field or tensor."""
     path, tensors_path = folder / CONFIG, folder / MLX_TENSORS
-    raw = read_json(path)
+    raw = read_json(path, MlxKeys)
     with open_safetensors(tensors_path) as file:
         stored_shape_of = stored_shapes(tensors_path, file)
         try:
@@ -99,7 +121,7 @@ def read_mlx_adapter(folder: Path, config: Config) -> Adapter:
             for name in expected
         }
     tensors = {name: np.ascontiguousarray(tensor.T) for name, tensor in stored.items()}
-    return Adapter(settings, tensors, str(raw.get("model") or ""), {})
+    return Adapter(settings, tensors, raw.get("model") or "", {})
 
 
 def _settings(path: Path, raw: Mapping[str, Any], config: Config, adapted: Iterable[str]) -> LoRA:
@@ -107,13 +129,11 @@ def _settings(path: Path, raw: Mapping[str, Any], config: Config, adapted: Itera
     known = {method.mlx_type: method for method in known_methods().values() if issubclass(method, LoRA)}
     if kind not in known:
         raise ValueError(f"{path}: fine_tune_type {kind!r} is not supported, only {' and '.join(map(repr, known))}")
-    parameters, num_layers = raw.get("lora_parameters"), raw.get("num_layers")
-    if not isinstance(parameters, dict) or not isinstance(num_layers, int):
-        raise ValueError(f"{path}: lora_parameters must be an object in braces, and num_layers a whole number")
-    for field in parameters.keys() - PARAMETERS:
-        raise ValueError(f"{path}: {field} {parameters[field]!r} in lora_parameters is not supported")
+    parameters, num_layers = stated(raw["lora_parameters"]), raw["num_layers"]
+    for field in parameters.keys() - get_type_hints(MoreParameters).keys():
+        raise ValueError(f"{path}: {field} {shown(parameters[field])} in lora_parameters is not supported")
     # Without keys, old versions of mlx-lm adapt q and v, new ones every linear map of a layer: the tensors say which.
-    keys = name_list(path, parameters, "keys") or tuple(dict.fromkeys(_within_layer(module) for module in adapted))
+    keys = parameters.get("keys") or tuple(dict.fromkeys(_within_layer(module) for module in adapted))
     if config.tie_word_embeddings and {EMBED, HEAD} & set(keys):
         raise ValueError(f"{path}: {TIED}")
     within = tuple(LAYER[role] for role in LINEAR if LAYER[role] in keys)
@@ -121,11 +141,11 @@ def _settings(path: Path, raw: Mapping[str, Any], config: Config, adapted: Itera
     if not within + in_full:
         raise ValueError(f"{path}: keys {list(keys)} name no linear map of the base model")
     first = _first(config, num_layers)
-    r, scale = rank(path, parameters, "rank"), number(path, parameters, "scale")
+    rank = parameters["rank"]
     return known[kind](
-        rank=r,
-        alpha=scale * r,
-        dropout=number(path, parameters, "dropout", 0),
+        rank=rank,
+        alpha=float(parameters["scale"] * rank),
+        dropout=float(parameters.get("dropout", 0)),
         target_modules=within + in_full,
         layers_to_transform=tuple(range(first, config.num_hidden_layers)) if first else None,
     )

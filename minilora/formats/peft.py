@@ -18,6 +18,7 @@ from minilora.backend import HostArray
 from minilora.formats.files import check_shapes, open_safetensors, read_json, write_json, write_safetensors
 from minilora.formats.finite import finite
 from minilora.formats.mapped import STORED
+from minilora.methods.fields import AdapterKeys
 from minilora.methods.method import Method, method_held_by
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, Shape, parameter_shapes
@@ -65,14 +66,14 @@ def read_adapter(folder: Path, config: Config) -> Adapter:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     path = folder / CONFIG
-    raw = read_json(path)
+    raw = read_json(path, AdapterKeys)
     try:
         method = method_held_by(path, raw).from_fields(path, raw, config)
         expected = method.shapes(config)
     except ValueError as error:
         raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
     tensors, copies = _read_tensors(folder, method.key_prefix, expected, config)
-    return Adapter(method, tensors, str(raw.get("base_model_name_or_path") or ""), copies)
+    return Adapter(method, tensors, raw.get("base_model_name_or_path") or "", copies)
 
 
 def check_copies(folder: Path, copies: Mapping[str, HostArray], weights: Mapping[str, HostArray]) -> None:

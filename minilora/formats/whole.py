@@ -88,7 +88,9 @@ def only_writer(lock: Path, target: Path) -> Iterator[None]:
 
     A kill leaves that file, but no lock on it.
     """
-    with writing(target), lock.open("ab") as file:
+    with writing(target):
+        file = lock.open("ab")
+    with file:
         if not _locked(file, lock):
             raise OSError(f"{target} is being written by another process: wait for its end, or choose another place")
         try:

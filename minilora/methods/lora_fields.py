@@ -6,28 +6,39 @@ Reading is strict where PEFT is silent: every field that changes the result is u
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from minilora.methods.fields import COMMON, Number, by_pattern, number, rank, whole
-from minilora.methods.placement import PLACEMENT_FIELDS, read_placement, write_placement
+from minilora.keys import Count, Share, checked, stated
+from minilora.methods.fields import check_patterns, refuse_unknown, whole
+from minilora.methods.placement import PlacementKeys, read_placement, write_placement
 from minilora.methods.targets import pattern_value
 from minilora.model.config import Config
 
 if TYPE_CHECKING:
     from minilora.methods.lora import LoRA
 
-READ = {
-    *PLACEMENT_FIELDS,
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
-    *("init_lora_weights",),
-}
+Number = TypeVar("Number", int, float)
+
+
+class LoraKeys(PlacementKeys, total=False):
+    """PEFT's fields that are read."""
+
+    r: Count
+    lora_alpha: float
+    lora_dropout: Share
+    use_rslora: bool
+    use_dora: bool
+    rank_pattern: dict[str, Count]
+    alpha_pattern: dict[str, float]
+    init_lora_weights: bool | str
+
+
 WITHOUT_EFFECT = {  # on what a finished adapter computes
-    *COMMON,
     *("megatron_core", "qalora_group_size"),  # each only with another field
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # each only with an init_lora_weights
 }
 # Others (pissa, olora, corda, loftq, …) change the base weights too, so that A and B alone do not say what is computed.
-INITIALISATIONS = {None: "kaiming", True: "kaiming", False: "kaiming"} | {
+INITIALISATIONS = {True: "kaiming", False: "kaiming"} | {
     "gaussian": "gaussian",
     "orthogonal": "kaiming",
     "eva": "kaiming",
@@ -62,26 +73,25 @@ def _used(patterns: Mapping[str, Number], modules: Collection[str]) -> dict[str,
 
 def read(place: object, raw: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """The settings of LoRA or DoRA by name. ValueError, naming place and field, for what cannot be honoured."""
-    _refuse_unsupported(place, raw)
-    return {
-        "rank": rank(place, raw, "r", 8),
-        "alpha": number(place, raw, "lora_alpha", 8),
-        "dropout": number(place, raw, "lora_dropout", 0),
-        "init": INITIALISATIONS[raw.get("init_lora_weights", True)],
-        "rslora": bool(raw.get("use_rslora")),
-        "rank_pattern": by_pattern(place, raw, "rank_pattern", rank),
-        "alpha_pattern": by_pattern(place, raw, "alpha_pattern", number),
-        **read_placement(place, raw, config),
-    }
-
-
-def _refuse_unsupported(place: object, raw: Mapping[str, Any]) -> None:
+    for key in ("r", "lora_alpha", "lora_dropout"):
+        if raw.get(key, 0) is None:  # elsewhere null is PEFT's own default
+            raise ValueError(f"{place}: {key} is None, expected a number")
+    raw = stated(checked(place, raw, LoraKeys))
     init = raw.get("init_lora_weights", True)
-    if not isinstance(init, str | bool | None) or init not in INITIALISATIONS:
+    if init not in INITIALISATIONS:
         raise ValueError(
             f"{place}: init_lora_weights {init!r} is not supported, because it also changes the base weights: "
             "convert the adapter to plain LoRA with PEFT"
         )
-    for field, value in raw.items():
-        if value and field not in READ | WITHOUT_EFFECT:
-            raise ValueError(f"{place}: {field} {value!r} is not supported")
+    refuse_unknown(place, raw, LoraKeys.__annotations__.keys() | WITHOUT_EFFECT)
+    check_patterns(place, raw, "rank_pattern", "alpha_pattern")
+    return {
+        "rank": raw.get("r", 8),
+        "alpha": float(raw.get("lora_alpha", 8)),
+        "dropout": float(raw.get("lora_dropout", 0)),
+        "init": INITIALISATIONS[init],
+        "rslora": raw.get("use_rslora", False),
+        "rank_pattern": raw.get("rank_pattern", {}),
+        "alpha_pattern": {name: float(alpha) for name, alpha in raw.get("alpha_pattern", {}).items()},
+        **read_placement(place, raw, config),
+    }

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 import numpy as np
 
 from minilora.backend import Array
+from minilora.keys import shown
 from minilora.methods import fields
 from minilora.methods.setting import check, settings_of
 from minilora.model.config import Config
@@ -135,4 +136,4 @@ def method_held_by(place: object, raw: Mapping[str, Any]) -> type[Method]:
         if method.is_held_by(raw):
             return method
     known = ", ".join(sorted({method.peft_type for method in classes if method.peft_type}))
-    raise ValueError(f"{place}: peft_type {raw.get('peft_type')!r} is not supported, only {known}")
+    raise ValueError(f"{place}: peft_type {shown(raw.get('peft_type'))} is not supported, only {known}")

@@ -28,10 +28,11 @@ import numpy as np
 
 from minilora.backend import Array, random_generator, xp
 from minilora.frozen.weight import FrozenWeight
+from minilora.keys import Count, Share, checked, stated
 from minilora.lora import Merged, dropout_mask
-from minilora.methods.fields import number, rank, refuse_unknown
+from minilora.methods.fields import refuse_unknown
 from minilora.methods.method import Variant
-from minilora.methods.placement import PLACEMENT_FIELDS, Placed, frozen_site, read_placement, write_placement
+from minilora.methods.placement import Placed, PlacementKeys, frozen_site, read_placement, write_placement
 from minilora.methods.setting import setting
 from minilora.methods.whole_modules import attach_whole, whole_shapes, whole_start, with_sites
 from minilora.model.config import Config
@@ -41,6 +42,15 @@ from minilora.model.sites import FrozenLinear, Gradients, Site
 
 if TYPE_CHECKING:  # from Python 3.11 on
     from typing import Self
+
+
+class MissKeys(PlacementKeys, total=False):
+    """PEFT's fields that are read."""
+
+    r: Count
+    miss_dropout: Share
+    init_weights: bool | str
+
 
 SHARD = "miss_block"  # M within its module, under PEFT's name for it
 
@@ -182,12 +192,13 @@ class MiSS(Placed):
 
     @classmethod
     def from_fields(cls, place: object, raw: Mapping[str, Any], config: Config) -> Self:
+        raw = stated(checked(place, raw, MissKeys))
         # Whether M started at zero (True) or at random (False) does not matter to a finished adapter.
-        if (init := raw.get("init_weights", True)) not in (True, False, None):
+        if (init := raw.get("init_weights", True)) not in (True, False):
             raise ValueError(f"{place}: init_weights {init!r} is another function of x than plain MiSS: not supported")
-        refuse_unknown(place, raw, {*PLACEMENT_FIELDS, "r", "miss_dropout", "init_weights", "mini_r"})
+        refuse_unknown(place, raw, {*MissKeys.__annotations__, "mini_r"})
         return cls(
-            rank=rank(place, raw, "r", 64),
-            dropout=number(place, raw, "miss_dropout", 0),
+            rank=raw.get("r", 64),
+            dropout=float(raw.get("miss_dropout", 0)),
             **read_placement(place, raw, config),
         )

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypedDict
 
-from minilora.methods.fields import name_list, names_or_pattern
+from minilora.keys import Between, shown
+from minilora.methods.fields import check_patterns
 from minilora.methods.method import Method
 from minilora.methods.setting import setting
 from minilora.methods.targets import (
@@ -28,9 +29,18 @@ from minilora.model.sites import FrozenEmbedding, FrozenLinear
 if TYPE_CHECKING:  # from Python 3.11 on
     from typing import Self
 
-PLACEMENT_FIELDS = {  # PEFT's, read by `read_placement`
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
-}
+Layer: TypeAlias = Annotated[int, Between(0, 2**12)]
+
+
+class PlacementKeys(TypedDict, total=False):
+    """PEFT's fields, read by `read_placement`."""
+
+    target_modules: str | list[str]
+    exclude_modules: str | list[str]
+    layers_to_transform: Layer | list[Layer]
+    layers_pattern: str | list[str]
+    modules_to_save: list[str]
+    bias: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,33 +120,29 @@ def _written_targets(targets: ModuleNames) -> str | list[str]:
 
 
 def read_placement(place: object, raw: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """The settings by name. ValueError, naming place and field, for what cannot be honoured."""
+    """The settings by name, from checked fields. ValueError, naming place and field, for what cannot be honoured."""
     if raw.get("bias", "none") != "none":
         raise ValueError(f"{place}: bias {raw['bias']!r} is not supported, only 'none'")
     if raw.get("layers_pattern") not in (None, "", [], "layers", ["layers"]):
         raise ValueError(f"{place}: layers_pattern {raw['layers_pattern']!r} matches no layer of a Llama-style model")
-    layers = raw.get("layers_to_transform")
-    if isinstance(layers, int):
-        layers = [layers]
-    if layers and not (isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)):
-        raise ValueError(f"{place}: layers_to_transform is {layers!r}, expected layer numbers")
+    check_patterns(place, raw, "target_modules", "exclude_modules")
+    layers, exclude = raw.get("layers_to_transform"), raw.get("exclude_modules", ())
+    layers = [layers] if isinstance(layers, int) else layers
     return {
         "target_modules": _read_targets(place, raw, config),
-        "exclude_modules": names_or_pattern(place, raw, "exclude_modules"),
+        "exclude_modules": exclude if isinstance(exclude, str) else tuple(exclude),
         "layers_to_transform": tuple(layers) if layers else None,
-        "modules_to_save": name_list(place, raw, "modules_to_save"),
+        "modules_to_save": tuple(raw.get("modules_to_save", ())),
     }
 
 
 def _read_targets(place: object, raw: Mapping[str, Any], config: Config) -> ModuleNames:
-    if raw.get("target_modules") is None:
-        return ("q_proj", "v_proj")  # PEFT's choice for Llama
-    targets = names_or_pattern(place, raw, "target_modules")
+    targets = raw.get("target_modules", ["q_proj", "v_proj"])  # PEFT's choice for Llama
     if isinstance(targets, str):
         return (ALL_LINEAR,) if targets.lower() == ALL_LINEAR else targets
     known = [name.removesuffix(".weight") for name in parameter_shapes(config)] + [HEAD]
     # PEFT passes over names that match nothing, as long as one does.
     matching = tuple(entry for entry in targets if any(is_named(name, (entry,)) for name in known))
     if not matching:
-        raise ValueError(f"{place}: target_modules {list(targets)} matches no projection of the base model")
+        raise ValueError(f"{place}: target_modules {shown(targets)} matches no projection of the base model")
     return matching

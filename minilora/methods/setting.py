@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 NAMES = re.compile(r"[\w.-]+(, *[\w.-]+)+")
 NUMBERED_NAMES = re.compile(r"[\w.-]+=[\d.]+(, *[\w.-]+=[\d.]+)+")
+MOST = 2**20  # of a method's ranks, widths and virtual tokens: nothing is built from an absurd number
 KEY = "setting"  # of the field's metadata
 
 
@@ -132,6 +133,8 @@ def check(obj: Any) -> None:
             ):
                 if not fits:
                     raise ValueError(f"{declared.flag} {number} {words} {bound:g}")
+            if declared.declaration.group == "method" and isinstance(number, int) and number > MOST:
+                raise ValueError(f"{declared.flag} {number} is more than {MOST:,}, which is beyond all models")
 
 
 def typed(declared: Setting, value: Any, where: str) -> Any:

@@ -6,9 +6,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
+import regex
+
+from minilora.keys import shown
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD, LINEAR, NORM, layer_module, roles
 
+SECONDS = 0.5  # of the processor, for a regular expression on one name: it takes microseconds
+LONGEST = 10_000  # characters of it
 ALL_LINEAR = "all-linear"
 T = TypeVar("T")
 ModuleNames = str | tuple[str, ...]  # one regular expression for the whole name, or names and ends of names
@@ -28,7 +33,7 @@ def every_module(config: Config) -> list[str]:
 def is_named(module: str, names: ModuleNames) -> bool:
     """Whether the regular expression is the whole name, or one of the names is it or ends it after a dot."""
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return matches(names, module)
     return any(f".{module}".endswith(f".{name}") for name in names)
 
 
@@ -86,6 +91,21 @@ def saved_module_names(config: Config, modules_to_save: Sequence[str]) -> list[s
 def pattern_value(patterns: Mapping[str, T], module: str, otherwise: T) -> T:
     """The value of the first pattern, a regular expression, that is the module's name or ends it after a dot."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if matches(rf"(.*\.)?({pattern})", module):
             return value
     return otherwise
+
+
+def matches(expression: str, module: str) -> bool:
+    """Whether a regular expression is the whole name. ValueError for a text that is none, or that tries for too long.
+
+    It may come from an adapter's file, and Python's own `re` has no limit. This engine takes the same expressions.
+    """
+    try:
+        if len(expression) > LONGEST:
+            raise regex.error(f"it is longer than {LONGEST:,} characters")
+        return regex.fullmatch(expression, module, timeout=SECONDS) is not None
+    except TimeoutError:
+        raise ValueError(f"the regular expression {shown(expression)} takes too long on {module}") from None
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{shown(expression)} is not a regular expression ({error})") from error

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
 from minilora.backend import Array, to_device
+from minilora.keys import Count, checked, stated
 from minilora.methods import fields
 from minilora.methods.method import Method
 from minilora.methods.setting import setting
@@ -22,6 +23,16 @@ FIELDS_OF_THE_START = {  # PEFT's fields that do not change what finished virtua
     *("init_weights", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
     *("prefix_projection", "encoder_hidden_size"),  # PEFT saves what the projection gave, and not the projection
 }
+
+
+class VirtualTokensKeys(TypedDict, total=False):
+    """PEFT's fields that are read."""
+
+    num_virtual_tokens: Count
+    token_dim: Count
+    num_attention_heads: Count
+    num_layers: Count
+    num_transformer_submodules: Count
 
 
 def check_room(config: Config, count: int) -> None:
@@ -68,18 +79,15 @@ class VirtualTokens(Method):
 
     @classmethod
     def from_fields(cls, place: object, raw: Mapping[str, Any], config: Config) -> Self:
-        count = raw.get("num_virtual_tokens")
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise ValueError(f"{place}: num_virtual_tokens is {count!r}, expected a whole number")
-        try:
-            check_room(config, count)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-        method = cls(num_virtual_tokens=count)
+        raw = stated(checked(place, raw, VirtualTokensKeys))
+        if "num_virtual_tokens" not in raw:
+            raise ValueError(f"{place}: 'num_virtual_tokens' is missing")
+        method = cls(num_virtual_tokens=raw["num_virtual_tokens"])
+        check_room(config, method.num_virtual_tokens)
         geometry = method._geometry(config)
         fields.refuse_unknown(place, raw, geometry.keys() | FIELDS_OF_THE_START)
         for field, value in geometry.items():
-            if raw.get(field) not in (None, value):  # PEFT fills in what is null
+            if raw.get(field, value) != value:  # PEFT fills in what is null
                 raise ValueError(f"{place}: {field} is {raw[field]!r}, but with this base model it is {value}")
         return method
 

@@ -4,10 +4,65 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
+
+from minilora.keys import Count, Layers, Positions, Positive, TokenId, checked, stated
 
 ARCHITECTURES = ("llama", "smollm3", "mistral", "qwen2", "qwen3")
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")  # the linear maps of a layer
+
+
+class RopeKeys(TypedDict, total=False):
+    """`rope_parameters` and `rope_scaling`."""
+
+    rope_type: str
+    type: str
+    rope_theta: Positive
+    factor: Positive
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_max_position_embeddings: Positive
+    beta_fast: Positive
+    beta_slow: Positive
+    attention_factor: Positive
+    mscale: float
+    mscale_all_dim: float
+    truncate: bool
+    partial_rotary_factor: float
+
+
+class ConfigKeys(TypedDict, total=False):
+    """`config.json`: each key that is read, or that has to have the one value that is computed here."""
+
+    model_type: str
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Layers
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Count
+    max_position_embeddings: Positions
+    original_max_position_embeddings: Positive
+    rms_norm_eps: Positive
+    rope_theta: Positive
+    rope_scaling: RopeKeys
+    rope_parameters: RopeKeys
+    no_rope_layers: list[int | bool]
+    no_rope_layer_interval: Count
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    hidden_act: str
+    pretraining_tp: int
+    partial_rotary_factor: float
+    sliding_window: int
+    use_sliding_window: bool
+    layer_types: list[str]
+    eos_token_id: TokenId | list[TokenId]
+    dtype: str
+    torch_dtype: str
 
 
 @dataclass(frozen=True)
@@ -35,29 +90,31 @@ class Config:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Config:
         """Read a parsed `config.json` of transformers 4 or 5. What minilora cannot compute is refused by name."""
-        raw = {key: value for key, value in raw.items() if value is not None}
+        raw = stated(checked("config.json", raw, ConfigKeys))
         kind = raw.get("model_type", "llama")
         _refuse_unsupported(raw, kind)
-        hidden, heads = _count(raw, "hidden_size"), _count(raw, "num_attention_heads")
-        layers = _count(raw, "num_hidden_layers")
+        for key in NEEDED if kind == "llama" else (*NEEDED, "num_key_value_heads"):
+            if key not in raw:
+                raise ValueError(f"config.json: {key!r} is missing")
+        hidden, heads, layers = raw["hidden_size"], raw["num_attention_heads"], raw["num_hidden_layers"]
         if "head_dim" not in raw and kind != "qwen3" and hidden % heads:
             raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-        positions = _count(raw, "max_position_embeddings", 2048)
+        positions = raw.get("max_position_embeddings", 2048)
         theta, scaling = _rope(raw, kind, positions)
         config = cls(
-            vocab_size=_count(raw, "vocab_size"),
+            vocab_size=raw["vocab_size"],
             hidden_size=hidden,
-            intermediate_size=_count(raw, "intermediate_size"),
+            intermediate_size=raw["intermediate_size"],
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=_count(raw, "num_key_value_heads", heads if kind == "llama" else None),
-            head_dim=_count(raw, "head_dim", 128 if kind == "qwen3" else hidden // heads),
+            num_key_value_heads=raw.get("num_key_value_heads", heads),
+            head_dim=raw.get("head_dim", 128 if kind == "qwen3" else hidden // heads),
             max_position_embeddings=positions,
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             rope_theta=theta,
             rope_scaling=scaling,
             rope_layers=_rope_layers(raw, kind, layers),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", kind == "smollm3")),
+            tie_word_embeddings=raw.get("tie_word_embeddings", kind == "smollm3"),
             biased=_biased(raw, kind),
             qk_norm=kind == "qwen3",
         )
@@ -68,10 +125,6 @@ class Config:
             )
         if config.head_dim % 2:
             raise ValueError(f"config.json: head_dim {config.head_dim} is odd, and RoPE turns pairs of features")
-        numbers = {"rms_norm_eps": config.rms_norm_eps, "rope_theta": theta, **(scaling or {})}
-        for key, value in numbers.items():
-            if not math.isfinite(value):
-                raise ValueError(f"config.json: {key} is {value}, which is not a finite number")
         if len(config.rope_layers) != layers:
             raise ValueError(f"config.json: no_rope_layers has {len(config.rope_layers)} entries for {layers} layers")
         return config
@@ -96,19 +149,9 @@ def _refuse_unsupported(raw: dict[str, Any], kind: str) -> None:
         raise ValueError("config.json: sliding_window is not supported: attention here sees the whole context")
 
 
-def _count(raw: dict[str, Any], key: str, default: int | None = None) -> int:
-    """A positive whole number."""
-    value = raw.get(key, default)
-    if value is None:
-        raise ValueError(f"config.json: {key!r} is missing")
-    if type(value) is not int or value < 1:
-        raise ValueError(f"config.json: {key} must be a positive whole number, not {value!r}")
-    return value
-
-
 def _rope(raw: dict[str, Any], kind: str, positions: int) -> tuple[float, dict[str, float] | None]:
     """θ and the scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    rope = raw.get("rope_parameters", raw.get("rope_scaling", {}))
+    rope = stated(raw.get("rope_parameters", raw.get("rope_scaling", {})))
     theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0 if kind == "llama" else None))
     if theta is None:
         raise ValueError("config.json: 'rope_theta' is missing")
@@ -124,7 +167,7 @@ def _rope(raw: dict[str, Any], kind: str, positions: int) -> tuple[float, dict[s
         raise ValueError(f"config.json: rope_type {kind!r} is not supported, only default, {', '.join(keys)}")
     original = raw.get("original_max_position_embeddings", positions)
     rope = {"original_max_position_embeddings": original} | rope
-    missing = [key for key in keys[kind] if rope.get(key) is None]
+    missing = [key for key in keys[kind] if key not in rope]
     if missing:
         raise ValueError(f"config.json: rope_type {kind!r} needs {', '.join(missing)}")
     scaling = {key: float(rope[key]) for key in keys[kind]}
@@ -137,7 +180,7 @@ def yarn(rope: dict[str, Any], factor: float) -> dict[str, float]:
     def size(mscale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1
 
-    given = {key: value for key, value in rope.items() if value is not None}
+    given = stated(rope)
     both = given.get("mscale") and given.get("mscale_all_dim")
     usual = size(given["mscale"]) / size(given["mscale_all_dim"]) if both else size(1)
     return {
@@ -154,7 +197,7 @@ def _biased(raw: dict[str, Any], kind: str) -> tuple[str, ...]:
         return ATTENTION[:3]
     if kind == "mistral":
         return ()
-    mlp = kind != "qwen3" and bool(raw.get("mlp_bias", False))
+    mlp = kind != "qwen3" and raw.get("mlp_bias", False)
     return (ATTENTION if raw.get("attention_bias", False) else ()) + (MLP if mlp else ())
 
 
@@ -164,5 +207,5 @@ def _rope_layers(raw: dict[str, Any], kind: str, layers: int) -> tuple[bool, ...
         return (True,) * layers
     if raw.get("no_rope_layers"):
         return tuple(bool(used) for used in raw["no_rope_layers"])
-    interval = _count(raw, "no_rope_layer_interval", 4)
+    interval = raw.get("no_rope_layer_interval", 4)
     return tuple((layer + 1) % interval != 0 for layer in range(layers))

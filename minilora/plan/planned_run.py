@@ -13,7 +13,7 @@ from minilora.data.store import Example
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.adapters import read_layout
 from minilora.formats.checkpoint import DTYPES, read_config, read_config_file
-from minilora.formats.gguf import is_gguf
+from minilora.formats.gguf_file import is_gguf
 from minilora.formats.hub import find_adapter, find_model
 from minilora.formats.known_configs import GPT_3, KNOWN_CONFIGS
 from minilora.formats.load import SHIPPED_MODEL

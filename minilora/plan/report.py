@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from minilora.formats.gguf import is_gguf
+from minilora.formats.gguf_file import is_gguf
 from minilora.frozen.hold import AS_IT_IS
 from minilora.plan.planned_run import PlannedRun
 

@@ -24,12 +24,13 @@ from minilora.data.store import Example
 from minilora.data.train_tokenizer import train_tokenizer
 from minilora.formats.checkpoint import random_weights, write_checkpoint
 from minilora.formats.files import write_json
+from minilora.formats.whole import check_new
 from minilora.methods.full import full_model
 from minilora.model.config import Config
 from minilora.model.names import parameter_count
 from minilora.parser import Parser
 from minilora.pretrain.corpus import english_documents, python_documents
-from minilora.runs.folder import SUMMARY_FILE, train_in
+from minilora.runs.folder import SUMMARY_FILE, is_free, only_run, train_in
 from minilora.runs.state_file import STATE_FILE, load_state
 from minilora.training.loop import Plan
 from minilora.training.optimizers import AdamW
@@ -159,8 +160,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def pretrain_command(argv: list[str] | None = None) -> None:
-    """Make tokenizer, rows and weights; train on text, copying and both; write checkpoint and held-out perplexity."""
+    """Parse, check the folders, and make the model."""
     args = parse(argv)
+    if not args.resume:
+        check_new(args.out)
+        for name, *_ in STAGES:
+            if not is_free(args.run / name):
+                raise ValueError(f"--run {args.run} holds a run or other files: choose another, or give --resume")
+    with only_run(args.run):
+        pretrain(args)
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    """Make tokenizer, rows and weights; train on text, copying and both; write checkpoint and held-out perplexity."""
     print(f"device: {use(args.device)}")
     args.out.mkdir(parents=True, exist_ok=True)
     config = Config.from_dict(TINYSMOL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from minilora.data.batches import Batch, Rows
 from minilora.formats.files import read_json
@@ -19,15 +19,35 @@ from minilora.training.state import State
 LOCK_FILE, SUMMARY_FILE = ".lock", "summary.json"
 
 
+class TrainKeys(TypedDict, total=False):
+    """The figures of the training rows."""
+
+    shapes: list[str]
+
+
+class DataKeys(TypedDict, total=False):
+    """The figures of the rows."""
+
+    train: TrainKeys
+
+
+class SummaryKeys(TypedDict, total=False):
+    """The figures in `summary.json` that are read again."""
+
+    base_fingerprint: str
+    data: DataKeys
+
+
 @contextmanager
 def only_run(folder: Path) -> Iterator[None]:
     """Be the only process that writes to the folder of a run, which is made if it is not there. OSError if one does."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with only_writer(folder / LOCK_FILE, folder):
+    with only_writer(folder / LOCK_FILE, folder):
+        with writing(folder):
             for left in filter(is_unfinished, list(folder.iterdir())):
                 remove(left)  # by a run that was killed: no other is at work here
-            yield
+        yield
 
 
 def is_free(folder: Path) -> bool:
@@ -41,7 +61,7 @@ def is_free(folder: Path) -> bool:
 def read_summary(folder: Path) -> dict[str, Any]:
     """The figures that a run has left in its folder; none if it is not that of a finished run."""
     path = folder / SUMMARY_FILE
-    return read_json(path) if path.exists() else {}
+    return read_json(path, SummaryKeys) if path.exists() else {}
 
 
 def train_in(

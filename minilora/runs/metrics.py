@@ -11,13 +11,28 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
-from minilora.formats.files import read_text, write_text
+from minilora.formats.files import parsed_json, read_text, write_text
 from minilora.formats.whole import writing
+from minilora.keys import Between, checked, fits, shown
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"  # the folder beside METRICS_FILE
+
+
+class Step(TypedDict):
+    """A line. All its values are numbers or null."""
+
+    step: Annotated[int, Between(0, 2**53)]
+
+
+class Line(Step, total=False):
+    """A step of training or a validation, with the values that are read again."""
+
+    loss: float
+    valid_loss: float
+    learning_rate: float
 
 
 def check_report_to(report_to: str) -> None:
@@ -31,8 +46,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS_FILE
     if not path.is_file():
         return []
-    lines = read_text(path).split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    lines = []
+    for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
+        if line:
+            place = f"{path}, line {number}"
+            values = checked(place, parsed_json(place, line), Line)
+            if not fits(values, dict[str, float | None]):
+                raise ValueError(f"{place}: holds {shown(values)}, and all values are numbers or null")
+            lines.append(values)
+    return lines
 
 
 class MetricsFile:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 
+from minilora.backend import HostArray
 from minilora.figures.drawing import save
-from minilora.runs.metrics import read_metrics
+from minilora.runs.metrics import METRICS_FILE, read_metrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -22,8 +25,9 @@ def plot_loss(folder: Path) -> Path:
     lines = read_metrics(folder)
     train = [line for line in lines if "loss" in line]
     valid = [line for line in lines if "valid_loss" in line]
-    steps = np.array([line["step"] for line in train])
-    losses = np.array([line["loss"] for line in train])
+    if not train:
+        raise ValueError(f"{folder / METRICS_FILE}: holds no step of training, and there is nothing to plot")
+    steps, losses, rates = (numbers(train, key) for key in ("step", "loss", "learning_rate"))
     window = max(1, len(losses) // 30)
     smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
 
@@ -34,8 +38,8 @@ def plot_loss(folder: Path) -> Path:
     above.plot(steps[window - 1 :], smooth, color="#08519c", linewidth=1.8, label=f"mean of {window} steps")
     if valid:
         above.plot(
-            [line["step"] for line in valid],
-            [math.nan if line["valid_loss"] is None else line["valid_loss"] for line in valid],
+            numbers(valid, "step"),
+            numbers(valid, "valid_loss"),
             color="#d94801",
             marker="o",
             markersize=4,
@@ -46,9 +50,14 @@ def plot_loss(folder: Path) -> Path:
     above.set_ylabel("nats per labelled token")
     above.legend(frameon=False)
     above.grid(alpha=0.25)
-    below.plot(steps, [line["learning_rate"] for line in train], color="#4a4a4a", linewidth=1.2)
+    below.plot(steps, rates, color="#4a4a4a", linewidth=1.2)
     below.set_ylabel("learning rate")
     below.set_xlabel("step")
     below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     below.grid(alpha=0.25)
     return save(figure, folder / PLOT_FILE)
+
+
+def numbers(lines: Sequence[Mapping[str, Any]], key: str) -> HostArray:
+    """A value of each line, NaN where it is null or missing."""
+    return np.array([math.nan if line.get(key) is None else line[key] for line in lines], float)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from minilora.backend import cores, peak_memory_bytes, to_host
 from minilora.data.batches import Batch
-from minilora.data.tokenizer import Tokenizer, save_tokenizer_files
+from minilora.data.tokenizer import Tokenizer, save_tokenizer_files, tokenizer_files_to_copy
 from minilora.formats.adapters import check_format, read_method, write_method
 from minilora.formats.checkpoint import write_checkpoint
 from minilora.formats.fingerprint import fingerprint
@@ -86,6 +86,9 @@ def prepare(settings: Settings, folder: Path) -> Run:
     model_folder = source.folder
     base, raw_config = load_model(model_folder, settings.dtype, settings.frozen, settings.mixed_precision)
     tokenizer = Tokenizer.load(model_folder, datetime.fromisoformat(settings.date)).fitting(base.config.vocab_size)
+
+    if not settings.method.freezes_base:
+        tokenizer_files_to_copy(model_folder)  # the outcome is a whole model; a link out of the folder is an error now
 
     rng = np.random.default_rng(settings.seed)
     if settings.adapter:

@@ -321,4 +321,8 @@ def read_settings(folder: Path) -> Settings:
     for name in values:
         if name not in known:
             raise ValueError(f"{path}: {name!r} is not a setting; there are {', '.join(known)}")
-    return make_settings({name: typed(known[name], value, f"{path}: {name}") for name, value in values.items()})
+    given = {name: typed(known[name], value, f"{path}: {name}") for name, value in values.items()}
+    try:
+        return make_settings(given)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -7,15 +7,61 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias, TypedDict, get_type_hints
+
+import numpy as np
 
 from minilora.backend import to_device, to_host
-from minilora.formats.files import open_safetensors, write_safetensors
+from minilora.formats.files import open_safetensors, parsed_json, write_safetensors
+from minilora.formats.finite import finite
+from minilora.keys import Between, Positive, checked
 from minilora.training.loss_scale import LossScale
 from minilora.training.state import State
 
 STATE_FILE = "state.safetensors"
-NUMBERS = ("step", "tokens", "seconds", "best_loss", "best_step", "evaluations_without_gain")
+Whole: TypeAlias = Annotated[int, Between(0, 2**53)]
+
+
+class Counts(TypedDict):
+    """The numbers that every state has."""
+
+    step: Whole
+    tokens: Whole
+    seconds: float
+    best_step: Whole
+    evaluations_without_gain: Whole
+
+
+class Numbers(Counts, total=False):
+    """All numbers of a state. One that is not finite is not there."""
+
+    best_loss: float
+
+
+NUMBERS = tuple(get_type_hints(Numbers))
+
+
+class Scale(TypedDict):
+    """A loss scale."""
+
+    value: Positive
+    steps: Whole
+
+
+class SavedAlways(TypedDict):
+    """The metadata of the file, each entry a text of JSON."""
+
+    numbers: Numbers
+    order: list[Whole]
+    rng: dict[str, Any]
+
+
+class Saved(SavedAlways, total=False):
+    """The rest of it, which states of older versions may lack."""
+
+    made_from: dict[str, Any]
+    cores: Whole
+    loss_scale: Scale
 
 
 def save_state(state: State, folder: Path) -> None:
@@ -44,25 +90,33 @@ def load_state(state: State, folder: Path) -> list[str]:
     path = folder / STATE_FILE
     with open_safetensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        metadata = file.metadata()
+        saved = checked(path, {name: parsed_json(path, text) for name, text in (file.metadata() or {}).items()}, Saved)
     targets = {f"trainable.{name}": p for name, p in state.trainable.items()}
     targets |= {f"optimizer.{name}": a for name, a in state.optimizer.state().items()}
+    best = {name: a for name, a in tensors.items() if name.startswith("best.")}
+    like = targets | {name: state.trainable.get(name.removeprefix("best.")) for name in best}
+    for name, target in like.items():
+        found = tensors.get(name)
+        if found is None or target is None or (found.shape, found.dtype) != (target.shape, target.dtype):
+            raise ValueError(f"{path} does not fit this run: {name} is missing, unknown, or has another shape or dtype")
     for name, target in targets.items():
-        if name not in tensors or tensors[name].shape != target.shape:
-            raise ValueError(f"{path} does not fit this run: {name} is missing or has another shape")
-        target[...] = to_device(tensors[name])
-    _check_made_from(path, json.loads(metadata.get("made_from", "{}")), json.loads(json.dumps(state.made_from)))
-    if len(tensors["order"]) != len(state.order.permutation):
+        target[...] = to_device(finite(path, name, tensors[name]))
+    _check_made_from(path, saved.get("made_from", {}), json.loads(json.dumps(state.made_from)))
+    order, count = tensors.get("order"), len(state.order.permutation)
+    if order is None or not np.array_equal(np.sort(order), np.arange(count)) or len(saved["order"]) != 2:
         raise ValueError(f"{path} does not fit this run: the data has changed since it was saved")
-    state.order.permutation = tensors["order"]
-    state.order.epoch, state.order.cursor = json.loads(metadata["order"])
-    state.rng.bit_generator.state = json.loads(metadata["rng"])
-    if "loss_scale" in metadata:  # states of older versions have none
-        state.loss_scale = LossScale(**json.loads(metadata["loss_scale"]))
-    state.best = {name.removeprefix("best."): a for name, a in tensors.items() if name.startswith("best.")}
-    for name, number in ({"best_loss": math.inf} | json.loads(metadata["numbers"])).items():
-        setattr(state, name, number)
-    before = int(metadata.get("cores", state.cores))
+    state.order.permutation = order
+    state.order.epoch, state.order.cursor = saved["order"]
+    try:
+        state.rng.bit_generator.state = saved["rng"]
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+        raise ValueError(f"{path}: rng is no state of a generator of random numbers ({error})") from error
+    if "loss_scale" in saved:  # states of older versions have none
+        state.loss_scale = LossScale(**saved["loss_scale"])
+    state.best = {name.removeprefix("best."): finite(path, name, a) for name, a in best.items()}
+    for name in NUMBERS:
+        setattr(state, name, saved["numbers"].get(name, math.inf))
+    before = saved.get("cores", state.cores)
     if before == state.cores:
         return []
     return [
@@ -75,7 +129,7 @@ def _check_made_from(path: Path, saved: Mapping[str, Any], found: Mapping[str, A
     """ValueError, naming what differs, if the run is not made from the same things now as when its state was saved."""
     for what, value in found.items():
         before = saved.get(what, value)  # a state of an older version may not say
-        if isinstance(value, dict):
+        if isinstance(value, dict) and isinstance(before, dict):
             both = sorted(before.keys() & value.keys())
             changed = [f"{name} was {before[name]!r}" for name in both if value[name] != before[name]]
             words = f"its {what} have changed ({', '.join(changed)})" if changed else ""

@@ -19,11 +19,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from support.commands import command_module
+from support.commands import command_module, hear_interrupts
+from tqdm import tqdm
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil.copyfile"}
 NEEDS_ROOM = {"open", "os.mkdir", "shutil.copyfile", "fsync"}
+tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one that is killed would never give it back
+tqdm.monitor_interval = 0  # nor may a thread hold it while a fork is made
+LONGEST = 600  # seconds that any attacked command may take
+TOO_LONG = 98  # the exit status of a command that has used up its seconds
 
 
 class Ended(NamedTuple):
@@ -88,6 +93,20 @@ def after(seconds: float, number: int, command: str, flags: Sequence[object]) ->
     return _forked(command, flags, arm)
 
 
+def limited(command: str, flags: Sequence[object], seconds: int, size: int) -> Ended:
+    """The process may use so many seconds of the processor, and take so many bytes more than it has."""
+
+    def arm(tally: int) -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + size
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        signal.signal(signal.SIGXCPU, lambda *_: os._exit(TOO_LONG))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+
+    ended = _forked(command, flags, arm)
+    return ended._replace(code=TOO_LONG) if ended.code in (-signal.SIGKILL, -signal.SIGALRM) else ended
+
+
 def _watch(watched: Path, act: Act, tally: int) -> None:
     number, below, fsync = 0, str(watched), os.fsync
 
@@ -121,6 +140,8 @@ def _forked(command: str, flags: Sequence[object], arm: Callable[[int], None]) -
             os.dup2(writing, 1)
             os.dup2(writing, 2)
             sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
+            hear_interrupts()
+            signal.alarm(LONGEST)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             arm(tally)
             code = module.main([str(flag) for flag in flags])

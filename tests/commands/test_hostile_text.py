@@ -233,7 +233,11 @@ BEYOND = {
     "an end": ("generation_config.json", lambda content: content.update(eos_token_id=[0, 300]), "is token 300"),
     "a number below 0": ("generation_config.json", lambda content: content.update(eos_token_id=-1), "is -1, expected"),
     "a huge number": ("generation_config.json", lambda content: content.update(eos_token_id=2**40), "expected"),
-    "a text": ("generation_config.json", lambda content: content.update(eos_token_id="0"), "is '0', expected a token"),
+    "a text": (
+        "generation_config.json",
+        lambda content: content.update(eos_token_id="0"),
+        "is '0', expected",
+    ),
     "a truth": ("generation_config.json", lambda content: content.update(eos_token_id=True), "is True, expected"),
     "what begins a text": (
         "tokenizer.json",

@@ -30,7 +30,11 @@ gguf = pytest.importorskip("gguf")
 
 from minilora.data.tokenizer import Tokenizer  # noqa: E402
 from minilora.formats.checkpoint import read_config, read_weights  # noqa: E402
-from minilora.formats.gguf import gguf_weights, open_gguf, order_for_file, order_in_file  # noqa: E402
+from minilora.formats.gguf import gguf_weights, order_for_file, order_in_file  # noqa: E402
+from minilora.formats.gguf_file import (
+    _reader,
+    open_gguf,
+)
 from minilora.formats.gguf_tokenizer import tokenizer_files  # noqa: E402
 from minilora.formats.gguf_write import _add_field  # noqa: E402
 from minilora.formats.load import SHIPPED_MODEL, load_model  # noqa: E402
@@ -272,6 +276,7 @@ def test_a_file_that_is_cut_off_missing_or_no_gguf_is_an_error_that_names_it(tmp
 
 def test_without_the_library_the_error_says_what_to_install(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
+    _reader.cache_clear()  # made with the library, if another test has read a file
     path = file.rename(file.with_name("unseen.gguf"))
     assert_refused(run("generate", "--model", path), "pip install 'minilora[gguf]'")
 

@@ -31,7 +31,7 @@ def test_miss_is_read_back_from_its_folder_exactly(tmp_path: Path, name: str, ti
     [
         ({"init_weights": "bat"}, "init_weights 'bat'"),
         ({"init_weights": "mini", "mini_r": 2}, "init_weights 'mini'"),
-        ({"init_weights": []}, r"init_weights \[\]"),
+        ({"init_weights": []}, r"init_weights is \[\], expected true or false or a text"),
         ({"bias": "all"}, "bias 'all' is not supported"),
         ({"r": 3}, "wrong shape: .*miss_block"),
         ({"r": 0}, "r is 0"),

@@ -43,7 +43,7 @@ def test_what_is_written_is_read_again(method: type[VirtualTokens], tmp_path: Pa
         ({"token_dim": 5}, r"config.json: token_dim is 5, but with this base model it is"),
         ({"num_layers": 3}, r"config.json: num_layers is 3, but with this base model it is 2"),
         ({"num_transformer_submodules": 2}, r"num_transformer_submodules is 2"),
-        ({"num_virtual_tokens": None}, r"config.json: num_virtual_tokens is None, expected a whole number"),
+        ({"num_virtual_tokens": None}, r"config.json: 'num_virtual_tokens' is missing"),
         ({"num_virtual_tokens": 63}, r"config.json: num_virtual_tokens 63 must be from 1 to 62"),
         (
             {"num_virtual_tokens": 4},

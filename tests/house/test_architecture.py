@@ -16,7 +16,7 @@ ROOT = Path(minilora.__file__).parent
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 ROOMS = (  # from the ground: a room imports only from itself and from rooms before it
-    *("backend", "ops", "frozen", "lora", "model", "methods", "adapters", "formats", "figures"),
+    *("backend", "ops", "frozen", "lora", "keys", "model", "methods", "adapters", "formats", "figures"),
     *("data", "parser", "tasks", "training", "counting", "runs", "cli"),
 )
 COMMANDS = {  # the rooms above all others, which do not know each other

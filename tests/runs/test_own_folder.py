@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from support.commands import ADAPTER, PAIRS, assert_refused, contents, good, process, read, run, write_rows
 
 from minilora.formats.fingerprint import PIECE, PIECES, fingerprint
-from minilora.formats.gguf import open_gguf
+from minilora.formats.gguf_file import open_gguf
 from minilora.runs.folder import LOCK_FILE, only_run
 
 # --- One writer ---

@@ -16,7 +16,7 @@ from support.strategies import random_adapter, random_weights
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.adapters import write_method
 from minilora.formats.checkpoint import write_checkpoint
-from minilora.formats.gguf import open_gguf
+from minilora.formats.gguf_file import open_gguf
 from minilora.formats.gguf_write import _add_field
 from minilora.formats.load import load_model
 from minilora.methods.lora import LoRA
