@@ -34,6 +34,7 @@ from minilora.training.loop import Diverged, Plan, steps_per_epoch
 from minilora.training.loss_scale import FIRST
 from minilora.training.optimizers import OPTIMIZERS
 from minilora.training.order import Order
+from minilora.training.ranks import world
 from minilora.training.schedules import warmup_steps
 from minilora.training.state import State
 from minilora.training.step import mean_loss
@@ -150,7 +151,8 @@ def train_run(run: Run) -> None:
             not_finite_at_start(run.settings) if error.at_start else after_divergence(run.settings, run.plan.warmup)
         )
         raise Diverged(f"{error} {advice}") from error
-    write_outcome(run, {name: to_host(p) for name, p in run.state.trainable.items()})
+    if world().is_first:
+        write_outcome(run, {name: to_host(p) for name, p in run.state.trainable.items()})
 
 
 def write_outcome(run: Run, tensors: dict[str, np.ndarray[Any, Any]]) -> None:
@@ -175,7 +177,14 @@ def judge(run: Run, model: Model) -> Judgement:
     return Judgement(loss, exact_match(texts, rows), texts)
 
 
-def summarize(run: Run, before: Judgement, after: Judgement, started: float) -> dict[str, Any]:
+def check_ranks(run: Run) -> None:
+    """ValueError on every rank unless all ranks are about to make the same run."""
+    world().check_agreement({**run.state.made_from, "number of threads": run.state.cores})
+
+
+def summarize(
+    run: Run, before: Judgement, after: Judgement, started: float, of_ranks: dict[str, Any]
+) -> dict[str, Any]:
     """The figures of `summary.json`. Losses are in nats per labelled token, the drift in nats per token."""
     return {
         "base_fingerprint": run.state.made_from["base model"],
@@ -195,5 +204,6 @@ def summarize(run: Run, before: Judgement, after: Judgement, started: float) -> 
         "training_seconds": round(run.state.seconds, 2),
         "seconds": round(time.perf_counter() - started, 2),
         "peak_memory_bytes": peak_memory_bytes(),
+        **of_ranks,
         "advice": advise(read_metrics(run.folder), run.settings, before.loss, after.loss),
     }
