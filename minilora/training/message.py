@@ -42,13 +42,13 @@ class Place(NamedTuple):
 
 
 class Layout:
-    """The places of all gradients, by name. Every rank finds the same from gradients of its own."""
+    """The places of all gradients, by name, in the order of the gradients, by which their norm rounds. Every rank finds
+    the same from gradients of its own."""
 
     def __init__(self, gradients: Gradients) -> None:
         self.places: dict[str, Place] = {}
         self.bytes = START
-        for name in sorted(gradients):
-            g = gradients[name]
+        for name, g in gradients.items():
             strides = [stride if length > 1 else g.nbytes for stride, length in zip(g.strides, g.shape, strict=True)]
             axes = tuple(int(axis) for axis in np.argsort([-stride for stride in strides], kind="stable"))
             self.places[name] = Place(self.bytes, tuple(g.shape), axes, g.dtype.str)
