@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -52,18 +53,20 @@ def run_on_ranks(command: Command, argv: list[str] | None) -> int:
     any_terminal()
     heard = sys.stderr
     if rank > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115: as long as the process
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    ranks = world()
     try:
-        join()
+        ranks = join()
         command(argv)
+        ranks.meet(math.inf)
     except BaseException as error:
         words, status = in_words(error), status_of(error)
         if rank == 0:
             print(words, file=heard, flush=True)
-        if not world().all_failed(PATIENCE):
+        if not ranks.meet(PATIENCE):
             if rank > 0:
                 print(f"rank {rank}: {words}", file=heard, flush=True)
-            world().abort(status)
+            ranks.abort(status)
         return status
     return 0
 

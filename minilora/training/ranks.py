@@ -41,7 +41,7 @@ class Ranks:
         self.comm = comm
         self.rank: int = comm.rank if comm else 0
         self.size: int = comm.size if comm else 1
-        self.failing = comm.Dup() if comm else None  # for `all_failed`: other ranks may be waiting in `comm`
+        self.ending = comm.Dup() if comm else None  # for `meet`: other ranks may be waiting in `comm`
         self.message_bytes, self.message_seconds = 0, 0.0  # of one buffer; of all, waiting included
         self.place = self.gather(host)[: self.rank].count(host)  # among the ranks of this machine
 
@@ -171,13 +171,13 @@ class Ranks:
 
     # --- The end ---
 
-    def all_failed(self, seconds: float) -> bool:
-        """Whether all ranks come to this point within so many seconds: they can then end in good order."""
-        if not self.failing:
+    def meet(self, seconds: float) -> bool:
+        """Whether all ranks come to their end within so many seconds, each by success or by an error of its own."""
+        if not self.ending:
             return True
-        request, started = self.failing.Ibarrier(), time.perf_counter()
+        request, started = self.ending.Ibarrier(), time.perf_counter()
         while not (arrived := request.Test()) and time.perf_counter() - started < seconds:
-            time.sleep(0.01)
+            time.sleep(0.01)  # a wait within MPI would take a whole core
         return bool(arrived)
 
     def abort(self, status: int) -> None:
@@ -191,6 +191,13 @@ _world = Ranks()
 def world() -> Ranks:
     """The ranks that this process has joined, or itself alone."""
     return _world
+
+
+def work_alone() -> Ranks:
+    """Share nothing out from now on; the ranks that the process has joined."""
+    global _world
+    joined, _world = _world, Ranks()
+    return joined
 
 
 def launched() -> tuple[int, int]:
