@@ -88,7 +88,7 @@ def train_and_judge(run: Run, started: float) -> None:
     if not world().is_first:
         return
     plot = plot_loss(folder)
-    summary = summarize(run, before, after, started, of_ranks)
+    summary = summarize(run, before, after, started) | of_ranks
     write_json(folder / SUMMARY_FILE, {name: finite_or_null(value) for name, value in summary.items()})
     print_examples(run.task.held_out_rows, before, after)
     print_summary(summary)

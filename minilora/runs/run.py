@@ -182,9 +182,7 @@ def check_ranks(run: Run) -> None:
     world().check_agreement({**run.state.made_from, "number of threads": run.state.cores})
 
 
-def summarize(
-    run: Run, before: Judgement, after: Judgement, started: float, of_ranks: dict[str, Any]
-) -> dict[str, Any]:
+def summarize(run: Run, before: Judgement, after: Judgement, started: float) -> dict[str, Any]:
     """The figures of `summary.json`. Losses are in nats per labelled token, the drift in nats per token."""
     return {
         "base_fingerprint": run.state.made_from["base model"],
@@ -204,6 +202,5 @@ def summarize(
         "training_seconds": round(run.state.seconds, 2),
         "seconds": round(time.perf_counter() - started, 2),
         "peak_memory_bytes": peak_memory_bytes(),
-        **of_ranks,
         "advice": advise(read_metrics(run.folder), run.settings, before.loss, after.loss),
     }
