@@ -32,6 +32,7 @@ from minilora.runs.stopping import stopping
 from minilora.runs.task import Task, load_task
 from minilora.training.loop import Diverged, Plan, steps_per_epoch
 from minilora.training.loss_scale import FIRST
+from minilora.training.message import checksum
 from minilora.training.optimizers import OPTIMIZERS
 from minilora.training.order import Order
 from minilora.training.ranks import world
@@ -179,7 +180,8 @@ def judge(run: Run, model: Model) -> Judgement:
 
 def check_ranks(run: Run) -> None:
     """ValueError on every rank unless all ranks are about to make the same run."""
-    world().check_agreement({**run.state.made_from, "number of threads": run.state.cores})
+    held_out = checksum(array.tobytes() for batch in run.task.held_out for array in batch)
+    world().check_agreement({**run.state.made_from, "held-out data": held_out, "number of threads": run.state.cores})
 
 
 def summarize(run: Run, before: Judgement, after: Judgement, started: float) -> dict[str, Any]:

@@ -136,11 +136,11 @@ class Ranks:
         first, *others = self.gather(dict(made_from))
         for rank, found in enumerate(others, start=1):
             for what, value in first.items():
-                other = found[what]
+                other = found.get(what)
                 if value == other:
                     continue
                 words = f"{value} here and {other} there"
-                if isinstance(value, dict):
+                if isinstance(value, dict) and isinstance(other, dict):
                     differ = [name for name in value if value[name] != other.get(name)]
                     words = ", ".join(f"{name} {value[name]!r} here and {other.get(name)!r} there" for name in differ)
                 raise ValueError(

@@ -130,6 +130,26 @@ def test_fewer_micro_batches_than_ranks_are_told_with_the_flags_that_make_more(
     assert code == 0 and "remark" not in err
 
 
+def test_the_ranks_of_a_machine_share_out_its_cores() -> None:
+    program = """
+from minilora.backend import cores
+from minilora.training.ranks import join
+print(join().gather(cores()))
+"""
+    ((one,),) = (json.loads(line) for line in on_ranks(1, ["-c", program], threads=0)[1].splitlines())
+    for ranks in (2, 3):
+        first, *others = on_ranks(ranks, ["-c", program], threads=0)[1].splitlines()
+        threads = json.loads(first)
+        assert all(line == first for line in others) and len({*threads}) == 1 and len(threads) == ranks
+        assert 1 <= threads[0] <= max(1, one // ranks)
+
+
+def test_evaluate_shares_out_its_rows_to_the_same_figures(model: Path, data: Path, adapter: Path) -> None:
+    flags = ("--model", model, "--adapter", adapter, "--data", data / "pairs.jsonl", "--batch-size", 2, "--json")
+    found = [on_ranks(ranks, ["-m", "minilora.evaluate", *flags]) for ranks in (1, 3)]
+    assert found[0][0] == 0 and found[0] == found[1], found
+
+
 def test_answers_are_shared_out_and_are_those_of_one_process(model: Path, data: Path, adapter: Path) -> None:
     program = f"""
 from minilora import load, load_adapter

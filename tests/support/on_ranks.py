@@ -42,17 +42,19 @@ for flags in json.load(open(sys.argv[1])):
 
 
 def start(ranks: int, argv: Sequence[object], threads: int = 1, **variables: str) -> subprocess.Popen[str]:
-    """`python ARGV` on so many ranks, each with so many threads; 1 rank is a plain process."""
+    """`python ARGV` on so many ranks, each with so many threads, 0: as many as it finds; 1 rank is a plain process."""
     launcher = [] if ranks == 1 else [str(MPIEXEC), "-n", str(ranks)]
     number = {name: str(threads) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    hears: dict[str, Any] = {} if os.name == "nt" else {"preexec_fn": hear_interrupts}
     return subprocess.Popen(
         [*launcher, sys.executable, *map(str, argv)],
         cwd=REPOSITORY,
-        env={**os.environ, **OPEN_MPI, **number, **variables},
+        env={**environment, **OPEN_MPI, **(number if threads else {}), **variables},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=hear_interrupts,
+        **hears,
     )
 
 
