@@ -101,4 +101,4 @@ def test_a_trial_that_cannot_run_ends_the_comparison_and_is_told_once(model: Pat
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_mistake_is_told_once(ranks: int, tmp_path: Path) -> None:
     code, out, err = on_ranks(ranks, ["-m", "minilora.compare", "--methods", "lara", "--out", tmp_path / "out"])
-    assert code == 2 and out == "" and err.count("error: --methods lara") == 1 and err.count("\n") == 1
+    assert code == 2 and out == "" and err.startswith("error: --methods lara") and err.count("error: ") == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import ADAPTER, CONFIG, PAIRS, RUN_FILES, write_rows
-from support.on_ranks import needs_mpi, on_ranks, start, train
+from support.on_ranks import is_open_mpi, needs_mpi, on_ranks, start, train
 
 from minilora.formats.checkpoint import random_weights, write_checkpoint
 from minilora.model.config import Config
@@ -96,6 +96,8 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(flags: list[object],
 
 @needs_mpi
 def test_a_signal_to_the_launcher_saves_the_state(flags: list[object], tmp_path: Path) -> None:
+    if is_open_mpi():
+        pytest.skip("Open MPI's mpirun passes no SIGTERM on: it ends its ranks")
     endless = [*flags, "--steps", 100_000, "--save-every", 0, "--out", tmp_path / "cut"]
     process = start(2, ["-m", "minilora.train", *endless])
     while process.poll() is None and not (tmp_path / "cut" / "metrics.jsonl").exists():
@@ -107,13 +109,14 @@ def test_a_signal_to_the_launcher_saves_the_state(flags: list[object], tmp_path:
 
 
 @needs_mpi
-def test_a_mistake_that_all_ranks_see_is_told_once_and_nothing_else_is_printed(
+def test_a_mistake_that_all_ranks_see_is_told_once_and_minilora_prints_nothing_else(
     flags: list[object], tmp_path: Path
 ) -> None:
     for mistake in (("--no-such-flag",), ("--steps", -1), ("--data", tmp_path / "nowhere")):
         code, out, err = train(3, *flags, *mistake, "--out", tmp_path / "run")
         assert code == 2 and not (tmp_path / "run").exists()
-        assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+        assert out == "" and err.startswith("error: ") and err.count("error: ") == 1, err
+        assert is_open_mpi() or err.count("\n") == 1, "Open MPI's launcher adds a paragraph of its own"
     code, out, _ = train(2, "--help")
     assert code == 0 and out.count("usage:") == 1
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.strategies import batches, configs, seeds
 from support.threads_as_ranks import on_threads
@@ -141,6 +143,31 @@ def test_the_sum_of_a_step_is_the_same_to_the_last_bit_on_any_number_of_ranks(
         for name, gradient in gradients.items():
             assert shared[name].tobytes() == gradient.tobytes()
             assert shared[name].strides == gradient.strides, "in the same order of memory, by which its sum rounds"
+
+
+@settings(max_examples=30)
+@given(
+    config=configs(max_layers=2),
+    drawn=st.lists(batches(), min_size=1, max_size=4),
+    size=st.integers(2, 3),
+    seed=seeds,
+)
+def test_loss_and_gradients_of_the_model_are_the_same_bytes_on_any_number_of_ranks(
+    config: Config, drawn: list[Batch], size: int, seed: int
+) -> None:
+    """Dropout included: a micro-batch draws by its own seed, whoever computes it."""
+    model, drawing = adapted(config, seed, dropout=0.3), range(seed, seed + len(drawn))
+    of_thread = threading.local()
+
+    def step(ranks: Ranks) -> tuple[float, dict[str, bytes], float]:
+        of_thread.ranks = ranks
+        loss, gradients = loss_and_gradients(model, drawn, drawing)
+        return loss, {name: gradient.tobytes() for name, gradient in gradients.items()}, mean_loss(model, drawn)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NUMBER_OF_PARTS, lambda examples: 1)
+        patch.setattr("minilora.training.step.world", lambda: of_thread.ranks)
+        assert on_threads(size, step) == [step(Ranks())] * size
 
 
 @given(count=st.integers(0, 9), size=st.integers(1, 4))

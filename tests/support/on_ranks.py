@@ -30,6 +30,12 @@ OPEN_MPI = {  # as root, and on fewer cores than ranks
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
 }
 
+
+def is_open_mpi() -> bool:
+    """Open MPI's launcher ends its ranks at once on a signal; MPICH's passes it on."""
+    return "Open MPI" in subprocess.run([str(MPIEXEC), "--version"], capture_output=True, text=True).stdout
+
+
 MANY_RUNS = """
 import json, os, sys
 from minilora.train import train_command
