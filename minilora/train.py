@@ -45,7 +45,7 @@ def train_command(argv: list[str] | None = None) -> None:
         batch = next_batches(run.state, run.task.rows, run.plan, run.tokenizer.pad_id)[0]
         print(*run.task.report, *show_batch(batch, run.tokenizer, color=sys.stdout.isatty()), sep="\n")
         return
-    check_ranks(run)  # before anything is written
+    check_ranks(run, device)  # before anything is written
     with only_run(folder) if ranks.is_first else nullcontext():
         begin(run, resumed)
         describe(run, device)

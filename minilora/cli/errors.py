@@ -61,7 +61,8 @@ def run_on_ranks(command: Command, argv: list[str] | None) -> int:
         ranks.meet(math.inf)
     except BaseException as error:
         words, status = in_words(error), status_of(error)
-        if rank == 0:
+        if rank == 0 and words:
+            sys.stdout.flush()  # what was printed before would be lost with the process
             print(words, file=heard, flush=True)
         if not ranks.meet(PATIENCE):
             if rank > 0:

@@ -178,10 +178,11 @@ def judge(run: Run, model: Model) -> Judgement:
     return Judgement(loss, exact_match(texts, rows), texts)
 
 
-def check_ranks(run: Run) -> None:
+def check_ranks(run: Run, device: str) -> None:
     """ValueError on every rank unless all ranks are about to make the same run."""
     held_out = checksum(array.tobytes() for batch in run.task.held_out for array in batch)
-    world().check_agreement({**run.state.made_from, "held-out data": held_out, "number of threads": run.state.cores})
+    found_here = {"held-out data": held_out, "device": device, "number of threads": run.state.cores}
+    world().check_agreement({**run.state.made_from, **found_here})
 
 
 def summarize(run: Run, before: Judgement, after: Judgement, started: float) -> dict[str, Any]:
