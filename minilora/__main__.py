@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": "count the memory and the arithmetic of a run before it begins",
     "compare": "every method on the same work: a table and plots",
     "benchmark": "time and memory beside transformers + PEFT",
+    "benchmark.ranks": "time and memory of training on ranks beside threads",
     "book": "docs/ as a site, each equation beside its function",
     "random_checkpoint": "a checkpoint of a real shape with random weights",
     "pretrain": "make the small base model that is shipped here",

@@ -24,6 +24,7 @@ __all__ = [
     "HostArray",
     "cores",
     "from_host",
+    "limit_cores",
     "matmul_transposed",
     "memory_bytes",
     "narrow",
@@ -63,9 +64,10 @@ else:
     xp = _ArrayModule()
 
 
-def use(device: str) -> str:
+def use(device: str, number: int = 0) -> str:
     """Choose `cpu`, `cuda` or `auto` (a GPU if one answers), and return the choice made.
 
+    Of several GPUs it takes the one of that number, counted on from the first again after the last.
     Raises RuntimeError, with what to install, if `cuda` is asked for and CuPy or a GPU is missing.
     """
     global _module
@@ -77,7 +79,7 @@ def use(device: str) -> str:
     try:
         import cupy  # type: ignore[import-not-found,unused-ignore]
 
-        cupy.cuda.runtime.getDeviceCount()
+        cupy.cuda.Device(number % cupy.cuda.runtime.getDeviceCount()).use()
         cupy.zeros(1)
     except Exception as error:  # CuPy is missing, or it finds no driver or GPU: each raises something else
         if device == "cuda":
@@ -215,6 +217,11 @@ def cores() -> int:
     if not on_cpu():
         return 1
     return max((int(library["num_threads"]) for library in _blas().info()), default=1)
+
+
+def limit_cores(number: int) -> None:
+    """From now on products use at most so many cores."""
+    _blas().limit(limits=min(number, cores()))
 
 
 def one_core_for_products() -> AbstractContextManager[object]:

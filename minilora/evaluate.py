@@ -29,6 +29,7 @@ from minilora.runs.evaluation import answers, can_be_matched, drift, exact_match
 from minilora.runs.run import default_max_length
 from minilora.runs.task import BUILT_IN_ROWS
 from minilora.tasks.nl2sql.rows import nl2sql_rows
+from minilora.training.ranks import world
 from minilora.training.step import mean_loss
 
 
@@ -81,7 +82,7 @@ def evaluate_command(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.batch_size < 1 or min(args.eval_rows, args.max_length, args.few_shot, args.seed) < 0:
         raise ValueError("--batch-size must be at least 1; --eval-rows, --max-length, --few-shot and --seed at least 0")
-    use(args.device)
+    use(args.device, world().place)
     adapters = {args.adapter: find_adapter(args.adapter).folder} if args.adapter else {}
     folder = find_base(args.model, args.revision, adapters).folder
     base, _ = load_model(folder)
@@ -122,7 +123,7 @@ def evaluate_command(argv: list[str] | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return errors.run(evaluate_command, argv)
+    return errors.run_on_ranks(evaluate_command, argv)
 
 
 if __name__ == "__main__":

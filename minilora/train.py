@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from minilora.backend import use
@@ -25,10 +25,11 @@ from minilora.runs.advice import out_of_memory
 from minilora.runs.evaluation import LENGTH, TEXTS
 from minilora.runs.folder import SUMMARY_FILE, is_free, only_run
 from minilora.runs.plots import plot_loss
-from minilora.runs.run import Judgement, Run, judge, prepare, summarize, train_run
-from minilora.runs.settings import SETTINGS_FILE
+from minilora.runs.run import Judgement, Run, check_ranks, judge, prepare, summarize, train_run
+from minilora.runs.settings import SETTINGS_FILE, Settings
 from minilora.runs.state_file import load_state, save_state
 from minilora.training.loop import next_batches
+from minilora.training.ranks import world
 
 
 def train_command(argv: list[str] | None = None) -> None:
@@ -36,7 +37,9 @@ def train_command(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     args = parse(argv, __doc__)
     settings, folder, resumed = choose_settings(args)
-    device = use(settings.device)
+    ranks = world()
+    folder = ranks.gather(folder)[0]
+    device = use(settings.device, ranks.place)
     try:
         run = prepare(settings, folder)
     except (ValueError, FileNotFoundError) as error:
@@ -49,7 +52,8 @@ def train_command(argv: list[str] | None = None) -> None:
         batch = next_batches(run.state, run.task.rows, run.plan, run.tokenizer.pad_id)[0]
         print(*run.task.report, *show_batch(batch, run.tokenizer, color=sys.stdout.isatty()), sep="\n")
         return
-    with only_run(folder):
+    check_ranks(run, device)  # before anything is written
+    with only_run(folder) if ranks.is_first else nullcontext():
         begin(run, resumed)
         describe(run, device)
         try:
@@ -66,10 +70,12 @@ def train_command(argv: list[str] | None = None) -> None:
 
 
 def begin(run: Run, resumed: bool) -> None:
-    """Read the state of a resumed run, or save that of a new one."""
+    """Read the state of a resumed run, or let rank 0 save that of a new one."""
     if resumed:
         for remark in load_state(run.state, run.folder):
             print(f"remark: {remark}", file=sys.stderr)
+    elif not world().is_first:
+        return
     elif not is_free(run.folder):
         raise ValueError(f"--out {run.folder}: another process has begun a run there: choose another folder")
     else:
@@ -83,10 +89,13 @@ def train_and_judge(run: Run, started: float) -> None:
     print("before training …", flush=True)
     before = judge(run, run.base)
     train_run(run)
-    plot = plot_loss(folder)
     print("after training …", flush=True)
     after = judge(run, run.adapted)
-    summary = summarize(run, before, after, started)
+    of_ranks = world().figures()
+    if not world().is_first:
+        return
+    plot = plot_loss(folder)
+    summary = summarize(run, before, after, started) | of_ranks
     write_json(folder / SUMMARY_FILE, {name: finite_or_null(value) for name, value in summary.items()})
     print_examples(run.task.held_out_rows, before, after)
     print_summary(summary)
@@ -104,12 +113,26 @@ def describe(run: Run, device: str) -> None:
     """Print the model, the method, the data and the number of steps."""
     settings, config = run.settings, run.base.config
     task = settings.data or "the built-in task, English questions to SQL"
-    print(f"{settings.model} on {device}: {config.num_hidden_layers} layers of width {config.hidden_size}")
+    ranks = world().size
+    place = f"{device}, {ranks} ranks of {run.state.cores} threads" if ranks > 1 else device
+    print(f"{settings.model} on {place}: {config.num_hidden_layers} layers of width {config.hidden_size}")
     print(f"{run.method.name} on {task}")
     for line in run.task.report:
         print(f"  {line}")
     done = f", {run.state.step} of them done" if run.state.step else ""
     print(f"  {run.plan.steps} steps of {settings.batch_size * settings.grad_accumulation} rows{done}")
+    if settings.grad_accumulation < ranks:
+        print(too_few_micro_batches(settings, ranks), file=sys.stderr)
+
+
+def too_few_micro_batches(settings: Settings, ranks: int) -> str:
+    """The remark that some ranks will have nothing to do, with the flags that give each a micro-batch of its own."""
+    count, rows = settings.grad_accumulation, settings.batch_size * settings.grad_accumulation
+    more = next((k for k in range(ranks, rows) if rows % k == 0), rows)
+    return (
+        f"remark: a step has {count} micro-batch{'es' if count > 1 else ''} for {ranks} ranks, and some have nothing "
+        f"to do. The same step of {rows} rows in more parts: --batch-size {rows // more} --grad-accumulation {more}"
+    )
 
 
 def print_examples(rows: Sequence[Row], before: Judgement, after: Judgement, count: int = 3) -> None:
@@ -148,7 +171,7 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return errors.run(train_command, argv)
+    return errors.run_on_ranks(train_command, argv)
 
 
 if __name__ == "__main__":

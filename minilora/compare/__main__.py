@@ -2,7 +2,8 @@
 
 Each method is tried with three learning rates, and with more while the best is the lowest or the highest; the best is
 run with the other seeds. Each trial is a run of `python -m minilora.train` in a process of its own. A comparison that
-was cut off goes on where it stopped when the same command is given again. Flags that are not listed here go to every
+was cut off goes on where it stopped when the same command is given again. Under mpirun or srun the ranks run trials
+at once, all but the first, which hands them out. Flags that are not listed here go to every
 trial: --max-length, --target-modules, --activation-checkpointing and so on.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,13 @@ from minilora.cli import errors, train_flags
 from minilora.cli.flags import ours
 from minilora.cli.train_flags import choose_settings
 from minilora.compare import figures
+from minilora.compare.at_once import Competition, run_at_once, workers
 from minilora.compare.claims import Claim, ClaimsByModel, as_page, claims
 from minilora.compare.inputs import write_rows
 from minilora.compare.latency import latency
 from minilora.compare.plots import plot_comparison
 from minilora.compare.report import comparison_tables
-from minilora.compare.rivals import FULL, LORA, RIVALS, Rival, choose, lora_of_rank
+from minilora.compare.rivals import FULL, LORA, RIVALS, choose, lora_of_rank
 from minilora.compare.spectrum import spectra
 from minilora.compare.trained import python_perplexity, trained_model
 from minilora.compare.trials import Field, expected_trials, flags_for
@@ -38,6 +41,7 @@ from minilora.formats.load import SHIPPED_MODEL, load_model
 from minilora.parser import Listed, Parser, comma_list
 from minilora.runs.folder import is_free, only_run
 from minilora.runs.settings import read_settings
+from minilora.training.ranks import work_alone
 
 RESULTS_FILE, BUDGET_FILE = "comparison.json", "budget.json"
 CLAIMS_PAGE, CLAIMS_FILE = "claims.md", "claims.json"
@@ -134,24 +138,35 @@ class Comparison:
         count += expected_trials(self.ranks, seeds)
         return count * int(self.args.steps)
 
-    def run(self) -> dict[str, Any]:
-        """Run the trials that are not done yet, and gather the figures of all."""
+    def run(self, executor: Executor | None = None) -> dict[str, Any]:
+        """Run the trials that are not done yet, and gather the figures of all. An `executor` runs them at once."""
         args = self.args
         data = args.data or str(write_rows(args.out / "data", args.steps * args.batch_size))
-        with tqdm(total=self.steps(), desc="comparing", unit="step", dynamic_ncols=True) as bar:
-            field = self.field(args.out, data, bar)
-            methods = [self.result(field, rival, args.seeds) for rival in self.rivals]
-            ranks = [self.result(field, rival, args.seeds) for rival in self.ranks]
-            cipher = []
-            if self.cipher:
-                cipher_folder = args.out / "cipher"
-                enciphered = self.field(
-                    cipher_folder,
-                    str(write_rows(cipher_folder / "data", args.steps * args.batch_size, cipher=True)),
-                    bar,
-                )
-                cipher = [self.result(enciphered, rival, args.seeds[:1]) for rival in self.cipher]
-        return {"methods": methods, "ranks": ranks, "cipher": cipher}
+        if executor:
+            with self.bar() as bar:
+                run_at_once(executor, self.competitions(data, bar), bar)
+        with self.bar(disable=executor is not None) as bar:
+            competitions = self.competitions(data, bar)
+            found = [
+                figures.result(rival, seeds, f.compete(rival, seeds), f.folder) for f, rival, seeds in competitions
+            ]
+        methods, ranks = len(self.rivals), len(self.ranks)
+        return {"methods": found[:methods], "ranks": found[methods:][:ranks], "cipher": found[methods + ranks :]}
+
+    def bar(self, disable: bool = False) -> tqdm[Any]:
+        return tqdm(total=self.steps(), desc="comparing", unit="step", dynamic_ncols=True, disable=disable)
+
+    def competitions(self, data: str, bar: tqdm[Any]) -> list[Competition]:
+        """The methods, LoRA at other ranks, and those of the enciphered task."""
+        args = self.args
+        field = self.field(args.out, data, bar)
+        competitions = [Competition(field, rival, args.seeds) for rival in (*self.rivals, *self.ranks)]
+        if self.cipher:
+            folder = args.out / "cipher"
+            rows = write_rows(folder / "data", args.steps * args.batch_size, cipher=True)
+            enciphered = self.field(folder, str(rows), bar)
+            competitions += [Competition(enciphered, rival, args.seeds[:1]) for rival in self.cipher]
+        return competitions
 
     def field(self, out: Path, data: str, bar: tqdm[Any]) -> Field:
         args = self.args
@@ -161,23 +176,23 @@ class Comparison:
         shared += ["--eval-every", often, "--save-every", often, *self.flags]
         return Field(out, shared, common, args.steps, bar)
 
-    def result(self, field: Field, rival: Rival, seeds: Sequence[int]) -> figures.MethodResult:
-        return figures.result(rival, seeds, field.compete(rival, seeds), field.folder)
-
 
 def compare_command(argv: list[str] | None = None) -> None:
-    """Parse, check, and compare."""
+    """Parse, check, and compare. Of several ranks, the first does all but the trials."""
     args, shared = parse(argv)
     check_comparison(args, shared)
-    with only_run(args.out):
-        compare(args, Comparison(args, shared))
+    ranks = work_alone()
+    with workers(ranks) as executor:
+        if ranks.is_first:
+            with only_run(args.out):
+                compare(args, Comparison(args, shared), executor)
 
 
-def compare(args: argparse.Namespace, comparison: Comparison) -> None:
+def compare(args: argparse.Namespace, comparison: Comparison, executor: Executor | None) -> None:
     """Run, measure, write, print."""
     machine = facts(usable_cores())
     print(machine_line(machine))
-    results = comparison.run()
+    results = comparison.run(executor)
     results |= after_training(results)
     write_json(args.out / RESULTS_FILE, {"machine": machine, "budget": read_json(args.out / BUDGET_FILE), **results})
     tables = comparison_tables(results)
@@ -238,7 +253,7 @@ def write_claims(docs: Path, judged: ClaimsByModel) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return errors.run(compare_command, argv)
+    return errors.run_on_ranks(compare_command, argv)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ trials are read, and a trial that was begun is resumed.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from minilora.runs.folder import SUMMARY_FILE
 from minilora.runs.metrics import read_metrics
 from minilora.runs.settings import SETTINGS_FILE
 from minilora.runs.state_file import STATE_FILE
+from minilora.training.ranks import without_launcher
 
 FAILURE_FILE = "failed.json"
 MOST_RATES = 5
@@ -61,20 +64,24 @@ def best_rate(rival: Rival, seed: int, done: Mapping[Trial, Summary]) -> float:
 
 
 def next_trial(rival: Rival, seeds: Sequence[int], done: Mapping[Trial, Summary]) -> Trial | None:
-    """The next trial to run, or None when all are done.
+    """The next trial to run, or None when all are done."""
+    return next(iter(open_trials(rival, seeds, done)), None)
+
+
+def open_trials(rival: Rival, seeds: Sequence[int], done: Mapping[Trial, Summary]) -> list[Trial]:
+    """The trials that can be run now, in their order and none waiting for another. None are left when all are done.
 
     First, every rate of the rival is tried with the first seed. While the best rate is the lowest or the highest, the
     rate beyond it is tried too, up to MOST_RATES in all. Then the best rate is run with the other seeds.
     """
     first, *other_seeds = seeds
-    for rate in rival.rates or (0.0,):
-        if Trial(rival, rate, first) not in done:
-            return Trial(rival, rate, first)
+    if untried := [trial for rate in rival.rates or (0.0,) if (trial := Trial(rival, rate, first)) not in done]:
+        return untried
     best = best_rate(rival, first, done)
     rates = sorted(trial.rate for trial in done if trial.rival == rival and trial.seed == first)
     if 1 < len(rival.rates) and len(rates) < MOST_RATES and best in (rates[0], rates[-1]):
-        return Trial(rival, neighbour(best, -1 if best == rates[0] else 1), first)
-    return next((trial for seed in other_seeds if (trial := Trial(rival, best, seed)) not in done), None)
+        return [Trial(rival, neighbour(best, -1 if best == rates[0] else 1), first)]
+    return [trial for seed in other_seeds if (trial := Trial(rival, best, seed)) not in done]
 
 
 class Field:
@@ -167,7 +174,14 @@ def watch(command: Sequence[str], log: Path, on_look: Callable[[], None]) -> int
     """
     before = signal.signal(signal.SIGTERM, _stop)
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=without_launcher(os.environ),
+            preexec_fn=end_with_parent if sys.platform == "linux" else None,
+        )
         try:
             while process.poll() is None:
                 time.sleep(0.2)
@@ -178,6 +192,12 @@ def watch(command: Sequence[str], log: Path, on_look: Callable[[], None]) -> int
                 process.wait()
             signal.signal(signal.SIGTERM, before)
     return process.returncode
+
+
+def end_with_parent() -> None:
+    """Have Linux send this process SIGTERM when its parent ends, even by a kill: a run then saves its state."""
+    set_death_signal = 1
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
 
 
 def _stop(number: int, frame: object) -> None:

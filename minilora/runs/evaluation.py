@@ -20,6 +20,7 @@ from minilora.data.tokenizer import Tokenizer
 from minilora.model.generation import complete
 from minilora.model.model import LOGITS_AT_ONCE, Model
 from minilora.model.names import HEAD
+from minilora.training.ranks import world
 from minilora.training.step import hidden_states
 
 MOST_ANSWER_TOKENS = 128  # of a right answer
@@ -51,9 +52,12 @@ def answers(
     asked = [i for i in range(len(rows)) if prompts[i]]  # an empty prompt asks nothing
     order = sorted(asked, key=lambda i: len(prompts[i]))
     limit = min(longest, MOST_ANSWER_TOKENS) + ROOM
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        completions = complete(model, [prompts[i] for i in batch], limit, stop_ids)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def completed(batch: list[int]) -> list[list[int]]:
+        return complete(model, [prompts[i] for i in batch], limit, stop_ids)
+
+    for batch, completions in zip(batches, world().share(completed, batches), strict=True):
         for i, tokens in zip(batch, completions, strict=True):
             texts[i] = tokenizer.decode(tokens) + (CUT_OFF if len(tokens) == limit else "")
         on_batch(len(batch))

@@ -14,6 +14,7 @@ from minilora.model.model import Model
 from minilora.runs.metrics import MetricsFile
 from minilora.runs.state_file import STATE_FILE, save_state
 from minilora.training.loop import Plan, train
+from minilora.training.ranks import world
 from minilora.training.state import State
 
 LOCK_FILE, SUMMARY_FILE = ".lock", "summary.json"
@@ -76,20 +77,29 @@ def train_in(
     report_to: str = "none",
     stop: Callable[[], int] = lambda: 0,
 ) -> None:
-    """Run `train` and keep in `folder` all that resuming needs. `on_save` may write more beside it.
+    """Run `train` and keep in `folder` all that resuming needs. `on_save` may write more beside it. Of several ranks
+    the first alone writes.
 
     Raises Diverged, leaving the last saved state in place; and KeyboardInterrupt as `train` does.
     """
 
     def save(state: State) -> None:
+        world().check_same(state.trainable)
+        if metrics is None:
+            return
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: the folder of this run is gone, and its state cannot be saved")
         metrics.to_disk()  # first: a state on the disk has all its lines there
         save_state(state, folder)
         on_save(state)
 
-    metrics = MetricsFile(folder, state.step, report_to)
+    def record(**values: float | int) -> None:
+        if metrics is not None:
+            metrics.write(**values)
+
+    metrics = MetricsFile(folder, state.step, report_to) if world().is_first else None
     try:
-        train(model, state, rows, valid, plan, pad_id, metrics.write, save, stop)
+        train(model, state, rows, valid, plan, pad_id, record, save, stop)
     finally:
-        metrics.close()
+        if metrics is not None:
+            metrics.close()

@@ -42,8 +42,10 @@ from minilora.runs.stopping import stopping
 from minilora.runs.task import Task, load_task
 from minilora.training.loop import Diverged, Plan, steps_per_epoch
 from minilora.training.loss_scale import FIRST
+from minilora.training.message import checksum
 from minilora.training.optimizers import OPTIMIZERS
 from minilora.training.order import Order
+from minilora.training.ranks import world
 from minilora.training.schedules import warmup_steps
 from minilora.training.state import State
 from minilora.training.step import mean_loss
@@ -165,7 +167,8 @@ def train_run(run: Run) -> None:
             not_finite_at_start(run.settings) if error.at_start else after_divergence(run.settings, run.plan.warmup)
         )
         raise Diverged(f"{error} {advice}") from error
-    write_outcome(run, {name: to_host(p) for name, p in run.state.trainable.items()})
+    if world().is_first:
+        write_outcome(run, {name: to_host(p) for name, p in run.state.trainable.items()})
 
 
 def write_outcome(run: Run, tensors: dict[str, np.ndarray[Any, Any]]) -> None:
@@ -209,6 +212,13 @@ def _in_a_micro_batch(run: Run, what: str) -> int:
     """The mean number of tokens, or of labels, in a micro-batch."""
     rows = len(run.task.rows)
     return int(run.task.figures["train"][what] * min(run.settings.batch_size, rows) // rows)
+
+
+def check_ranks(run: Run, device: str) -> None:
+    """ValueError on every rank unless all ranks are about to make the same run."""
+    held_out = checksum(array.tobytes() for batch in run.task.held_out for array in batch)
+    found_here = {"held-out data": held_out, "device": device, "number of threads": run.state.cores}
+    world().check_agreement({**run.state.made_from, **found_here})
 
 
 def summarize(run: Run, before: Judgement, after: Judgement, started: float) -> dict[str, Any]:

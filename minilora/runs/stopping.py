@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from minilora.training.ranks import world
+
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -18,6 +20,7 @@ def stopping() -> Iterator[Callable[[], int]]:
     """A function that gives the number of the signal that asks to stop, or 0.
 
     Signals that are ignored stay so: nohup means it. Outside the main thread, which alone has signals, it gives 0.
+    A signal to one rank of several stops all after the same step, so each has to ask at the same time.
     """
     asked, before = 0, dict[int, Any]()
 
@@ -29,6 +32,8 @@ def stopping() -> Iterator[Callable[[], int]]:
         nonlocal asked
         asked = number
         restore()  # so that a second one acts as ever
+        if not world().is_first:
+            return
         with suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping after this step; once more stops at once\n")
 
@@ -37,6 +42,6 @@ def stopping() -> Iterator[Callable[[], int]]:
             if signal.getsignal(number) != signal.SIG_IGN:
                 before[number] = signal.signal(number, on_signal)
     try:
-        yield lambda: asked
+        yield lambda: max(world().gather(asked))
     finally:
         restore()

@@ -11,7 +11,9 @@ from minilora.backend import Array, to_device
 from minilora.data.batches import Batch, count_labels
 from minilora.model.model import Model, backward, forward, head_loss
 from minilora.model.sites import Gradients, add_gradients
+from minilora.training.message import Sum
 from minilora.training.parts import on_all_cores
+from minilora.training.ranks import world
 
 Run = Callable[..., Iterable[Any]]  # `map`, or `on_all_cores`: one result for each part of a batch, with the same sum
 
@@ -29,7 +31,8 @@ def loss_and_gradients(
         dL = Σ_j d(L_j / M)
 
     So k micro-batches are one large batch. (Averaging their means would weigh the tokens of a batch with few labels
-    more than the others.) The same holds for the parts of a micro-batch that `on_all_cores` runs at the same time.
+    more than the others.) The same holds for the parts of a micro-batch that `on_all_cores` runs at the same time, and
+    for micro-batches that several `ranks` compute.
     """
     M = labelled_tokens(batches)
     total, gradients = accumulate(model, batches, 1 / M, seeds, checkpointing, run)
@@ -49,13 +52,12 @@ def accumulate(
     def micro_batch(batch: Batch, seed: int | None) -> tuple[float, Gradients]:
         return summed_loss(model, batch, dloss, seed, checkpointing)
 
-    total = 0.0
-    gradients: Gradients = {}
-    for loss, new in run(micro_batch, batches, [None] * len(batches) if seeds is None else seeds):
-        total += loss
-        add_gradients(gradients, new)
+    total = Sum()
+    for loss, new in world().relay(total, run, micro_batch, batches, seeds or [None] * len(batches)):
+        total.loss += loss
+        add_gradients(total.gradients, new)
         del new  # before the next micro-batch's are made
-    return total, gradients
+    return total.loss, total.gradients
 
 
 def summed_loss(
@@ -84,8 +86,8 @@ def mean_loss(model: Model, batches: Sequence[Batch]) -> float:
         return float(head_loss(model, hidden, labels, dloss=None)[0])
 
     total = 0.0
-    for batch in batches:
-        total += sum(on_all_cores(loss, [batch], [None]))
+    for summed in world().share(lambda batch: sum(on_all_cores(loss, [batch], [None])), batches):
+        total += summed
     return total / labelled_tokens(batches)
 
 

@@ -31,10 +31,7 @@ gguf = pytest.importorskip("gguf")
 from minilora.data.tokenizer import Tokenizer  # noqa: E402
 from minilora.formats.checkpoint import read_config, read_weights  # noqa: E402
 from minilora.formats.gguf import gguf_weights, order_for_file, order_in_file  # noqa: E402
-from minilora.formats.gguf_file import (
-    _reader,
-    open_gguf,
-)
+from minilora.formats.gguf_file import _reader, open_gguf  # noqa: E402
 from minilora.formats.gguf_tokenizer import tokenizer_files  # noqa: E402
 from minilora.formats.gguf_write import _add_field  # noqa: E402
 from minilora.formats.load import SHIPPED_MODEL, load_model  # noqa: E402

@@ -18,6 +18,7 @@ import pytest
 from support.device import BATCHES, OPERATORS, UNTIED, Device, DeviceArray, operation
 from support.halves import stored
 from support.strategies import QV, TINY, VOCAB, normal, random_adapter, random_weights
+from support.threads_as_ranks import on_threads
 from support.virtual_tokens import VirtualTokens, base, each_method
 
 from minilora import backend
@@ -35,8 +36,11 @@ from minilora.model.config import Config
 from minilora.model.generation import complete
 from minilora.model.model import forward
 from minilora.model.names import HEAD
+from minilora.model.sites import add_gradients
 from minilora.training.loss_scale import scaled_loss_and_gradients
+from minilora.training.message import Sum
 from minilora.training.optimizers import OPTIMIZERS, clip_gradients, global_norm
+from minilora.training.ranks import Ranks
 from minilora.training.step import loss_and_gradients, mean_loss
 
 OPERATORS += [
@@ -215,6 +219,27 @@ def test_a_mixed_batch_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) -> N
     on_host = logits([0, 2, 1, 2])
     monkeypatch.setattr(backend, "_module", Device())
     np.testing.assert_allclose(logits([0, 2, 1, 2]), on_host, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_sum_of_ranks_is_made_on_the_device_and_travels_through_the_host(size: int, device: None) -> None:
+    """With one device a rank; no two devices were at hand, so this stands in for them."""
+
+    def part(number: int, seed: int | None) -> tuple[float, dict[str, Any]]:
+        return number / 8, {"weight": to_device(np.full((2, 3), number, np.float32)).T, "bias": to_device(np.ones(2))}
+
+    def summed(ranks: Ranks) -> tuple[float, dict[str, np.ndarray]]:
+        total = Sum()
+        for loss, new in ranks.relay(total, map, part, range(5), [None] * 5):
+            total.loss += loss
+            add_gradients(total.gradients, new)
+        assert all(isinstance(g, DeviceArray) for g in total.gradients.values())
+        return total.loss, {name: to_host(g) for name, g in total.gradients.items()}
+
+    for loss, gradients in on_threads(size, summed) if size > 1 else [summed(Ranks())]:
+        assert loss == 10 / 8
+        np.testing.assert_array_equal(gradients["weight"], np.full((3, 2), 10, np.float32))
+        np.testing.assert_array_equal(gradients["bias"], [5, 5])
 
 
 # --- The backend's own functions ---

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.strategies import batches, configs, seeds
+from support.threads_as_ranks import on_threads
 
 from minilora.data.batches import Batch, collate, count_examples, divide
 from minilora.data.examples import Example
@@ -15,8 +18,10 @@ from minilora.methods.lora import LoRA
 from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.model import Model
-from minilora.model.sites import Gradients, part_seed
+from minilora.model.sites import Gradients, add_gradients, part_seed
+from minilora.training.message import Sum
 from minilora.training.parts import on_all_cores
+from minilora.training.ranks import Ranks
 from minilora.training.step import loss_and_gradients, mean_loss
 
 NUMBER_OF_PARTS = "minilora.training.parts.number_of_parts"
@@ -100,3 +105,81 @@ def test_the_parts_of_a_batch_differ_by_no_more_than_its_longest_example(
     batch = collate([[Example([1] * length, [True] * length)] for length in lengths], 0)
     sizes = [part.tokens.size for part in divide(batch, data.draw(st.integers(1, len(lengths))))]
     assert sum(sizes) == sum(lengths) and max(sizes) - min(sizes) <= max(lengths)
+
+
+# --- Shared out among ranks ---
+
+
+def summed(ranks: Ranks, parts_of_each: list[int]) -> tuple[float, Gradients]:
+    """A step of so many micro-batches, each of so many parts, whose gradients are random numbers."""
+
+    def part(number: int, seed: int | None) -> tuple[float, Gradients]:
+        rng = np.random.default_rng(number)
+        weight = rng.standard_normal((3, 4)).astype(np.float32).T  # in another order of memory, as a product can be
+        return float(rng.standard_normal()), {"weight": weight, "bias": rng.standard_normal(3)}
+
+    def side_by_side(work, batches, seeds):  # type: ignore[no-untyped-def]
+        for (first, count), seed in zip(batches, seeds, strict=True):
+            yield from (work(first + i, seed) for i in range(count))
+
+    firsts = [sum(parts_of_each[:j]) for j in range(len(parts_of_each))]
+    micro_batches = list(zip(firsts, parts_of_each, strict=True))
+    total = Sum()
+    for loss, new in ranks.relay(total, side_by_side, part, micro_batches, [None] * len(micro_batches)):
+        total.loss += loss
+        add_gradients(total.gradients, new)
+    return total.loss, total.gradients
+
+
+@given(parts_of_each=st.lists(st.integers(1, 3), min_size=1, max_size=7), size=st.integers(2, 4))
+def test_the_sum_of_a_step_is_the_same_to_the_last_bit_on_any_number_of_ranks(
+    parts_of_each: list[int], size: int
+) -> None:
+    """The sum so far travels from rank to rank, and each adds its parts when their turn has come."""
+    loss, gradients = summed(Ranks(), parts_of_each)
+    for shared_loss, shared in on_threads(size, lambda ranks: summed(ranks, parts_of_each)):
+        assert shared_loss == loss
+        assert list(shared) == list(gradients), "in the same order, by which their norm rounds"
+        for name, gradient in gradients.items():
+            assert shared[name].tobytes() == gradient.tobytes()
+            assert shared[name].strides == gradient.strides, "in the same order of memory, by which its sum rounds"
+
+
+@settings(max_examples=30)
+@given(
+    config=configs(max_layers=2),
+    drawn=st.lists(batches(), min_size=1, max_size=4),
+    size=st.integers(2, 3),
+    seed=seeds,
+)
+def test_loss_and_gradients_of_the_model_are_the_same_bytes_on_any_number_of_ranks(
+    config: Config, drawn: list[Batch], size: int, seed: int
+) -> None:
+    """Dropout included: a micro-batch draws by its own seed, whoever computes it."""
+    model, drawing = adapted(config, seed, dropout=0.3), range(seed, seed + len(drawn))
+    of_thread = threading.local()
+
+    def step(ranks: Ranks) -> tuple[float, dict[str, bytes], float]:
+        of_thread.ranks = ranks
+        loss, gradients = loss_and_gradients(model, drawn, drawing)
+        return loss, {name: gradient.tobytes() for name, gradient in gradients.items()}, mean_loss(model, drawn)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NUMBER_OF_PARTS, lambda examples: 1)
+        patch.setattr("minilora.training.step.world", lambda: of_thread.ranks)
+        assert on_threads(size, step) == [step(Ranks())] * size
+
+
+@given(count=st.integers(0, 9), size=st.integers(1, 4))
+def test_what_is_shared_out_comes_back_whole_and_in_order_and_each_item_is_computed_once(count: int, size: int) -> None:
+    computed: list[int] = []
+
+    def squared(item: int) -> int:
+        computed.append(item)
+        return item * item
+
+    assert (
+        on_threads(size, lambda ranks: list(ranks.share(squared, range(count))))
+        == [[item * item for item in range(count)]] * size
+    )
+    assert sorted(computed) == list(range(count))
