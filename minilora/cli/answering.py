@@ -13,6 +13,7 @@ import numpy as np
 from minilora.backend import use
 from minilora.cli.base import find_base
 from minilora.cli.flags import add_model_flags, flags
+from minilora.data.streamed_text import StreamedText
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.library import BASE, load_adapters, named_adapters
 from minilora.formats.load import load_model
@@ -129,12 +130,8 @@ def extra_stops(texts: list[str], tokenizer: Tokenizer) -> frozenset[int]:
 
 def pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
     """The text of the tokens, as they come. The bytes of an incomplete character are held back until it is complete."""
-    seen: list[int] = []
-    done = ""
+    text = StreamedText(tokenizer)
     for token in tokens:
-        seen.append(token)
-        text = tokenizer.decode(seen)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[len(done) :]
-            done = text
-    yield tokenizer.decode(seen)[len(done) :]
+        if piece := text.add(token):
+            yield piece
+    yield text.rest()

@@ -91,6 +91,17 @@ def stream(model: Model, prompts: Sequence[Sequence[int]], choose: Choose = gree
         yield tokens[:, 0]
 
 
+def read(model: Model, tokens: Sequence[int], start: int = 0, past: Past | None = None) -> tuple[Array, Past]:
+    """Run the model on the tokens of one text from place `start` on, after their past.
+
+    Returns their hidden states (T, D), and the past that includes them.
+    """
+    places = to_device(np.arange(start, start + len(tokens))[None])
+    ones = to_device(np.ones((1, len(tokens)), np.int64))
+    hidden, past, _ = forward(model, to_device(np.array([tokens])), places, ones, past, keep=False)
+    return hidden, past
+
+
 def last_logits(model: Model, hidden: Array, rows: int) -> Array:
     """Logits (B, V) after the last column of each row, from hidden states (B·T, D)."""
     last = hidden.reshape(rows, -1, hidden.shape[-1])[:, -1]
@@ -153,11 +164,7 @@ class Memory:
         self.keep(common_length(self.seen.tokens, prompt[:-1]))  # the last token is run again: its logits are needed
         new = list(prompt[len(self.seen.tokens) :])
         while True:
-            start = len(self.seen.tokens)
-            tokens = to_device(np.array([new]))
-            positions = to_device(np.arange(start, start + len(new))[None])
-            ones = to_device(np.ones((1, len(new)), np.int64))
-            hidden, past, _ = forward(self.model, tokens, positions, ones, self.seen.past, keep=False)
+            hidden, past = read(self.model, new, len(self.seen.tokens), self.seen.past)
             self.seen = Seen(self.seen.tokens + new, past)  # at once: an interrupt finds both or neither
             new = choose(to_host(last_logits(self.model, hidden, 1)), [self.seen.tokens]).tolist()
             yield new[0]
