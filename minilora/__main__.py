@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": "loss, perplexity, exact match and drift of a model or an adapter",
     "generate": "continue prompts",
     "chat": "talk with a model, and switch between its adapters",
+    "serve": "answer over HTTP as OpenAI's interface does, with several adapters in one batch",
     "merge": "write base and adapter as one model",
     "combine": "add several adapters up to one",
     "convert": "write an adapter or a model in another tool's format",
