@@ -88,7 +88,7 @@ def application(served: Served, scheduler: Scheduler, door: Door) -> Starlette:
         return JSONResponse(model_object(served, request.path_params["name"]))
 
     async def health(request: Request) -> Response:
-        counts = {"running": scheduler.running, "waiting": len(scheduler.waiting)}
+        counts = {"running": scheduler.running, "waiting": len(scheduler.waiting), "tokens": scheduler.tokens}
         return JSONResponse(
             {"status": "ok", **counts, "max_batch": scheduler.most_rows, "queue": scheduler.most_waiting}
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+KINDS = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
 class Problem(Exception):

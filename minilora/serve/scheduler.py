@@ -64,6 +64,7 @@ class Scheduler:
         self.rows: list[Row] = []
         self.past: Past | None = None  # a row for each of `rows`
         self.model: Model | None = None  # computes each of `rows` by its own model
+        self.tokens = 0  # computed since the start
         self.stopping = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self.run, name="scheduler", daemon=True)
@@ -165,6 +166,7 @@ class Scheduler:
                 raise ArithmeticError("the model computed numbers that are not finite (NaN or infinity)")
             token = int(row.choose(logits[None], [row.text])[0])
             row.text.append(token)
+            self.tokens += 1
             return row.hear(token, logits)
         except Exception as error:
             row.fail(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from minilora.model.generation import complete
 from minilora.model.model import Model
 from minilora.serve.served import Limits, Served
 
-RAW = CONFIG | {"max_position_embeddings": 200}
+RAW = CONFIG | {"max_position_embeddings": 1200}
 METHODS: dict[str, Method] = {
     "a": LoRA(2, 8.0, target_modules=("all-linear",)),
     "b": LoRA(3, 9.0, target_modules=("q_proj", "up_proj", "lm_head")),
@@ -54,7 +54,7 @@ class Library:
         return ["--model", self.folder / "base", *adapters]
 
     def served(self, **limits: int) -> Served:
-        return Served("tiny", self.models, self.tokenizer, Limits(**({"max_tokens": 40, "max_length": 200} | limits)))
+        return Served("tiny", self.models, self.tokenizer, Limits(**({"max_tokens": 40, "max_length": 1200} | limits)))
 
     def alone(self, name: str, prompt: str, count: int) -> str:
         """The greedy answer of one adapter to one prompt, without any server."""
@@ -107,6 +107,3 @@ def sse(lines: Iterator[str]) -> list[Any]:
     """The objects of a stream of events; the last is "[DONE]"."""
     told = [line.removeprefix("data: ") for line in lines if line]
     return [json.loads(each) if each != "[DONE]" else each for each in told]
-
-
-Ask = Callable[..., Any]
