@@ -11,6 +11,7 @@ import ipaddress
 import os
 import socket
 import sys
+from pathlib import Path
 
 from minilora.cli import errors
 from minilora.cli.answering import add_loading_flags, load_models
@@ -103,7 +104,7 @@ def serve_command(argv: list[str] | None = None) -> None:
     key = args.api_key if args.api_key is not None else os.environ.get(API_KEY, "")
     hosts = frozenset({"127.0.0.1", "localhost", "::1", args.host}) if is_local(args.host) else frozenset[str]()
     limits = Limits(max_tokens=args.max_tokens, max_length=args.max_length or most)
-    served = Served(name, models, tokenizer, limits)
+    served = Served(Path(name).name, models, tokenizer, limits)
     app = api.application(served, Scheduler(args.max_batch, args.queue), api.Door(key, hosts))
     if not hosts and not key:
         print("remark: whoever reaches this machine can use the server: --api-key KEY", file=sys.stderr)
