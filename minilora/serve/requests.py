@@ -1,7 +1,7 @@
 """What is asked: the bodies of /v1/chat/completions and /v1/completions, read and checked.
 
-Beside OpenAI's fields there are `adapter_scale` (how strongly the adapter acts; 1 is as trained, 0 is the base),
-`top_k` and `repetition_penalty`.
+Beside OpenAI's fields there are `adapter_scale` (how strongly the adapter acts; 1 is as trained, 0 is the base), and
+three that other servers have too: `top_k`, `repetition_penalty` and `ignore_eos` (only the length ends the answer).
 """
 
 from __future__ import annotations
@@ -110,11 +110,13 @@ def _asked(
         repetition_penalty=fields.number("repetition_penalty", 1, 0.01, 100),
         seed=seed % 2**64,
     )
+    stop_ids = _told(param, lambda: served.chat_stop_ids) if chat else served.tokenizer.stop_ids
     stops = _stops(fields.take("stop", []))
     stream = fields.flag("stream")
+    if fields.flag("ignore_eos"):
+        stop_ids = frozenset()
     include_usage = _include_usage(fields.take("stream_options", {}), stream)
     fields.end()
-    stop_ids = _told(param, lambda: served.chat_stop_ids) if chat else served.tokenizer.stop_ids
     choices = []
     for prompt in prompts:
         limit = min(most or served.limits.max_tokens, served.room(model, prompt, param))
