@@ -51,6 +51,8 @@ def next_logits(model: Model, tokens: Sequence[int], past: Past) -> tuple[HostAr
 
 def _pad(past: Past, columns: int) -> Past:
     """The past with this many columns of padding before it."""
+    if columns == 0:
+        return past
     layers = [(_zeros_before(k, columns), _zeros_before(v, columns)) for k, v in past.layers]
     return Past(layers, _zeros_before(past.positions, columns), _zeros_before(past.segments, columns))
 

@@ -111,7 +111,7 @@ def serve_command(argv: list[str] | None = None) -> None:
     port = bound.getsockname()[1]
     shown = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{name}: {', '.join(models)}; http://{shown}:{port}/ is a page, and /v1 the API. Ctrl-C ends", flush=True)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, lifespan="on")
     uvicorn.Server(config).run([bound])
 
 

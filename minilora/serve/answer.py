@@ -101,5 +101,6 @@ def chance(token: int, logits: HostArray, best: int, start: int) -> TokenChance:
     z = logits.astype(np.float64)
     z -= z.max()
     z -= np.log(np.exp(z).sum())
-    order = np.argsort(-z, kind="stable")[:best]
+    order = np.argpartition(-z, best)[:best]
+    order = order[np.argsort(-z[order], kind="stable")]
     return TokenChance(token, float(z[token]), [(int(i), float(z[i])) for i in order], start)

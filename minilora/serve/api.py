@@ -25,7 +25,8 @@ from minilora.serve.served import Served
 
 PAGE = Path(__file__).with_name("page.html")
 PAGE_MAY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -43,13 +44,22 @@ class Door:
         A web page of a stranger could send requests to a server on this machine: by a name that it lets point here,
         which `hosts` refuses, or without asking, which browsers allow only for bodies that are not declared as JSON.
         """
-        if self.hosts and request.url.hostname not in self.hosts:
+        if self.hosts and host_name(request) not in self.hosts:
             raise Problem(403, f"this server is called {' or '.join(sorted(self.hosts))}", code="wrong_host")
         given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
         if self.api_key and not hmac.compare_digest(given.encode(), self.api_key.encode()):
             raise Problem(401, "the API key is missing or wrong: Authorization: Bearer KEY", code="invalid_api_key")
         if request.method == "POST" and not request.headers.get("content-type", "").startswith("application/json"):
             raise Problem(415, "the body must be declared as JSON: Content-Type: application/json")
+
+
+def host_name(request: Request) -> str | None:
+    """The name or address by which the client called this server."""
+    try:
+        name: str | None = request.url.hostname
+    except ValueError:  # the header is no host
+        return None
+    return name
 
 
 async def read_body(request: Request, most: int) -> bytes:

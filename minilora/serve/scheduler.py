@@ -20,7 +20,7 @@ from minilora.model.generation import Choose, last_logits, read
 from minilora.model.model import Model, Past
 from minilora.model.rows import join, keep, next_logits
 
-READ_AT_ONCE = 256  # tokens of prompts between two tokens of the running rows, so that a long prompt does not stop them
+READ_AT_ONCE = 128  # tokens of prompts between two tokens of the running rows, so that a long prompt does not stop them
 
 
 @dataclass(eq=False)
@@ -96,9 +96,11 @@ class Scheduler:
         self.thread.start()
 
     def stop(self) -> None:
+        """End the thread after the token it is at, and wait until it has ended."""
         with self.changed:
             self.stopping = True
             self.changed.notify()
+        self.thread.join()
 
     # --- What its own thread does ---
 

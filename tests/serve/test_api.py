@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.commands import good
 from support.served import NAMES, Library, sse
 
@@ -157,8 +159,8 @@ def test_several_prompts_are_each_answered_as_if_alone_texts_or_tokens(client: T
     prompts = ["one and", "six", "two or three"]
     expected = [library.alone("a", prompt, 12) for prompt in prompts]
     ids = [library.tokenizer.encode(prompt) for prompt in prompts]
-    for given in (prompts, ids):
-        answer = complete(client, prompt=given)
+    for asked in (prompts, ids):
+        answer = complete(client, prompt=asked)
         assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == list(enumerate(expected))
     assert answer["usage"]["prompt_tokens"] == sum(map(len, ids))
     assert text(client, prompt=ids[1]) == expected[1]
@@ -292,6 +294,35 @@ def test_a_mistake_is_told_by_openais_object_which_names_the_field(
     assert error["param"] == param and words in error["message"] and error["code"]
 
 
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 50) | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=5,
+)
+names = st.sampled_from(
+    [
+        *("model", "prompt", "messages", "max_tokens", "temperature", "top_p", "top_k", "n", "seed", "stop", "stream"),
+        *("stream_options", "logprobs", "top_logprobs", "adapter_scale", "repetition_penalty", "ignore_eos"),
+        *("tools", "response_format", "logit_bias", "presence_penalty", "echo", "user", "nonsense"),
+    ]
+)
+
+
+@given(fields=st.dictionaries(names, values, max_size=4), chats=st.booleans())
+def test_whatever_a_field_holds_the_request_is_answered_or_refused_by_name(
+    client: TestClient, fields: dict[str, Any], chats: bool
+) -> None:
+    path, body = ("chat/completions", CHAT) if chats else ("completions", TEXT)
+    response = client.post(f"/v1/{path}", json=body | fields)
+    if response.status_code != 200:
+        error = response.json()["error"]
+        assert response.status_code in (400, 404) and error["param"] in {*fields, "messages", "prompt", "model"}
+    elif fields.get("stream"):
+        assert sse(iter(response.text.split("\n")))[-1] == "[DONE]"
+    else:
+        assert all(choice["finish_reason"] in ("stop", "length") for choice in response.json()["choices"])
+
+
 def test_fields_that_change_no_answer_are_taken(client: TestClient) -> None:
     neutral = {
         "user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "presence_penalty": 0,
@@ -327,8 +358,11 @@ def test_paths_methods_and_types_that_there_are_not_are_told_in_the_same_way(cli
 
 def test_a_name_that_is_not_this_machines_is_refused(client: TestClient) -> None:
     """Else a page of a stranger could let its own name point here."""
-    response = client.get("/v1/models", headers={"host": "evil.example"})
-    assert response.status_code == 403 and response.json()["error"]["code"] == "wrong_host"
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "[::1"):
+        response = client.get("/v1/models", headers={"host": host})
+        assert response.status_code == 403 and response.json()["error"]["code"] == "wrong_host"
+    for host in ("127.0.0.1", "127.0.0.1:1234"):
+        assert client.get("/v1/models", headers={"host": host}).status_code == 200
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read_whole(library: Library) -> None:
