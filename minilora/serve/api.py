@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +54,9 @@ class Door:
             raise Problem(415, "the body must be declared as JSON: Content-Type: application/json")
 
 
-def host_name(request: Request) -> str | None:
-    """The name or address by which the client called this server."""
-    try:
-        name: str | None = request.url.hostname
-    except ValueError:  # the header is no host
-        return None
-    return name
+def host_name(request: Request) -> str:
+    """The name or address by which the client called this server, without the port."""
+    return re.sub(r":\d*$", "", request.headers.get("host", "")).strip("[]")
 
 
 async def read_body(request: Request, most: int) -> bytes:

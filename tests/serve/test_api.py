@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 from minilora.serve.api import Door, application
 from minilora.serve.scheduler import Scheduler
 
-LOCAL = frozenset({"127.0.0.1"})
+LOCAL = frozenset({"127.0.0.1", "::1"})
 CHAT: dict[str, Any] = {"model": "a", "messages": [{"role": "user", "content": "one and two"}], "temperature": 0}
 TEXT: dict[str, Any] = {"model": "a", "prompt": "one and", "max_tokens": 12, "temperature": 0}
 
@@ -358,10 +358,10 @@ def test_paths_methods_and_types_that_there_are_not_are_told_in_the_same_way(cli
 
 def test_a_name_that_is_not_this_machines_is_refused(client: TestClient) -> None:
     """Else a page of a stranger could let its own name point here."""
-    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "[::1"):
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "evil.example:127", ""):
         response = client.get("/v1/models", headers={"host": host})
         assert response.status_code == 403 and response.json()["error"]["code"] == "wrong_host"
-    for host in ("127.0.0.1", "127.0.0.1:1234"):
+    for host in ("127.0.0.1", "127.0.0.1:1234", "[::1]:8000"):
         assert client.get("/v1/models", headers={"host": host}).status_code == 200
 
 
