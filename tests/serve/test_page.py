@@ -195,3 +195,6 @@ def test_the_page_asks_for_the_key_where_one_is_needed(open_page: Callable[..., 
         ask(page, "one and")
         expect(column(page, "a").locator(".count")).to_contain_text("12 tokens")
         expect(page.get_by_role("alert")).to_be_hidden()
+        expect(page.get_by_label("API key")).to_be_hidden()
+        page.reload()
+        expect(page.get_by_role("heading", level=2)).to_have_text(list(NAMES))  # the key is remembered
