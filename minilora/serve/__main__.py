@@ -21,6 +21,7 @@ from minilora.model.generation import room
 from minilora.parser import Parser
 
 API_KEY = "MINILORA_API_KEY"
+MOST_CHOICES = 16  # answers to one request
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -103,7 +104,8 @@ def serve_command(argv: list[str] | None = None) -> None:
         raise ValueError(f"--max-length {args.max_length} is more than the model sees: {most}")
     key = args.api_key if args.api_key is not None else os.environ.get(API_KEY, "")
     hosts = frozenset({"127.0.0.1", "localhost", "::1", args.host}) if is_local(args.host) else frozenset[str]()
-    limits = Limits(max_tokens=args.max_tokens, max_length=args.max_length or most)
+    choices = min(MOST_CHOICES, args.max_batch + args.queue)
+    limits = Limits(max_tokens=args.max_tokens, max_length=args.max_length or most, max_choices=choices)
     served = Served(Path(name).name, models, tokenizer, limits)
     app = api.application(served, Scheduler(args.max_batch, args.queue), api.Door(key, hosts))
     if not hosts and not key:

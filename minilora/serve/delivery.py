@@ -7,6 +7,7 @@ rows are let go.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 
@@ -41,7 +42,8 @@ class Answers:
 
     def _row(self, choice: int, given: Choice, asked: Asked) -> Row:
         def tell(what: Piece | Exception) -> None:
-            self.loop.call_soon_threadsafe(self.pieces.put_nowait, (choice, what))
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has been forced to end
+                self.loop.call_soon_threadsafe(self.pieces.put_nowait, (choice, what))
 
         def hear(token: int, logits: HostArray) -> bool:
             piece = self.texts[choice].add(token, logits)

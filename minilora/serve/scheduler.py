@@ -115,16 +115,16 @@ class Scheduler:
 
     def step(self) -> None:
         """Drop who is gone, read some of the prompts that wait, and give each running row a token."""
-        self._keep([b for b, row in enumerate(self.rows) if not row.gone])
-        budget = READ_AT_ONCE
-        while budget > 0 and self._next_reading():
-            budget -= self._read(budget)
         try:
+            self._keep([b for b, row in enumerate(self.rows) if not row.gone])
+            budget = READ_AT_ONCE
+            while budget > 0 and self._next_reading():
+                budget -= self._read(budget)
             self._continue()
-        except Exception as error:  # the rows have no past any more: all of them end here
+        except Exception as error:  # such as no memory for the batch: it ends here, and the next one begins anew
             for row in self.rows:
                 row.fail(error)
-            self._keep([])
+            self.rows, self.past, self.model = [], None, None
 
     def _next_reading(self) -> bool:
         """Whether there is a prompt to read: the one begun, or the next that waits if a place is free."""
@@ -146,9 +146,10 @@ class Scheduler:
                 self.reading = Reading(row, start + len(tokens), past)
                 return len(tokens)
             if self._say(row, to_host(last_logits(row.model, hidden, 1))[0]):
-                self.past = past if self.past is None else join([self.past, past])
-                self.rows.append(row)
-                self.model = continuing([row.model for row in self.rows])
+                rows = [*self.rows, row]
+                model = continuing([row.model for row in rows])
+                joined = past if self.past is None else join([self.past, past])
+                self.rows, self.model, self.past = rows, model, joined  # all or, after an error, none
         except Exception as error:
             row.fail(error)
         self.reading = None
