@@ -189,6 +189,7 @@ def outcome(command: str, line: str, folder: Path) -> tuple[object, ...]:
         patch.setattr(layers, "block", watched)
         patch.setattr(sys, "stdin", io.StringIO("one\n/quit\n"))
         if command == "serve":
+            pytest.importorskip("httpx", reason="Starlette's test client needs httpx")
             patch.setattr(pytest.importorskip("uvicorn").Server, "run", answers)
         code, out, err = run(command, *shlex.split(line.format(out=folder / "out")))
     complaint = err.splitlines()[-1] if code else ""  # above it may be a progress bar, with times
