@@ -395,21 +395,22 @@ def test_prompt_and_answer_together_have_a_limit(library: Library) -> None:
 
 
 def test_a_full_queue_answers_429_and_those_who_wait_are_answered(library: Library) -> None:
-    with client_of(library, Door(), rows=1, queue=2, max_tokens=150) as client:
-        long = TEXT | {"max_tokens": 150, "logprobs": 0}
+    with client_of(library, Door(), rows=1, queue=2, max_tokens=1000) as client:
+        long = TEXT | {"max_tokens": 1000, "ignore_eos": True}
         found: list[Any] = []
         threads = [
             threading.Thread(target=lambda: found.append(client.post("/v1/completions", json=long))) for _ in range(3)
         ]
         for thread in threads:
             thread.start()
-        while client.get("/health").json()["waiting"] < 2:
+        while client.get("/health").json()["waiting"] < 2 and not found:
             time.sleep(0.001)
-        response = client.post("/v1/completions", json=long)
+        assert not found, "they did not come together"
+        response = client.post("/v1/completions", json=TEXT)
         assert response.status_code == 429 and response.json()["error"]["type"] == "rate_limit_error"
         for thread in threads:
             thread.join()
-        assert [each.status_code for each in found] == [200] * 3
+        assert [each.json()["usage"]["completion_tokens"] for each in found] == [1000] * 3
 
 
 def test_what_fails_in_the_model_is_told_whole_or_in_the_stream(
