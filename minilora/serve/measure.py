@@ -27,7 +27,14 @@ from minilora.cli.answering import add_loading_flags
 from minilora.cli.base import find_base
 from minilora.cli.flags import flags
 from minilora.figures.machine import facts, usable_cores
-from minilora.figures.tables import Table, as_text, machine_line
+from minilora.figures.tables import (
+    Table,
+    as_markdown,
+    as_text,
+    check_markdown_file,
+    machine_line,
+    write_markdown,
+)
 from minilora.formats.files import write_json
 from minilora.formats.gguf import is_gguf
 from minilora.formats.library import BASE, named_adapters
@@ -63,6 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="how often, for the median (%(default)s)")
     parser.add_argument(*flags("out"), type=Path, metavar="FILE", help="write the figures to a JSON file")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table to a page, as docs/serve.md")
     return parser.read(argv)
 
 
@@ -126,6 +134,8 @@ def write_gguf(args: argparse.Namespace, adapters: dict[str, Path], folder: Path
 
 def measure_command(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.markdown:
+        check_markdown_file(args.markdown)
     adapters = named_adapters(args.adapter)
     names = [BASE, *adapters]
     mixed = [names[i % len(names)] for i in range(args.rows)]
@@ -164,7 +174,10 @@ def measure_command(argv: list[str] | None = None) -> None:
     else:
         notes.append("llama.cpp left out: xllamacpp is not installed (pip install -e '.[peers]')")
     machine = facts(usable_cores())
-    print(as_text(as_table(outcomes, args, notes)), machine_line(machine), sep="\n")
+    table = as_table(outcomes, args, notes)
+    print(as_text(table), machine_line(machine), sep="\n")
+    if args.markdown:
+        write_markdown(args.markdown, as_markdown([table], machine, []))
     if args.out:
         write_json(args.out, {"machine": machine, "outcomes": [outcome._asdict() for outcome in outcomes]})
 

@@ -16,7 +16,10 @@ pytest.importorskip("uvicorn", reason="the server needs uvicorn: pip install -e 
 
 def test_rows_together_and_one_by_one_are_measured_with_the_same_answers(library: Library, tmp_path: Path) -> None:
     flags = ["--model", library.folder / "base", "--adapter", library.folder / "a", "--rows", 3, "--max-tokens", 5]
-    shown = good("serve.measure", *flags, "--repeat", 1, "--out", tmp_path / "figures.json")
+    shown = good(
+        "serve.measure", *flags, "--repeat", 1, "--out", tmp_path / "figures.json", "--markdown", tmp_path / "page.md"
+    )
+    assert (tmp_path / "page.md").read_text().count("| minilora, ") == 2
     figures = json.loads((tmp_path / "figures.json").read_text())["outcomes"]
     theirs = ["llama.cpp"] * 2 if find_spec("xllamacpp") and find_spec("gguf") else []
     assert [each["side"] for each in figures] == ["minilora", "minilora", *theirs]
