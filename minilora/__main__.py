@@ -12,6 +12,8 @@ COMMANDS = {
     "evaluate": "loss, perplexity, exact match and drift of a model or an adapter",
     "generate": "continue prompts",
     "chat": "talk with a model, and switch between its adapters",
+    "serve": "answer over HTTP as OpenAI's interface does, with several adapters in one batch",
+    "serve.measure": "tokens/s of the server, rows together and one by one, beside llama.cpp's",
     "merge": "write base and adapter as one model",
     "combine": "add several adapters up to one",
     "convert": "write an adapter or a model in another tool's format",

@@ -31,6 +31,20 @@ def mixed(models: Sequence[Model]) -> Model:
             "these models cannot share a batch: they are on different bases, or one changes the head or puts "
             "virtual tokens first. Give each a batch of its own"
         )
+    return _side_by_side(models)
+
+
+def continuing(models: Sequence[Model]) -> Model:
+    """The model of a batch in which each row b has its past already, and gets its next token by models[b].
+
+    A model's virtual tokens are in the past of its row by then, and the head is given one token of each row. So models
+    that cannot begin in one batch (`shares_batches`) go on in one.
+    """
+    return _side_by_side(models)
+
+
+def _side_by_side(models: Sequence[Model]) -> Model:
+    first = models[0]
     return Model(first.config, {name: _site([model.sites[name] for model in models]) for name in first.sites})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 from minilora.backend import use
 from minilora.cli.base import find_base
 from minilora.cli.flags import add_model_flags, flags
+from minilora.data.streamed_text import StreamedText
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.library import BASE, load_adapters, named_adapters
 from minilora.formats.load import load_model
@@ -22,8 +23,8 @@ from minilora.model.model import Model
 from minilora.runs.folder import read_summary
 
 
-def add_flags(parser: argparse.ArgumentParser, max_tokens: int) -> None:
-    """Add the flags that name models and say how to sample. `max_tokens` is the default of `--max-tokens`."""
+def add_loading_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name the base and the adapters, and say where and how they are held."""
     add_model_flags(parser)
     parser.add_argument(
         *flags("adapter"),
@@ -32,6 +33,19 @@ def add_flags(parser: argparse.ArgumentParser, max_tokens: int) -> None:
         metavar="[NAME=]ADAPTER",
         help="the folder of an adapter, or its id on the hub, with a name of your choice; may be given several times",
     )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--frozen", choices=FROZEN, default="widened", help="how weights are held")
+    parser.add_argument(
+        *flags("mixed_precision"),
+        choices=MIXED_PRECISION,
+        default="no",
+        help="products with the base's weights in 16 bits: faster where the machine has them (%(default)s)",
+    )
+
+
+def add_flags(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    """Add the flags of loading, and those that say how to sample. `max_tokens` is the default of `--max-tokens`."""
+    add_loading_flags(parser)
     parser.add_argument(
         "--system-prompt", default="", metavar="TEXT", help="the system message at the start of a conversation"
     )
@@ -65,14 +79,6 @@ def add_flags(parser: argparse.ArgumentParser, max_tokens: int) -> None:
         metavar="TOKEN",
         help="a token that ends an answer, beside the model's own",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--frozen", choices=FROZEN, default="widened", help="how weights are held")
-    parser.add_argument(
-        *flags("mixed_precision"),
-        choices=MIXED_PRECISION,
-        default="no",
-        help="products with the base's weights in 16 bits: faster where the machine has them (%(default)s)",
-    )
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -104,14 +110,19 @@ class Loaded(NamedTuple):
         return [name for name in self.models if name != BASE] or [BASE]
 
 
-def load(args: argparse.Namespace) -> Loaded:
-    """Load the base, the adapters on it, and the tokenizer."""
+def load_models(args: argparse.Namespace, adapters: Mapping[str, Path]) -> tuple[dict[str, Model], Tokenizer, str]:
+    """The base and the adapters on it by name, the tokenizer, and the base's name as the user knows it."""
     use(args.device)
-    adapters = named_adapters(args.adapter)
-    folder = find_base(args.model, args.revision, adapters).folder
-    base, _ = load_model(folder, frozen=args.frozen, mixed_precision=args.mixed_precision)
+    source = find_base(args.model, args.revision, adapters)
+    base, _ = load_model(source.folder, frozen=args.frozen, mixed_precision=args.mixed_precision)
     models = load_adapters(base, adapters)
-    tokenizer = Tokenizer.load(folder).fitting(base.config.vocab_size)
+    return models, Tokenizer.load(source.folder).fitting(base.config.vocab_size), source.name
+
+
+def load(args: argparse.Namespace) -> Loaded:
+    """Load the base, the adapters on it, and the tokenizer, as the flags of `add_flags` say."""
+    adapters = named_adapters(args.adapter)
+    models, tokenizer, _ = load_models(args, adapters)
     drawn = sampler(args.temp, args.top_k, args.top_p, np.random.default_rng(args.seed))
     choose = penalised(drawn, args.repetition_penalty)
     stop_ids = tokenizer.stop_ids | extra_stops(args.extra_eos_token, tokenizer)
@@ -136,12 +147,8 @@ def extra_stops(texts: list[str], tokenizer: Tokenizer) -> frozenset[int]:
 
 def pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
     """The text of the tokens, as they come. The bytes of an incomplete character are held back until it is complete."""
-    seen: list[int] = []
-    done = ""
+    text = StreamedText(tokenizer)
     for token in tokens:
-        seen.append(token)
-        text = tokenizer.decode(seen)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[len(done) :]
-            done = text
-    yield tokenizer.decode(seen)[len(done) :]
+        if piece := text.add(token):
+            yield piece
+    yield text.rest()

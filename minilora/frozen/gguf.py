@@ -66,5 +66,8 @@ class BlockWeight(StoredWeight):
     def rows(self, index: Array) -> Array:
         return self._widened(to_host(index))
 
+    def bfloat16(self) -> None:
+        """Blocks are not in bfloat16."""
+
     def _widened(self, rows: Any) -> Array:
         return to_device(self.blocks.rows(rows).astype(self.dtype, copy=False))

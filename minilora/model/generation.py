@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from minilora.backend import Array, HostArray, to_device, to_host, xp
+from minilora.backend import Array, HostArray, to_device, to_host
 from minilora.model.decoding import Decoder
 from minilora.model.model import Model, Past, forward
 from minilora.model.names import HEAD
@@ -94,6 +94,17 @@ def stream(model: Model, prompts: Sequence[Sequence[int]], choose: Choose = gree
         logits = decoder.step(to_device(tokens), to_device(positions))
 
 
+def read(model: Model, tokens: Sequence[int], start: int = 0, past: Past | None = None) -> tuple[Array, Past]:
+    """Run the model on the tokens of one text from place `start` on, after their past.
+
+    Returns their hidden states (T, D), and the past that includes them.
+    """
+    places = to_device(np.arange(start, start + len(tokens))[None])
+    ones = to_device(np.ones((1, len(tokens)), np.int64))
+    hidden, past, _ = forward(model, to_device(np.array([tokens])), places, ones, past, keep=False)
+    return hidden, past
+
+
 def last_logits(model: Model, hidden: Array, rows: int) -> Array:
     """Logits (B, V) after the last column of each row, from hidden states (B·T, D)."""
     last = hidden.reshape(rows, -1, hidden.shape[-1])[:, -1]
@@ -155,9 +166,7 @@ class Memory:
             raise ValueError("an empty prompt: generation needs at least one token to start from")
         self.keep(common_length(self.seen.tokens, prompt[:-1]))  # the last token is run again: its logits are needed
         start = len(self.seen.tokens)
-        tokens = to_device(np.array([prompt[start:]]))
-        positions = to_device(np.arange(start, len(prompt))[None])
-        hidden, past, _ = forward(self.model, tokens, positions, xp.ones_like(tokens), self.seen.past, keep=False)
+        hidden, past = read(self.model, prompt[start:], start, self.seen.past)
         self.seen = Seen(list(prompt), past)  # at once: an interrupt finds both or neither
         logits, decoder = last_logits(self.model, hidden, 1), Decoder(self.model, past)
         while True:

@@ -29,7 +29,13 @@ NEEDED = {  # what a command asks for before it looks at anything else
     "tasks.wordnet": ["--out", "b"],
     "tasks.docstrings": ["--out", "b"],
 }
-FLAGS = {"chat": "--model", "generate": "--model", "evaluate": "--model", "plan": "--measure"}  # of others: --out
+FLAGS = {
+    "chat": "--model",
+    "generate": "--model",
+    "evaluate": "--model",
+    "plan": "--measure",
+    "serve": "--model",
+}  # of others: --out
 every_command = pytest.mark.parametrize("command", COMMANDS)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import shlex
 import string
 import sys
@@ -28,6 +29,7 @@ LINES = {
     "evaluate": "--model tiny --data rows",
     "generate": "--model tiny --prompt 'one and' --max-tokens 6",
     "chat": "--model tiny --max-tokens 6",
+    "serve": "--model tiny --port 0",
     "merge": "--model tiny --adapter learnt --out {out}",
     "combine": "--adapter learnt --adapter more --out {out}",
     "convert": "--adapter learnt --format mlx --out {out}",
@@ -78,6 +80,19 @@ FLAGS: dict[str, dict[str, str]] = {  # what is added; before a + stands what bo
         "out": "--out {out}",
     },
     "chat": OF_ANSWERS,
+    "serve": {
+        **OF_MODELS,
+        "adapter": "--adapter learnt",
+        "device": "--device cuda",
+        "frozen": "--frozen nf4",
+        "host": "--host localhost",
+        "port": "--port 99999",
+        "api_key": "--api-key sesame",
+        "max_batch": "--max-batch 1",
+        "queue": "--queue 1",
+        "max_tokens": "--max-tokens 5",
+        "max_length": "--max-length 5",
+    },
     "merge": {
         **OF_MODELS,
         "adapter": "--adapter more",
@@ -151,6 +166,17 @@ def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
 
 
+def answers(server: Any, sockets: object) -> None:
+    """In the place of uvicorn, which would serve for ever: print what the application answers."""
+    from starlette.testclient import TestClient
+
+    asked = {"model": "base", "prompt": "one and", "max_tokens": 6, "temperature": 0}
+    with TestClient(server.config.app, base_url="http://127.0.0.1") as client:
+        told = [client.get("/v1/models"), client.get("/health"), client.post("/v1/completions", json=asked)]
+    for response in told:
+        print(re.sub(r'"(id|created)":("cmpl-\w+"|\d+),?', "", response.text))
+
+
 def outcome(command: str, line: str, folder: Path) -> tuple[object, ...]:
     """What the command says and leaves, and the shapes of what its layers are given."""
     shapes: list[tuple[int, ...]] = []
@@ -163,9 +189,13 @@ def outcome(command: str, line: str, folder: Path) -> tuple[object, ...]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "block", watched)
         patch.setattr(sys, "stdin", io.StringIO("one\n/quit\n"))
+        if command == "serve":
+            pytest.importorskip("httpx", reason="Starlette's test client needs httpx")
+            patch.setattr(pytest.importorskip("uvicorn").Server, "run", answers)
         code, out, err = run(command, *shlex.split(line.format(out=folder / "out")))
     complaint = err.splitlines()[-1] if code else ""  # above it may be a progress bar, with times
-    return code, out.replace(str(folder), ""), complaint, contents(folder), sorted(shapes)
+    out = re.sub(r":\d{4,5}/", ":PORT/", out.replace(str(folder), ""))
+    return code, out, complaint, contents(folder), sorted(shapes)
 
 
 def flags_of(command: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:

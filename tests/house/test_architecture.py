@@ -20,7 +20,7 @@ ROOMS = (  # from the ground: a room imports only from itself and from rooms bef
     *("data", "parser", "tasks", "training", "counting", "runs", "cli"),
 )
 COMMANDS = {  # the rooms above all others, which do not know each other
-    *("train", "generate", "chat", "evaluate", "merge", "combine", "convert", "random_checkpoint"),
+    *("train", "generate", "chat", "serve", "evaluate", "merge", "combine", "convert", "random_checkpoint"),
     *("plan", "benchmark", "compare", "pretrain", "book"),
 }
 STRANGERS = {  # a room → rooms before it that it does not know all the same

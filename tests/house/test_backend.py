@@ -22,7 +22,8 @@ from support.threads_as_ranks import on_threads
 from support.virtual_tokens import VirtualTokens, base, each_method
 
 from minilora import backend
-from minilora.adapters.mixed import mixed
+from minilora.adapters.mixed import continuing, mixed
+from minilora.adapters.scaling import scaled
 from minilora.backend import narrow, random_generator, read_only, to_device, to_host, widen, xp
 from minilora.data.batches import Batch
 from minilora.frozen.half import HALVES
@@ -33,9 +34,10 @@ from minilora.methods.lora import LoRA
 from minilora.methods.virtual_tokens import EMBEDDINGS
 from minilora.model.base import base_model
 from minilora.model.config import Config
-from minilora.model.generation import complete
+from minilora.model.generation import complete, read
 from minilora.model.model import forward
 from minilora.model.names import HEAD
+from minilora.model.rows import join, keep, next_logits
 from minilora.model.sites import add_gradients
 from minilora.training.loss_scale import scaled_loss_and_gradients
 from minilora.training.message import Sum
@@ -240,6 +242,27 @@ def test_the_sum_of_ranks_is_made_on_the_device_and_travels_through_the_host(siz
         assert loss == 10 / 8
         np.testing.assert_array_equal(gradients["weight"], np.full((3, 2), 10, np.float32))
         np.testing.assert_array_equal(gradients["bias"], [5, 5])
+
+
+def test_rows_that_come_and_go_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    lora, dora = LoRA(4, 8.0, target_modules=QV), DoRA(2, 4.0, target_modules=("v_proj", "down_proj"))
+
+    def logits() -> np.ndarray:
+        base = base_model(TINY, random_weights(TINY, 0))
+        models = [base]
+        for method in (lora, dora):
+            fresh = random_adapter(method.start(base, np.random.default_rng(0)), 0)
+            model = method.attach(base, {name: to_device(to_host(value)) for name, value in fresh.items()})
+            models += [model, scaled(model, base, 0.5)]
+        pasts = [read(model, [1, 2, 3][: 1 + i % 3])[1] for i, model in enumerate(models)]
+        first, past = next_logits(continuing(models), range(5), join(pasts))
+        second, _ = next_logits(continuing(models[1::3]), [7, 8], keep(past, [1, 4]))
+        return np.concatenate([first, second])
+
+    on_host = logits()
+    assert type(on_host) is np.ndarray and len(on_host) == 7
+    monkeypatch.setattr(backend, "_module", Device())
+    np.testing.assert_allclose(logits(), on_host, rtol=1e-5, atol=1e-5)
 
 
 # --- The backend's own functions ---

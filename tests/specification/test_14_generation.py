@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.method_laws import METHODS, adapted
 from support.strategies import TINY, VOCAB, configs, normal, random_adapter, random_weights, seeds
 
-from minilora.adapters.mixed import mixed
+from minilora.adapters.mixed import continuing, mixed
 from minilora.methods.dora import DoRA
 from minilora.methods.lora import LoRA
 from minilora.methods.method import Method
@@ -25,9 +25,10 @@ from minilora.model import generation
 from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.decoding import Decoder, DecoderLayer
-from minilora.model.generation import Memory, complete, greedy, penalised, room, sampler, stream
+from minilora.model.generation import Memory, complete, greedy, last_logits, penalised, read, room, sampler, stream
 from minilora.model.model import Model, forward
 from minilora.model.names import HEAD
+from minilora.model.rows import join, keep, next_logits
 
 some = settings(max_examples=50)
 prompts_ = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6), min_size=1, max_size=4)
@@ -408,3 +409,66 @@ def test_a_prompt_leaves_room_for_what_the_model_sees_beyond_it_and_one_as_long_
     for length in (most, most + 1):
         with pytest.raises(ValueError, match=f"the prompt has {length} tokens, the model sees {most}"):
             room(model, length)
+
+
+# --- rows that come and go ---
+
+
+class Alone:
+    """A text by itself: its past, and the logits after each of its tokens."""
+
+    def __init__(self, model: Model, prompt: Sequence[int]) -> None:
+        self.model, self.read = model, len(prompt)
+        hidden, self.past = read(model, prompt)
+        self.logits = last_logits(model, hidden, 1)[0]
+
+    def go_on(self, token: int) -> None:
+        hidden, self.past = read(self.model, [token], self.read, self.past)
+        self.read += 1
+        self.logits = last_logits(self.model, hidden, 1)[0]
+
+
+@some
+@given(config=configs(), seed=seeds, data=st.data())
+def test_rows_that_join_and_leave_between_tokens_compute_what_each_computes_alone(
+    config: Config, seed: int, data: st.DataObject
+) -> None:
+    """Each by a model of its own, one of which may have virtual tokens first, or another head."""
+    base = base_model(config, random_weights(config, seed), np.float64)
+    methods = [
+        LoRA(2, 4.0, target_modules=("all-linear",)), LoRA(1, 2.0, target_modules=("lm_head",)),
+        PrefixTuning(2), PromptTuning(3),
+    ]  # fmt: skip
+    models = [base]
+    for method in methods:
+        models.append(method.attach(base, random_adapter(method.start(base, np.random.default_rng(1), np.float64), 2)))
+    rows: list[Alone] = []
+    past = None
+    for _ in range(data.draw(st.integers(1, 6))):
+        joining = data.draw(
+            st.lists(st.tuples(st.sampled_from(models), prompts_.map(lambda each: each[0])), max_size=2)
+        )
+        new = [Alone(model, prompt) for model, prompt in joining]
+        rows += new
+        pasts = ([past] if past else []) + [row.past for row in new]
+        if not pasts:
+            continue
+        tokens = [int(row.logits.argmax()) for row in rows]
+        logits, past = next_logits(continuing([row.model for row in rows]), tokens, join(pasts))
+        for row, token, found in zip(rows, tokens, logits, strict=True):
+            row.go_on(token)
+            np.testing.assert_allclose(found, row.logits, rtol=1e-9, atol=1e-9)
+        staying = [b for b in range(len(rows)) if data.draw(st.booleans())]
+        rows = [rows[b] for b in staying]
+        past = keep(past, staying) if staying else None
+        if past:
+            assert past.positions.shape[1] == max(row.past.positions.shape[1] for row in rows), "no room is wasted"
+
+
+def test_a_prompt_may_be_read_in_parts() -> None:
+    model = adapted_model(TINY, 0)
+    whole, _ = read(model, [1, 2, 3, 4, 5])
+    _, past = read(model, [1, 2])
+    rest, past = read(model, [3, 4, 5], 2, past)
+    np.testing.assert_allclose(rest, whole[2:], rtol=1e-12)
+    assert past.positions.tolist() == [[0, 1, 2, 3, 4]]

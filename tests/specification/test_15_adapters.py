@@ -24,6 +24,7 @@ from minilora.adapters.combination import (
 )
 from minilora.adapters.merging import merged_parameters
 from minilora.adapters.mixed import mixed
+from minilora.adapters.scaling import scaled
 from minilora.lora import delta
 from minilora.methods.dora import DoRA
 from minilora.methods.full import full_model
@@ -179,7 +180,7 @@ def test_the_combined_adapter_computes_what_weights_with_all_changes_compute(
     assert combination.truncations.keys() == (set() if cut is None else set.union(*changed))
 
 
-# --- one batch, several adapters ---
+# --- turned up and down ---
 
 
 SAVED = LoRA(2, 4.0, target_modules=("q_proj",), modules_to_save=("layers.0.input_layernorm", "layers.1.mlp.up_proj"))
@@ -192,6 +193,36 @@ def attached(method: Any, base: Model, seed: int) -> Model:
     fresh = method.start(base, np.random.default_rng(seed), np.float64)
     moved = {name: value + 0.3 * normal(seed, *value.shape, stream=i) for i, (name, value) in enumerate(fresh.items())}
     return method.attach(base, moved)
+
+
+@some
+@given(config=configs(), seed=seeds, method=HEADLESS, factor=st.sampled_from([-1.0, 0.0, 0.3, 1.0, 2.5]))
+def test_a_scaled_adapter_is_the_model_whose_weights_have_changed_that_many_times_as_much(
+    config: Config, seed: int, method: Any, factor: float
+) -> None:
+    """W + f (W' − W) for every weight: for LoRA the scale f·s. At 0 it is the base, at 1 the adapted model."""
+    config = replace(config, num_hidden_layers=2, rope_layers=(True, False), tie_word_embeddings=False)
+    weights = random_weights(config, seed)
+    base = base_model(config, weights, np.float64)
+    model, tokens = attached(method, base, seed), tokens_of(seed, 2)
+    merged = dict(merged_parameters(base, model))
+    between = {name: weight + factor * (merged.get(name, weight) - weight) for name, weight in weights.items()}
+    found = outcome(scaled(model, base, factor), tokens)
+    np.testing.assert_allclose(found, outcome(base_model(config, between, np.float64), tokens), rtol=1e-8, atol=1e-8)
+    if factor == 0:
+        assert found.tobytes() == outcome(base, tokens).tobytes()
+
+
+def test_virtual_tokens_have_no_scale() -> None:
+    base = base_model(TINY, random_weights(TINY, 0), np.float64)
+    for method in (PrefixTuning(2), PromptTuning(2)):
+        model = attached(method, base, 0)
+        assert scaled(model, base, 1) is model
+        with pytest.raises(ValueError, match="have no scale"):
+            scaled(model, base, 0.5)
+
+
+# --- one batch, several adapters ---
 
 
 @some
