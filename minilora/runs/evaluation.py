@@ -82,8 +82,8 @@ def drift(base: Model, adapted: Model, batches: Sequence[Batch], chunk: int = 51
     """
     total, count = 0.0, 0
     for batch in batches:
-        real = xp.flatnonzero(to_device(batch.segments).reshape(-1))
-        p_hidden, q_hidden = hidden_states(base, batch)[0][real], hidden_states(adapted, batch)[0][real]
+        real = to_device(np.flatnonzero(batch.segments))
+        p_hidden, q_hidden = hidden_states(base, batch)[real], hidden_states(adapted, batch)[real]
         for start in range(0, len(real), chunk):
             log_p = _log_softmax(base.sites[HEAD].forward(p_hidden[start : start + chunk])[0])
             log_q = _log_softmax(adapted.sites[HEAD].forward(q_hidden[start : start + chunk])[0])
@@ -98,8 +98,8 @@ def largest_logit_difference(
     """The largest |difference| of two models' logits over all tokens of the batches, and `model`'s largest |logit|."""
     differences, largest = [0.0], [0.0]
     for batch in batches:
-        real = xp.flatnonzero(to_device(batch.segments).reshape(-1))
-        hidden, other_hidden = hidden_states(model, batch)[0][real], hidden_states(other, batch)[0][real]
+        real = to_device(np.flatnonzero(batch.segments))
+        hidden, other_hidden = hidden_states(model, batch)[real], hidden_states(other, batch)[real]
         for start in range(0, len(real), chunk):
             logits = model.sites[HEAD].forward(hidden[start : start + chunk])[0]
             other_logits = other.sites[HEAD].forward(other_hidden[start : start + chunk])[0]

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minilora.backend import to_device, to_host
+from minilora.backend import fill, to_host
 from minilora.formats.files import open_safetensors, write_safetensors
 from minilora.training.loss_scale import LossScale
 from minilora.training.state import State
@@ -50,7 +50,7 @@ def load_state(state: State, folder: Path) -> list[str]:
     for name, target in targets.items():
         if name not in tensors or tensors[name].shape != target.shape:
             raise ValueError(f"{path} does not fit this run: {name} is missing or has another shape")
-        target[...] = to_device(tensors[name])
+        fill(target, tensors[name])
     _check_made_from(path, json.loads(metadata.get("made_from", "{}")), json.loads(json.dumps(state.made_from)))
     if len(tensors["order"]) != len(state.order.permutation):
         raise ValueError(f"{path} does not fit this run: the data has changed since it was saved")

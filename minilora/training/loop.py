@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from minilora.backend import to_device, to_host
+from minilora.backend import fill, to_host
 from minilora.data.batches import Batch, Rows, batches_of, count_labels
 from minilora.model.model import Model
 from minilora.training.optimizers import clip_gradients, global_norm
@@ -111,7 +111,7 @@ def train(
     if signal := stop():
         raise KeyboardInterrupt(signal)
     for name, array in state.best.items():
-        state.trainable[name][...] = to_device(array)
+        fill(state.trainable[name], array)
 
 
 def take_step(model: Model, state: State, batches: list[Batch], plan: Plan) -> tuple[float, float, float]:

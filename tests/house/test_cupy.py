@@ -1,0 +1,177 @@
+"""What CuPy does otherwise than NumPy, and what minilora must therefore not rely on; no GPU is needed to see it.
+
+The stand-in of `support.device` has CuPy's manners. Where CuPy itself is installed, every call is held against its
+signatures and dtypes too.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.cupy_rules import cupy, found, signature
+from support.device import BATCHES, UNTIED, on_the_device
+from support.strategies import TINY, random_weights
+
+from minilora.backend import random_generator, to_device, to_host, xp
+from minilora.methods.dora import DoRA
+from minilora.methods.lora import LoRA
+from minilora.methods.method import Method, known_methods
+from minilora.methods.miss import MiSS
+from minilora.model.base import base_model
+from minilora.training.loop import Plan, take_step
+from minilora.training.optimizers import OPTIMIZERS
+from minilora.training.order import Order
+from minilora.training.state import State
+from minilora.training.step import loss_and_gradients, mean_loss
+
+real = pytest.mark.skipif(cupy is None, reason="pip install 'minilora[cuda12]': no GPU is needed")
+ALL = ("all-linear",)
+METHODS: dict[str, Method] = {
+    **{name: cls(rank=4) if cls is MiSS else cls() for name, cls in known_methods().items()},
+    "lora with dropout": LoRA(4, dropout=0.3, target_modules=ALL),
+    "lora on embedding and head": LoRA(4, target_modules=("embed_tokens", "lm_head", "q_proj")),
+    "lora with whole modules": LoRA(4, target_modules=ALL, modules_to_save=("lm_head", "embed_tokens")),
+    "dora with dropout": DoRA(4, dropout=0.3, target_modules=ALL),
+    "pissa": LoRA(4, target_modules=ALL, init="pissa"),
+}
+
+
+# --- The stand-in has CuPy's manners ---
+
+
+def test_on_the_device_subnormal_numbers_are_zero_in_float32_and_stay_in_float64(device: None) -> None:
+    small = to_device(np.array([1e-39, -1e-39, 1.0]))
+    assert to_host(small * 1.0).tolist() == [1e-39, -1e-39, 1.0]
+    single = small.astype(np.float32)
+    assert to_host(single).tolist() == [0, 0, 1]
+    assert to_host(xp.maximum(single, 1e-38)).tolist() == [0, 0, 1]
+    assert to_host(xp.exp(to_device(np.array([-90.0], np.float32)))).tolist() == [0]
+
+
+def test_on_the_device_indices_beyond_the_end_count_on_from_the_start(device: None) -> None:
+    numbers, index = to_device(np.arange(3.0)), to_device(np.array([3, -1, 7]))
+    assert to_host(numbers[index]).tolist() == [0, 2, 1]
+    assert to_host(numbers.take(index, axis=0)).tolist() == [0, 2, 1]
+    xp.add.at(numbers, index, numbers[index])
+    assert to_host(numbers).tolist() == [0, 2, 4]
+
+
+def refused_by_the_device() -> dict[str, Callable[[], Any]]:
+    a, index = to_device(np.ones((2, 2), np.float32)), to_device(np.array([1, 1]))
+    return {
+        "two equal indices": lambda: a.__setitem__(index, a),
+        "NumPy scalar": lambda: a * np.float64(2),
+        "what dtype": lambda: xp.full(2, np.float32(1)),
+        "add.at has no": lambda: xp.add.at(index.astype(np.int8), index, 1),
+    }
+
+
+@pytest.mark.parametrize("words", ["two equal indices", "NumPy scalar", "what dtype", "add.at has no"])
+def test_what_no_gpu_defines_is_refused(words: str, device: None) -> None:
+    with pytest.raises(TypeError, match=words):
+        refused_by_the_device()[words]()
+
+
+def refused_by_cupy() -> dict[str, Callable[[], Any]]:
+    a = to_device(np.ones(2, np.float32))
+    bytes_ = a.astype(np.int8)
+    return {
+        "where": lambda: a.sum(where=a > 0),
+        "no errstate": lambda: xp.errstate(over="ignore"),
+        "Generator.choice": lambda: random_generator(1).choice(3),
+        "NumPy's float16": lambda: xp.sqrt(bytes_),
+        "mode": lambda: a.take(bytes_, axis=0, mode="clip"),
+    }
+
+
+@real
+@pytest.mark.parametrize("words", ["where", "no errstate", "Generator.choice", "mode"])
+def test_what_cupy_does_not_take_is_refused(words: str, device: None) -> None:
+    with pytest.raises(TypeError, match=words):
+        refused_by_cupy()[words]()
+
+
+def names_asked_of(module: str) -> set[str]:
+    """Every dotted name that minilora's files ask of this module."""
+    names = set()
+    for file in Path("minilora").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and re.fullmatch(rf"{module}(\.\w+)+", ast.unparse(node)):
+                names.add(ast.unparse(node).removeprefix(f"{module}."))
+    return names
+
+
+@real
+def test_every_name_that_is_asked_of_the_array_module_is_one_of_cupys_with_a_known_signature() -> None:
+    names = {name for name in names_asked_of("xp") if not name.startswith(("tally", "outline"))}
+    assert {"exp", "add.at", "linalg.svd"} <= names
+    for name in names:
+        assert not callable(found(name)) or name == "random" or signature(name)
+
+
+# --- All of it runs there ---
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_of_every_method_on_a_device_computes_what_the_host_computes(name: str) -> None:
+    """But for the order of sums, and for dropout, which each device draws by its own means."""
+
+    def gradients(config: Any) -> dict[str, np.ndarray]:
+        base, method = base_model(config, random_weights(config, 0)), METHODS[name]
+        trainable = method.start(base, np.random.default_rng(0), np.float32)
+        model = method.attach(base, trainable)
+        seeds = [1, 2] if "dropout" in name else None
+        loss, found = loss_and_gradients(model, BATCHES, seeds, checkpointing=True)
+        OPTIMIZERS["adamw"](trainable).update(trainable, found, 1e-3)
+        return {"loss": np.array(loss)} | {name: to_host(array) for name, array in found.items()}
+
+    for config in (TINY, UNTIED):
+        on_host = gradients(config)
+        with on_the_device():
+            on_the_device_ = gradients(config)
+        assert on_the_device_.keys() == on_host.keys()
+        for key, array in on_host.items():
+            if "dropout" not in name:
+                error = abs(on_the_device_[key] - array).max()
+                assert error <= 1e-4 * max(1e-3, abs(array).max()), (key, error)
+
+
+# --- The host does not wait for the device ---
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "pissa"])
+def test_a_step_waits_for_two_things_the_loss_and_the_norm_of_the_gradient(name: str, optimizer: str) -> None:
+    """Between them and before them the device has its work queued, whatever the method and the micro-batches."""
+    if optimizer != "adamw" and name not in ("lora", "full"):
+        pytest.skip("what each optimiser does is the same for all")
+    with on_the_device() as waits:
+        base, method = base_model(UNTIED, random_weights(UNTIED, 0)), METHODS[name]
+        trainable = method.start(base, np.random.default_rng(0), np.float32)
+        model = method.attach(base, trainable)
+        state = State(trainable, OPTIMIZERS[optimizer](trainable), Order(2), np.random.default_rng(0))
+        waits.clear()
+        for checkpointing in (False, True):
+            take_step(model, state, BATCHES, Plan(2, activation_checkpointing=checkpointing))
+        assert waits == ["tolist"] * 4
+
+
+def test_a_token_that_the_model_does_not_have_is_refused_where_cupy_would_take_another() -> None:
+    tokens = BATCHES[0].tokens
+    for wrong in (TINY.vocab_size, -1):
+        batch = BATCHES[0]._replace(tokens=np.where(tokens == tokens.max(), wrong, tokens))
+        with on_the_device(), pytest.raises(IndexError, match=f"do not fit a vocabulary of {TINY.vocab_size}"):
+            mean_loss(base_model(TINY, random_weights(TINY, 0)), [batch])
+
+
+def test_the_device_draws_by_a_generator_that_starts_at_once(device: None) -> None:
+    """CuPy's own default, XORWOW, starts hundreds of thousands of states for each site and forward."""
+    assert isinstance(random_generator(1, 2).numpy.bit_generator, np.random.Philox)
+    same = [to_host(random_generator(1, 2).random((3,), dtype=np.float32)).tolist() for _ in range(2)]
+    assert same[0] == same[1] != to_host(random_generator(2, 1).random((3,), dtype=np.float32)).tolist()
