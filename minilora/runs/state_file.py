@@ -21,7 +21,7 @@ NUMBERS = ("step", "tokens", "seconds", "best_loss", "best_step", "evaluations_w
 def save_state(state: State, folder: Path) -> None:
     """Write the state beside the old file, then replace that file: a kill leaves a whole file, the old or the new."""
     tensors = {f"trainable.{name}": to_host(p) for name, p in state.trainable.items()}
-    tensors |= {f"optimizer.{name}": to_host(a) for name, a in state.optimizer.state().items()}
+    tensors |= {f"optimizer.{name}": to_host(a) for name, a in state.flat.state(state.optimizer).items()}
     tensors |= {f"best.{name}": a for name, a in state.best.items()}
     tensors["order"] = state.order.permutation
     numbers = {name: number for name in NUMBERS if math.isfinite(number := getattr(state, name))}
@@ -46,7 +46,7 @@ def load_state(state: State, folder: Path) -> list[str]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         metadata = file.metadata()
     targets = {f"trainable.{name}": p for name, p in state.trainable.items()}
-    targets |= {f"optimizer.{name}": a for name, a in state.optimizer.state().items()}
+    targets |= {f"optimizer.{name}": a for name, a in state.flat.state(state.optimizer).items()}
     for name, target in targets.items():
         if name not in tensors or tensors[name].shape != target.shape:
             raise ValueError(f"{path} does not fit this run: {name} is missing or has another shape")

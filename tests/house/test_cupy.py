@@ -24,6 +24,7 @@ from minilora.methods.lora import LoRA
 from minilora.methods.method import Method, known_methods
 from minilora.methods.miss import MiSS
 from minilora.model.base import base_model
+from minilora.training.flat import flatten
 from minilora.training.loop import Plan, take_step
 from minilora.training.optimizers import OPTIMIZERS
 from minilora.training.order import Order
@@ -145,17 +146,18 @@ def test_a_step_of_every_method_on_a_device_computes_what_the_host_computes(name
 # --- The host does not wait for the device ---
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "pissa"])
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [*((name, "adamw") for name in METHODS if name != "pissa"), *(("lora", rule) for rule in OPTIMIZERS)],
+)
 def test_a_step_waits_for_two_things_the_loss_and_the_norm_of_the_gradient(name: str, optimizer: str) -> None:
     """Between them and before them the device has its work queued, whatever the method and the micro-batches."""
-    if optimizer != "adamw" and name not in ("lora", "full"):
-        pytest.skip("what each optimiser does is the same for all")
     with on_the_device() as waits:
         base, method = base_model(UNTIED, random_weights(UNTIED, 0)), METHODS[name]
-        trainable = method.start(base, np.random.default_rng(0), np.float32)
-        model = method.attach(base, trainable)
-        state = State(trainable, OPTIMIZERS[optimizer](trainable), Order(2), np.random.default_rng(0))
+        rule = OPTIMIZERS[optimizer]
+        flat, factors = flatten(method.start(base, np.random.default_rng(0), np.float32), rule, {})
+        model = method.attach(base, flat.arrays)
+        state = State(flat, rule(flat.parts, 0.1, factors), Order(2), np.random.default_rng(0))
         waits.clear()
         for checkpointing in (False, True):
             take_step(model, state, BATCHES, Plan(2, activation_checkpointing=checkpointing))
@@ -175,3 +177,40 @@ def test_the_device_draws_by_a_generator_that_starts_at_once(device: None) -> No
     assert isinstance(random_generator(1, 2).numpy.bit_generator, np.random.Philox)
     same = [to_host(random_generator(1, 2).random((3,), dtype=np.float32)).tolist() for _ in range(2)]
     assert same[0] == same[1] != to_host(random_generator(2, 1).random((3,), dtype=np.float32)).tolist()
+
+
+# --- Few operations: small arrays lie in buffers ---
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_arrays_in_buffers_move_to_the_last_bit_as_each_alone_and_their_state_keeps_its_names(optimizer: str) -> None:
+    shapes = {"x.lora_A.weight": (2, 5), "x.lora_B.weight": (7, 2), "y.bias": (3,), "z.lora_B.weight": (4, 2, 3)}
+    factors = {name: 4.0 for name in shapes if "lora_B" in name}
+    rule = OPTIMIZERS[optimizer]
+
+    def drawn(seed: int) -> dict[str, Any]:
+        rng = np.random.default_rng(seed)
+        return {name: to_device(rng.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()}
+
+    with on_the_device():
+        alone = drawn(0)
+        by_name = rule(alone, 0.1, factors)
+        flat, factors_of_parts = flatten(drawn(0), rule, factors)
+        together = rule(flat.parts, 0.1, factors_of_parts)
+        for seed in (1, 2, 3):
+            by_name.update(alone, drawn(seed), 0.01)
+            together.update(flat.parts, flat.gathered(drawn(seed)), 0.01)
+        for found, expected in ((flat.arrays, alone), (flat.state(together), by_name.state())):
+            assert {name: to_host(x).tolist() for name, x in found.items()} == {
+                name: to_host(x).tolist() for name, x in expected.items()
+            }
+        assert len(flat.parts) == (3 if rule.elementwise else 4)  # A, both B, and the bias
+    assert flatten(drawn(0), rule, factors)[0].parts.keys() == shapes.keys()  # none on the CPU
+
+
+def test_large_arrays_stay_out_of_the_buffers(device: None) -> None:
+    """An update needs a few arrays of its size beside it, and starting it is no longer what takes the time."""
+    arrays = {"large": xp.zeros((513, 512), np.float32), "a": xp.zeros((2, 2), np.float32), "b": xp.zeros((1, 2), "f4")}
+    flat, _ = flatten(arrays, OPTIMIZERS["adamw"], {})
+    assert flat.parts["large"] is arrays["large"] is flat.arrays["large"]
+    assert sorted(part.size for part in flat.parts.values()) == [6, 513 * 512]

@@ -25,6 +25,8 @@ class Adafactor:
     matrices only, and `factors` is as in AdamW.
     """
 
+    elementwise = False
+
     def __init__(
         self,
         parameters: Arrays,

@@ -21,6 +21,8 @@ class AdamW:
     `factors` names a parameter, its η is so many times the others'.
     """
 
+    elementwise = True
+
     def __init__(
         self,
         parameters: Arrays,
