@@ -12,7 +12,7 @@ import platform
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +24,7 @@ __all__ = [
     "cores",
     "fill",
     "from_host",
+    "fused",
     "matmul_transposed",
     "narrow",
     "numbers",
@@ -150,6 +151,34 @@ def random_generator(*seeds: int) -> Any:
     if hasattr(xp.random, "Philox4x3210"):
         return xp.random.Generator(xp.random.Philox4x3210(seed))
     return xp.random.default_rng(seed)
+
+
+# --- Chains of elementwise operations ---
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def fused(formula: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Above a function that computes `formula` in place: a GPU computes the formula itself, in a single operation.
+
+    A GPU takes longer to start most operations than to do them, and a formula of many becomes one kernel (`cupy.fuse`).
+    The CPU starts them at once, and in place it writes to memory that is in its cache.
+    """
+
+    def decorate(in_place: Function) -> Function:
+        @functools.wraps(in_place)
+        def function(*arguments: Any) -> Any:
+            return in_place(*arguments) if on_cpu() else _kernel(_module, formula, in_place.__name__)(*arguments)
+
+        return cast(Function, function)
+
+    return decorate
+
+
+@functools.cache
+def _kernel(module: Any, formula: Callable[..., Any], name: str) -> Callable[..., Any]:
+    kernel: Callable[..., Any] = module.fuse(kernel_name=name.strip("_"))(formula)
+    return kernel
 
 
 # --- Numbers of 16 bits ---

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,6 +119,22 @@ class OutlineModule:
             raise TypeError("flatnonzero: which entries are not zero does not follow from the batch")
         found = np.flatnonzero(x.numbers())
         return follow(computed(x, found.shape, np.int64), lambda: found)
+
+    def fuse(self, kernel_name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """CuPy's way to make one call of a formula: nothing in between is ever an array."""
+
+        def decorate(formula: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any) -> Any:
+                tally = self.tally
+                calls, most = tally.calls, dict(tally.most)
+                result = formula(*arguments)
+                tally.calls, tally.most = calls + 1, most
+                tally.enter(tally.moment)
+                return result
+
+            return call
+
+        return decorate
 
     def matmul(self, a: Outline, b: Outline, out: Outline | None = None) -> Outline:
         return matmul(a, b, out)

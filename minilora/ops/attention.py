@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from minilora.backend import Array, on_cpu, xp
+from minilora.backend import Array, fused, on_cpu, xp
 
 QUERIES_AT_ONCE, QUERIES_AT_ONCE_ON_GPU = 64, 1024  # on a GPU each operation takes time to start
 EVERYONE = -1  # a segment that is visible from all segments: a method puts it before every example
@@ -132,8 +132,7 @@ def _attend(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, QueryB
     S = _scores(q, k, visible)
     # 3. P = e / Σe with e = exp(S − largest), in the place of S; the division waits for pass 4. log Σ exp(S) is saved
     largest = S.real.max(axis=-1, keepdims=True)
-    S -= largest
-    e = xp.exp(S, out=S)
+    e = _exp_of_difference(S, largest)
     sum_e = e.sum(axis=-1, keepdims=True)
     # 4. y = P v = (e v) / Σe, which divides d columns instead of s
     y = e @ v
@@ -158,17 +157,13 @@ def _attend_backward(
     t, d = dy.shape[1], dy.shape[3]
     K = k.shape[2]
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    P = _scores(q, k, visible)
-    P -= log_z
-    xp.exp(P, out=P)
+    P = _exp_of_difference(_scores(q, k, visible), log_z)
     # 4. dv = Pᵀ dy and dP = dy vᵀ
     dy = _stack_group(dy, K)
     dv = P.transpose(0, 1, 3, 2) @ dy
     dP = dy @ v.transpose(0, 1, 3, 2)
     # 3. and 2. dS = P ⊙ (dP − dy · y), in the place of dP
-    dP -= (dy * _stack_group(y, K)).sum(axis=-1, keepdims=True)
-    dP *= P
-    dS = dP
+    dS = _dS(dP, P, (dy * _stack_group(y, K)).sum(axis=-1, keepdims=True))
     # 1. dk = dSᵀ q/√d and dq = dS k/√d
     dk = dS.transpose(0, 1, 3, 2) @ q
     dq = dS @ k
@@ -181,8 +176,26 @@ def _scores(q: Array, k: Array, visible: Array) -> Array:
     S = q @ k.transpose(0, 1, 3, 2)
     B, K, _, s = S.shape
     by_group = S.reshape(B, K, -1, visible.shape[1], s)  # a view: the same numbers
-    xp.copyto(by_group, -math.inf, where=~visible[:, None, None])
+    return _masked(by_group, visible[:, None, None]).reshape(S.shape)
+
+
+@fused(lambda S, visible: xp.where(visible, S, -math.inf))
+def _masked(S: Array, visible: Array) -> Array:
+    xp.copyto(S, -math.inf, where=~visible)
     return S
+
+
+@fused(lambda S, shift: xp.exp(S - shift))
+def _exp_of_difference(S: Array, shift: Array) -> Array:
+    S -= shift
+    return xp.exp(S, out=S)
+
+
+@fused(lambda dP, P, mean: P * (dP - mean))
+def _dS(dP: Array, P: Array, mean: Array) -> Array:
+    dP -= mean
+    dP *= P
+    return dP
 
 
 def _stack_group(x: Array, K: int) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from minilora.backend import Array, xp
+from minilora.backend import Array, fused, xp
 
 
 class RMSNormCache(NamedTuple):
@@ -15,11 +15,21 @@ class RMSNormCache(NamedTuple):
 
 def rmsnorm(x: Array, gain: Array, eps: float) -> tuple[Array, RMSNormCache]:
     """y = g ⊙ x / rms(x), rms(x) = √(mean(x²) + ε), row by row. x and y (N, D), gain (D,). (docs: O3)"""
-    rms_inverse = 1 / xp.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
-    # y = x * rms_inverse * gain
+    rms_inverse = _inverse_root((x * x).mean(axis=-1, keepdims=True), eps)
+    return _y(x, rms_inverse, gain), RMSNormCache(x, rms_inverse, gain)
+
+
+@fused(lambda mean, eps: 1 / xp.sqrt(mean + eps))
+def _inverse_root(mean: Array, eps: float) -> Array:
+    inverse: Array = 1 / xp.sqrt(mean + eps)
+    return inverse
+
+
+@fused(lambda x, rms_inverse, gain: x * rms_inverse * gain)
+def _y(x: Array, rms_inverse: Array, gain: Array) -> Array:
     y = x * rms_inverse
     y *= gain
-    return y, RMSNormCache(x, rms_inverse, gain)
+    return y
 
 
 def rmsnorm_backward(dy: Array, cache: RMSNormCache) -> tuple[Array, Array]:
@@ -30,13 +40,22 @@ def rmsnorm_backward(dy: Array, cache: RMSNormCache) -> tuple[Array, Array]:
         dx = (dx̂ − x̂ · mean(dx̂ ⊙ x̂)) / ρ:
     the part of dx̂ along x̂ is taken out (all of it when ε = 0), because rescaling x changes nothing.
     """
+    dgain = (dy * (cache.x * cache.rms_inverse)).sum(axis=0)
+    return rmsnorm_dx(dy, cache), dgain
+
+
+def rmsnorm_dx(dy: Array, cache: RMSNormCache) -> Array:
+    """dx of `rmsnorm_backward` (N, D), for a gain that does not train. (docs: O4)"""
     x, rms_inverse, gain = cache
     x_hat = x * rms_inverse
     dx_hat = dy * gain
-    dgain = (dy * x_hat).sum(axis=0)
-    # dx = (dx_hat - x_hat * (dx_hat * x_hat).mean(axis=-1, keepdims=True)) * rms_inverse
-    x_hat *= (dx_hat * x_hat).mean(axis=-1, keepdims=True)
+    return _dx(dx_hat, x_hat, (dx_hat * x_hat).mean(axis=-1, keepdims=True), rms_inverse)
+
+
+@fused(lambda dx_hat, x_hat, mean, rms_inverse: (dx_hat - x_hat * mean) * rms_inverse)
+def _dx(dx_hat: Array, x_hat: Array, mean: Array, rms_inverse: Array) -> Array:
+    x_hat *= mean
     dx = dx_hat
     dx -= x_hat
     dx *= rms_inverse
-    return dx, dgain
+    return dx

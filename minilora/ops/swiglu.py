@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from minilora.backend import Array, xp
+from minilora.backend import Array, fused, xp
 
 
 class SwiGLUCache(NamedTuple):
@@ -12,10 +12,10 @@ class SwiGLUCache(NamedTuple):
     up: Array  # (N, F)
 
 
+@fused(lambda x: 0.5 * (1 + xp.tanh(0.5 * x)))
 def sigmoid(x: Array) -> Array:
     """σ(x) = 1/(1 + e^−x) = ½(1 + tanh(x/2)): the second form cannot overflow. (docs: O13)"""
-    # s = 0.5 * (1 + tanh(0.5 * x))
-    s = xp.tanh(x * 0.5)
+    s: Array = xp.tanh(x * 0.5)
     s += 1
     s *= 0.5
     return s
@@ -23,11 +23,15 @@ def sigmoid(x: Array) -> Array:
 
 def swiglu(gate: Array, up: Array) -> tuple[Array, SwiGLUCache]:
     """y = silu(gate) ⊙ up with silu(z) = z σ(z). All (N, F). (docs: O14)"""
-    # y = gate * sigmoid(gate) * up
+    return _y(gate, up), SwiGLUCache(gate, up)
+
+
+@fused(lambda gate, up: gate * sigmoid(gate) * up)
+def _y(gate: Array, up: Array) -> Array:
     y = sigmoid(gate)
     y *= gate
     y *= up
-    return y, SwiGLUCache(gate, up)
+    return y
 
 
 def swiglu_backward(dy: Array, cache: SwiGLUCache) -> tuple[Array, Array]:
@@ -37,6 +41,16 @@ def swiglu_backward(dy: Array, cache: SwiGLUCache) -> tuple[Array, Array]:
         du = dy ⊙ z σ,    dz = dy ⊙ u ⊙ (σ + z σ(1 − σ)) = dy ⊙ u ⊙ σ(1 + z(1 − σ)).
     """
     gate, up = cache
+    return _dgate_and_dup(dy, gate, up)
+
+
+def _plain_dgate_and_dup(dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
+    s = sigmoid(gate)
+    return dy * up * s * (1 + gate * (1 - s)), dy * gate * s
+
+
+@fused(_plain_dgate_and_dup)
+def _dgate_and_dup(dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
     s = sigmoid(gate)
     silu = gate * s
     # dgate = dy * up * s * (1 + gate - silu), for z(1 − σ) = z − silu(z)

@@ -226,6 +226,10 @@ class Device:
             return attribute  # a number
         return Function(name, attribute)
 
+    def fuse(self, kernel_name: str) -> Callable[..., Any]:
+        check_call("fuse", (), {"kernel_name": kernel_name})
+        return lambda formula: formula
+
     def asarray(self, array: Any, dtype: Any = None) -> DeviceArray:
         """The one door by which NumPy's arrays come in."""
         check_call("asarray", (array, dtype), {})
