@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.cupy_rules import cupy, found, signature
-from support.device import BATCHES, UNTIED, on_the_device
+from support.cupy_rules import cupy, found, signature, source
+from support.device import BATCHES, UNTIED, kernels, on_the_device
 from support.strategies import TINY, random_weights
 
 from minilora.backend import random_generator, to_device, to_host, xp
@@ -214,3 +214,37 @@ def test_large_arrays_stay_out_of_the_buffers(device: None) -> None:
     flat, _ = flatten(arrays, OPTIMIZERS["adamw"], {})
     assert flat.parts["large"] is arrays["large"] is flat.arrays["large"]
     assert sorted(part.size for part in flat.parts.values()) == [6, 513 * 512]
+
+
+# --- Fused formulas ---
+
+
+@real
+def test_cupy_makes_a_kernel_of_every_fused_formula_and_nvidias_compiler_compiles_it() -> None:
+    """NVRTC is asked for the code of a named architecture, for which it needs no GPU."""
+    headers = pytest.importorskip("nvidia.cuda_runtime", reason="pip install nvidia-cuda-runtime-cu12")
+    pytest.importorskip("nvidia.cuda_nvrtc", reason="pip install nvidia-cuda-nvrtc-cu12")
+    from cupy.cuda import compiler
+
+    with on_the_device():
+        for dtype in (np.float32, np.float64):
+            base = base_model(UNTIED, random_weights(UNTIED, 0), dtype)
+            method = LoRA(4, target_modules=ALL)
+            model = method.attach(base, method.start(base, np.random.default_rng(0), dtype))
+            loss_and_gradients(model, BATCHES)
+    fused = {function for module in names_fused() for function in module}
+    assert {made.name for made in kernels.values()} >= fused and len(fused) > 5
+    cupys = Path(cupy.__file__).parent / "_core" / "include"
+    folders = [cupys, *(cupys / "cupy" / "_cccl").iterdir(), Path(headers.__path__[0]) / "include"]
+    options = ("-arch=compute_80", "-std=c++17", "-ftz=true", *(f"-I{folder}" for folder in folders))
+    for made in kernels.values():
+        code, *_ = compiler._NVRTCProgram(source(made), f"{made.name}.cu").compile(options)
+        assert f".entry {made.name}(" in (code.decode() if isinstance(code, bytes) else code)
+
+
+def names_fused() -> Iterator[set[str]]:
+    """The names of the functions that stand below `fused`, file by file."""
+    for file in Path("minilora").rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        yield {f.name.strip("_") for f in functions if any("fused(" in ast.unparse(d) for d in f.decorator_list)}

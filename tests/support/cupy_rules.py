@@ -8,17 +8,22 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from minilora.backend import use_module
+
 try:
     import cupy
+    from cupy._core import _fusion_thread_local, fusion
 
     assert cupy.random.Generator  # it is imported when first asked for, and a test may have replaced `cupy` by then
 except ImportError:  # it is an extra
     cupy = None
 
+HEADERS = [f'#include "cupy/{name}"' for name in ("complex.cuh", "carray.cuh", "atomics.cuh", "math_constants.h")]
 PYTHONS = (bool, int, float, complex)
 KNOWN = set(np.typecodes["All"]) - {"V"}  # the dtypes that NumPy can name, which bfloat16 is not one of
 
@@ -77,3 +82,32 @@ def check_dtypes(ufunc: np.ufunc, operands: tuple[Any, ...]) -> None:
                 raise TypeError(f"CuPy's {name} of {given} is {np.dtype(out)}, and NumPy's {expected}")
             return
     raise TypeError(f"CuPy has no kernel of {name} for {given}")
+
+
+def kernel(formula: Callable[..., Any], name: str, arguments: tuple[Any, ...]) -> Any:
+    """The kernel that `cupy.fuse` makes of a formula for these arrays and numbers, by its own means, on no GPU: arrays
+    of no memory are enough. None without CuPy."""
+    if cupy is None:
+        return None
+    nowhere = cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(16, 2**40, None, 0), 0)
+    given = [cupy.ndarray(x.shape, x.dtype, nowhere) if isinstance(x, np.ndarray) else x for x in arguments]
+    history, local = fusion._FusionHistory(), _fusion_thread_local.thread_local
+    previous = use_module(cupy)
+    local.history, local.is_old_fusing = history, True
+    try:
+        made, _ = history.get_fusion(formula, given, name)
+    finally:
+        local.history, local.is_old_fusing = None, False
+        use_module(previous)
+    return made
+
+
+def source(made: Any) -> str:
+    """The kernel as a function of CUDA, for one thread."""
+    outputs = [f"{x.ctype}* {x.name}_at" for x in made.out_params]
+    inputs = [f"{x.ctype} {x.name}" for x in made.in_params]
+    results = [f"*{x.name}_at = {x.name};" for x in made.out_params]
+    declared = [f"{x.ctype} {x.name};" for x in made.out_params]
+    body = "\n".join([*declared, made.operation, *results])
+    function = f'extern "C" __global__ void {made.name}({", ".join([*inputs, *outputs])}) {{\n{body}\n}}'
+    return "\n".join([*HEADERS, made.preamble, function])

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.cupy_rules import check_call, check_dtypes
+from support.cupy_rules import check_call, check_dtypes, kernel
 from support.strategies import TINY
 
 from minilora import backend
@@ -40,6 +40,7 @@ COMPARISONS |= {"ge": "greater_equal"}
 SCATTERED = {"?", "i", "I", "L", "Q", "e", "f", "d", "F", "D"}  # what `add.at` has atomic additions for
 
 waits: list[str] = []
+kernels: dict[Any, Any] = {}  # CuPy's kernels of fused formulas, by formula, dtypes and dimensions
 
 
 class DeviceArray:
@@ -227,8 +228,24 @@ class Device:
         return Function(name, attribute)
 
     def fuse(self, kernel_name: str) -> Callable[..., Any]:
+        """A formula in one kernel. CuPy's own, made for the same arguments, has to give the same dtypes."""
         check_call("fuse", (), {"kernel_name": kernel_name})
-        return lambda formula: formula
+
+        def decorate(formula: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any) -> Any:
+                given = tuple(map(unwrap, arguments))
+                key = (formula, *((x.dtype, x.ndim) if isinstance(x, np.ndarray) else type(x) for x in given))
+                result = formula(*arguments)
+                if key not in kernels:
+                    kernels[key] = made = kernel(formula, kernel_name, given)
+                    results = result if isinstance(result, tuple) else (result,)
+                    if made and [x.dtype for x in made.out_params] != [x.dtype for x in results]:
+                        raise TypeError(f"CuPy's {kernel_name} is {made.out_params}")
+                return result
+
+            return call
+
+        return decorate
 
     def asarray(self, array: Any, dtype: Any = None) -> DeviceArray:
         """The one door by which NumPy's arrays come in."""
