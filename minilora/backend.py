@@ -11,8 +11,9 @@ import functools
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import ml_dtypes
 import numpy as np
@@ -20,11 +21,11 @@ from threadpoolctl import ThreadpoolController
 
 __all__ = [
     "Array",
+    "Fused",
     "HostArray",
     "cores",
     "fill",
     "from_host",
-    "fused",
     "matmul_transposed",
     "narrow",
     "numbers",
@@ -155,29 +156,26 @@ def random_generator(*seeds: int) -> Any:
 
 # --- Chains of elementwise operations ---
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 
-
-def fused(formula: Callable[..., Any]) -> Callable[[Function], Function]:
-    """Above a function that computes `formula` in place: a GPU computes the formula itself, in a single operation.
+@dataclass(frozen=True)
+class Fused:
+    """A chain of elementwise operations: `formula` in a single operation on a GPU, `in_place` on the CPU.
 
     A GPU takes longer to start most operations than to do them, and a formula of many becomes one kernel (`cupy.fuse`).
     The CPU starts them at once, and in place it writes to memory that is in its cache.
     """
 
-    def decorate(in_place: Function) -> Function:
-        @functools.wraps(in_place)
-        def function(*arguments: Any) -> Any:
-            return in_place(*arguments) if on_cpu() else _kernel(_module, formula, in_place.__name__)(*arguments)
+    name: str  # the kernel's
+    formula: Callable[..., Any]
+    in_place: Callable[..., Any]
 
-        return cast(Function, function)
-
-    return decorate
+    def __call__(self, *arguments: Any) -> Any:
+        return self.in_place(*arguments) if on_cpu() else _kernel(_module, self)(*arguments)
 
 
 @functools.cache
-def _kernel(module: Any, formula: Callable[..., Any], name: str) -> Callable[..., Any]:
-    kernel: Callable[..., Any] = module.fuse(kernel_name=name.strip("_"))(formula)
+def _kernel(module: Any, fused: Fused) -> Callable[..., Any]:
+    kernel: Callable[..., Any] = module.fuse(kernel_name=fused.name)(fused.formula)
     return kernel
 
 

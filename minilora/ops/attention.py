@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from minilora.backend import Array, fused, on_cpu, xp
+from minilora.backend import Array, Fused, on_cpu, xp
 
-QUERIES_AT_ONCE, QUERIES_AT_ONCE_ON_GPU = 64, 1024  # on a GPU each operation takes time to start
+QUERIES_AT_ONCE = 64
+PAIRS_AT_ONCE_ON_GPU = 2**22  # of a query and a key, over the batch: a GPU takes its time to start each operation
 EVERYONE = -1  # a segment that is visible from all segments: a method puts it before every example
 
 
@@ -72,9 +73,9 @@ def query_blocks(
     sees a key that stands after it, and no query of a packed row sees the examples before its own: their keys are left
     out. A device is not asked which: its blocks are large, and it would have to be waited for.
     """
-    T, S = query_positions.shape[1], key_positions.shape[1]
+    (B, T), S = query_positions.shape, key_positions.shape[1]
+    at_once = QUERIES_AT_ONCE if on_cpu() else max(QUERIES_AT_ONCE, PAIRS_AT_ONCE_ON_GPU // (B * S))
     blocks = []
-    at_once = QUERIES_AT_ONCE if on_cpu() else QUERIES_AT_ONCE_ON_GPU
     for start in range(0, T, at_once):
         queries = slice(start, min(start + at_once, T))
         s = S - T + queries.stop
@@ -132,7 +133,7 @@ def _attend(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, QueryB
     S = _scores(q, k, visible)
     # 3. P = e / Σe with e = exp(S − largest), in the place of S; the division waits for pass 4. log Σ exp(S) is saved
     largest = S.real.max(axis=-1, keepdims=True)
-    e = _exp_of_difference(S, largest)
+    e = EXP_OF_DIFFERENCE(S, largest)
     sum_e = e.sum(axis=-1, keepdims=True)
     # 4. y = P v = (e v) / Σe, which divides d columns instead of s
     y = e @ v
@@ -157,13 +158,13 @@ def _attend_backward(
     t, d = dy.shape[1], dy.shape[3]
     K = k.shape[2]
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    P = _exp_of_difference(_scores(q, k, visible), log_z)
+    P = EXP_OF_DIFFERENCE(_scores(q, k, visible), log_z)
     # 4. dv = Pᵀ dy and dP = dy vᵀ
     dy = _stack_group(dy, K)
     dv = P.transpose(0, 1, 3, 2) @ dy
     dP = dy @ v.transpose(0, 1, 3, 2)
     # 3. and 2. dS = P ⊙ (dP − dy · y), in the place of dP
-    dS = _dS(dP, P, (dy * _stack_group(y, K)).sum(axis=-1, keepdims=True))
+    dS = DS(dP, P, (dy * _stack_group(y, K)).sum(axis=-1, keepdims=True))
     # 1. dk = dSᵀ q/√d and dq = dS k/√d
     dk = dS.transpose(0, 1, 3, 2) @ q
     dq = dS @ k
@@ -176,26 +177,29 @@ def _scores(q: Array, k: Array, visible: Array) -> Array:
     S = q @ k.transpose(0, 1, 3, 2)
     B, K, _, s = S.shape
     by_group = S.reshape(B, K, -1, visible.shape[1], s)  # a view: the same numbers
-    return _masked(by_group, visible[:, None, None]).reshape(S.shape)
+    masked: Array = MASKED(by_group, visible[:, None, None]).reshape(S.shape)
+    return masked
 
 
-@fused(lambda S, visible: xp.where(visible, S, -math.inf))
 def _masked(S: Array, visible: Array) -> Array:
     xp.copyto(S, -math.inf, where=~visible)
     return S
 
 
-@fused(lambda S, shift: xp.exp(S - shift))
 def _exp_of_difference(S: Array, shift: Array) -> Array:
     S -= shift
     return xp.exp(S, out=S)
 
 
-@fused(lambda dP, P, mean: P * (dP - mean))
 def _dS(dP: Array, P: Array, mean: Array) -> Array:
     dP -= mean
     dP *= P
     return dP
+
+
+MASKED = Fused("masked", lambda S, visible: xp.where(visible, S, -math.inf), _masked)
+EXP_OF_DIFFERENCE = Fused("exp_of_difference", lambda S, shift: xp.exp(S - shift), _exp_of_difference)
+DS = Fused("dS", lambda dP, P, mean: P * (dP - mean), _dS)
 
 
 def _stack_group(x: Array, K: int) -> Array:

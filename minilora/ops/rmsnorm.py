@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from minilora.backend import Array, fused, xp
+from minilora.backend import Array, Fused, xp
 
 
 class RMSNormCache(NamedTuple):
@@ -15,18 +15,16 @@ class RMSNormCache(NamedTuple):
 
 def rmsnorm(x: Array, gain: Array, eps: float) -> tuple[Array, RMSNormCache]:
     """y = g ⊙ x / rms(x), rms(x) = √(mean(x²) + ε), row by row. x and y (N, D), gain (D,). (docs: O3)"""
-    rms_inverse = _inverse_root((x * x).mean(axis=-1, keepdims=True), eps)
-    return _y(x, rms_inverse, gain), RMSNormCache(x, rms_inverse, gain)
+    rms_inverse = INVERSE_ROOT((x * x).mean(axis=-1, keepdims=True), eps)
+    return SCALED(x, rms_inverse, gain), RMSNormCache(x, rms_inverse, gain)
 
 
-@fused(lambda mean, eps: 1 / xp.sqrt(mean + eps))
 def _inverse_root(mean: Array, eps: float) -> Array:
     inverse: Array = 1 / xp.sqrt(mean + eps)
     return inverse
 
 
-@fused(lambda x, rms_inverse, gain: x * rms_inverse * gain)
-def _y(x: Array, rms_inverse: Array, gain: Array) -> Array:
+def _scaled(x: Array, rms_inverse: Array, gain: Array) -> Array:
     y = x * rms_inverse
     y *= gain
     return y
@@ -49,13 +47,20 @@ def rmsnorm_dx(dy: Array, cache: RMSNormCache) -> Array:
     x, rms_inverse, gain = cache
     x_hat = x * rms_inverse
     dx_hat = dy * gain
-    return _dx(dx_hat, x_hat, (dx_hat * x_hat).mean(axis=-1, keepdims=True), rms_inverse)
+    dx: Array = WITHOUT_PART(dx_hat, x_hat, (dx_hat * x_hat).mean(axis=-1, keepdims=True), rms_inverse)
+    return dx
 
 
-@fused(lambda dx_hat, x_hat, mean, rms_inverse: (dx_hat - x_hat * mean) * rms_inverse)
-def _dx(dx_hat: Array, x_hat: Array, mean: Array, rms_inverse: Array) -> Array:
+def _without_part(dx_hat: Array, x_hat: Array, mean: Array, rms_inverse: Array) -> Array:
     x_hat *= mean
     dx = dx_hat
     dx -= x_hat
     dx *= rms_inverse
     return dx
+
+
+INVERSE_ROOT = Fused("inverse_root", _inverse_root, _inverse_root)
+SCALED = Fused("scaled", lambda x, rms_inverse, gain: x * rms_inverse * gain, _scaled)
+WITHOUT_PART = Fused(
+    "without_part", lambda dx_hat, x_hat, mean, rms_inverse: (dx_hat - x_hat * mean) * rms_inverse, _without_part
+)

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from minilora.backend import Array, fused, to_device, xp
+from minilora.backend import Array, Fused, to_device, xp
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: dict[str, float] | None = None) -> np.ndarray:
@@ -77,12 +77,14 @@ def rope_angles(
 def rope(x: Array, cos: Array, sin: Array) -> Array:
     """Turn pairs (x₁, x₂) by their angle: y₁ = x₁ cos − x₂ sin, y₂ = x₂ cos + x₁ sin. x (B, T, heads, d). (docs: O8)"""
     x1, x2 = xp.split(x, 2, axis=-1)
-    return xp.concatenate(_turned(x1, x2, cos, sin), axis=-1)
+    return xp.concatenate(TURNED(x1, x2, cos, sin), axis=-1)
 
 
-@fused(lambda x1, x2, cos, sin: (x1 * cos - x2 * sin, x2 * cos + x1 * sin))
 def _turned(x1: Array, x2: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
     return x1 * cos - x2 * sin, x2 * cos + x1 * sin
+
+
+TURNED = Fused("rope", _turned, _turned)
 
 
 def rope_backward(dy: Array, cos: Array, sin: Array) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from minilora.backend import Array, fused, xp
+from minilora.backend import Array, Fused, xp
 
 
 class SwiGLUCache(NamedTuple):
@@ -12,9 +12,9 @@ class SwiGLUCache(NamedTuple):
     up: Array  # (N, F)
 
 
-@fused(lambda x: 0.5 * (1 + xp.tanh(0.5 * x)))
 def sigmoid(x: Array) -> Array:
     """σ(x) = 1/(1 + e^−x) = ½(1 + tanh(x/2)): the second form cannot overflow. (docs: O13)"""
+    # s = 0.5 * (1 + tanh(0.5 * x))
     s: Array = xp.tanh(x * 0.5)
     s += 1
     s *= 0.5
@@ -23,11 +23,10 @@ def sigmoid(x: Array) -> Array:
 
 def swiglu(gate: Array, up: Array) -> tuple[Array, SwiGLUCache]:
     """y = silu(gate) ⊙ up with silu(z) = z σ(z). All (N, F). (docs: O14)"""
-    return _y(gate, up), SwiGLUCache(gate, up)
+    return GATED(gate, up), SwiGLUCache(gate, up)
 
 
-@fused(lambda gate, up: gate * sigmoid(gate) * up)
-def _y(gate: Array, up: Array) -> Array:
+def _gated(gate: Array, up: Array) -> Array:
     y = sigmoid(gate)
     y *= gate
     y *= up
@@ -40,8 +39,8 @@ def swiglu_backward(dy: Array, cache: SwiGLUCache) -> tuple[Array, Array]:
     Forward was y = z σ ⊙ u with z the gate, u the up-projection and σ' = σ(1 − σ), so
         du = dy ⊙ z σ,    dz = dy ⊙ u ⊙ (σ + z σ(1 − σ)) = dy ⊙ u ⊙ σ(1 + z(1 − σ)).
     """
-    gate, up = cache
-    return _dgate_and_dup(dy, gate, up)
+    dgate, dup = DGATE_AND_DUP(dy, cache.gate, cache.up)
+    return dgate, dup
 
 
 def _plain_dgate_and_dup(dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
@@ -49,7 +48,6 @@ def _plain_dgate_and_dup(dy: Array, gate: Array, up: Array) -> tuple[Array, Arra
     return dy * up * s * (1 + gate * (1 - s)), dy * gate * s
 
 
-@fused(_plain_dgate_and_dup)
 def _dgate_and_dup(dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
     s = sigmoid(gate)
     silu = gate * s
@@ -63,3 +61,7 @@ def _dgate_and_dup(dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
     dup = silu
     dup *= dy
     return dgate, dup
+
+
+GATED = Fused("swiglu", lambda gate, up: gate * sigmoid(gate) * up, _gated)
+DGATE_AND_DUP = Fused("swiglu_backward", _plain_dgate_and_dup, _dgate_and_dup)

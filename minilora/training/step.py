@@ -66,7 +66,7 @@ def summed_loss(
     The cache is gone when this returns, before the next micro-batch's is made: that is the memory which accumulation
     saves.
     """
-    tokens, positions, segments = inputs(model, batch)
+    tokens, positions, segments = _inputs(model, batch)
     with np.errstate(over="ignore", invalid="ignore"):  # the gradient's norm shows what is not finite
         hidden, past, cache = forward(model, tokens, positions, segments, seed=seed, checkpointing=checkpointing)
         del past  # the keys and values of every layer
@@ -98,10 +98,10 @@ def labelled_tokens(batches: Sequence[Batch]) -> int:
 
 def hidden_states(model: Model, batch: Batch) -> Array:
     """The hidden states after the last norm (N, D). (docs: M3)"""
-    return forward(model, *inputs(model, batch), keep=False)[0]
+    return forward(model, *_inputs(model, batch), keep=False)[0]
 
 
-def inputs(model: Model, batch: Batch) -> tuple[Array, Array, Array]:
+def _inputs(model: Model, batch: Batch) -> tuple[Array, Array, Array]:
     """Tokens, positions and segments (B, T) on the device.
 
     IndexError for a token that the model does not have: NumPy would refuse it, CuPy would take another in its place.

@@ -7,8 +7,9 @@ signatures and dtypes too.
 from __future__ import annotations
 
 import ast
+import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from support.cupy_rules import cupy, found, signature, source
 from support.device import BATCHES, UNTIED, kernels, on_the_device
 from support.strategies import TINY, random_weights
 
-from minilora.backend import random_generator, to_device, to_host, xp
+from minilora.backend import Fused, random_generator, to_device, to_host, xp
 from minilora.methods.dora import DoRA
 from minilora.methods.lora import LoRA
 from minilora.methods.method import Method, known_methods
 from minilora.methods.miss import MiSS
 from minilora.model.base import base_model
+from minilora.ops import attention as attention_module
+from minilora.ops import rmsnorm, rope, swiglu
+from minilora.ops.attention import attention, attention_backward, query_blocks
 from minilora.training.flat import flatten
 from minilora.training.loop import Plan, take_step
 from minilora.training.optimizers import OPTIMIZERS
@@ -31,7 +35,7 @@ from minilora.training.order import Order
 from minilora.training.state import State
 from minilora.training.step import loss_and_gradients, mean_loss
 
-real = pytest.mark.skipif(cupy is None, reason="pip install 'minilora[cuda12]': no GPU is needed")
+real = pytest.mark.skipif(cupy is None, reason="pip install -e '.[cupy]': no GPU is needed")
 ALL = ("all-linear",)
 METHODS: dict[str, Method] = {
     **{name: cls(rank=4) if cls is MiSS else cls() for name, cls in known_methods().items()},
@@ -222,8 +226,8 @@ def test_large_arrays_stay_out_of_the_buffers(device: None) -> None:
 @real
 def test_cupy_makes_a_kernel_of_every_fused_formula_and_nvidias_compiler_compiles_it() -> None:
     """NVRTC is asked for the code of a named architecture, for which it needs no GPU."""
-    headers = pytest.importorskip("nvidia.cuda_runtime", reason="pip install nvidia-cuda-runtime-cu12")
-    pytest.importorskip("nvidia.cuda_nvrtc", reason="pip install nvidia-cuda-nvrtc-cu12")
+    headers = pytest.importorskip("nvidia.cuda_runtime", reason="pip install -e '.[cupy]'")
+    pytest.importorskip("nvidia.cuda_nvrtc", reason="pip install -e '.[cupy]'")
     from cupy.cuda import compiler
 
     with on_the_device():
@@ -232,8 +236,7 @@ def test_cupy_makes_a_kernel_of_every_fused_formula_and_nvidias_compiler_compile
             method = LoRA(4, target_modules=ALL)
             model = method.attach(base, method.start(base, np.random.default_rng(0), dtype))
             loss_and_gradients(model, BATCHES)
-    fused = {function for module in names_fused() for function in module}
-    assert {made.name for made in kernels.values()} >= fused and len(fused) > 5
+    assert {fused.name for fused in all_fused()} == {made.name for made in kernels.values()}
     cupys = Path(cupy.__file__).parent / "_core" / "include"
     folders = [cupys, *(cupys / "cupy" / "_cccl").iterdir(), Path(headers.__path__[0]) / "include"]
     options = ("-arch=compute_80", "-std=c++17", "-ftz=true", *(f"-I{folder}" for folder in folders))
@@ -242,9 +245,49 @@ def test_cupy_makes_a_kernel_of_every_fused_formula_and_nvidias_compiler_compile
         assert f".entry {made.name}(" in (code.decode() if isinstance(code, bytes) else code)
 
 
-def names_fused() -> Iterator[set[str]]:
-    """The names of the functions that stand below `fused`, file by file."""
-    for file in Path("minilora").rglob("*.py"):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-        yield {f.name.strip("_") for f in functions if any("fused(" in ast.unparse(d) for d in f.decorator_list)}
+def all_fused() -> list[Fused]:
+    """Every formula that is fused, from the modules that state one."""
+    return [
+        x for module in (attention_module, rmsnorm, rope, swiglu) for x in vars(module).values() if isinstance(x, Fused)
+    ]
+
+
+@pytest.mark.parametrize("fused", all_fused(), ids=lambda fused: fused.name)
+def test_every_fused_formula_is_what_the_cpu_computes_in_place(fused: Fused) -> None:
+    rng = np.random.default_rng(0)
+    parameters = inspect.signature(fused.formula).parameters
+    arguments = [rng.uniform(0.1, 2, (3, 4)) if name != "visible" else rng.random((3, 4)) < 0.5 for name in parameters]
+    expected = fused.formula(*(x.copy() for x in arguments))
+    found = fused.in_place(*(x.copy() for x in arguments))
+    for there, here in zip(*(x if isinstance(x, tuple) else (x,) for x in (expected, found)), strict=True):
+        np.testing.assert_allclose(there, here, rtol=1e-13)
+
+
+# --- Large blocks of attention ---
+
+
+@pytest.mark.parametrize("past", [0, 5])
+def test_on_a_device_attention_has_few_blocks_and_computes_what_the_host_computes_in_many(
+    past: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One block, where the matrix of scores may be so large, else some; of packed rows and padding too."""
+    rng, T, S = np.random.default_rng(0), 150, 150 + past
+    q, k, v, dy = (rng.normal(size=(2, n, heads, 4)) for n, heads in ((T, 4), (S, 2), (S, 2), (T, 4)))
+    positions = np.broadcast_to(np.arange(S), (2, S))
+    segments = np.stack([np.ones(S, int), np.repeat([1, 2, 0], [40, S - 60, 20])])
+    places = (positions[:, past:], segments[:, past:], positions, segments)
+
+    def computed() -> tuple[int, list[np.ndarray]]:
+        blocks = query_blocks(*map(to_device, places))
+        y, cache = attention(*map(to_device, (q, k, v)), blocks)
+        return len(blocks), [to_host(x) for x in (y, *attention_backward(to_device(dy), cache))]
+
+    blocks_on_host, on_host = computed()
+    for pairs, blocks in ((2**22, 1), (100 * 2 * S, 2), (1, 3)):
+        monkeypatch.setattr("minilora.ops.attention.PAIRS_AT_ONCE_ON_GPU", pairs)
+        with on_the_device() as waits:
+            found = computed()
+            assert waits == ["get"] * 4
+        assert (found[0], blocks_on_host) == (blocks, 3)
+        for there, here in zip(found[1], on_host, strict=True):
+            np.testing.assert_allclose(there, here, rtol=1e-9, atol=1e-12)

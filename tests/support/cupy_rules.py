@@ -17,13 +17,12 @@ from minilora.backend import use_module
 
 try:
     import cupy
-    from cupy._core import _fusion_thread_local, fusion
+    from cupy._core import _fusion_thread_local, core, fusion
 
     assert cupy.random.Generator  # it is imported when first asked for, and a test may have replaced `cupy` by then
 except ImportError:  # it is an extra
     cupy = None
 
-HEADERS = [f'#include "cupy/{name}"' for name in ("complex.cuh", "carray.cuh", "atomics.cuh", "math_constants.h")]
 PYTHONS = (bool, int, float, complex)
 KNOWN = set(np.typecodes["All"]) - {"V"}  # the dtypes that NumPy can name, which bfloat16 is not one of
 
@@ -109,5 +108,6 @@ def source(made: Any) -> str:
     results = [f"*{x.name}_at = {x.name};" for x in made.out_params]
     declared = [f"{x.ctype} {x.name};" for x in made.out_params]
     body = "\n".join([*declared, made.operation, *results])
+    headers = [f'#include "{name}"' for name in core._cupy_header_list]
     function = f'extern "C" __global__ void {made.name}({", ".join([*inputs, *outputs])}) {{\n{body}\n}}'
-    return "\n".join([*HEADERS, made.preamble, function])
+    return "\n".join([*headers, made.preamble, function])
