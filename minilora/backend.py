@@ -159,7 +159,7 @@ def random_generator(*seeds: int) -> Any:
 
 @dataclass(frozen=True)
 class Fused:
-    """A chain of elementwise operations: `formula` in a single operation on a GPU, `in_place` on the CPU.
+    """`formula` on a GPU, and on the CPU `in_place`, which computes the same.
 
     A GPU takes longer to start most operations than to do them, and a formula of many becomes one kernel (`cupy.fuse`).
     The CPU starts them at once, and in place it writes to memory that is in its cache.
