@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from minilora.counting.module import OutlineModule, outlines
+from minilora.counting.outline import Outline
 from minilora.counting.watched import LOSS, MOMENTS, UPDATE, watched_base, watched_model
 from minilora.data.batches import Batch, divide
 from minilora.formats.checkpoint import named_dtype
@@ -144,11 +145,12 @@ class Counted:
         entry = head.entered
         itemsize = next(iter(gradients.values())).dtype.itemsize
         hidden = batch.tokens.size * self.model.config.hidden_size * itemsize
-        trainable, state = _bytes(self.flat.arrays), _bytes(self.optimizer.state())
+        trainable, state = _bytes(self.flat.arrays), self.optimizer.state()
+        counted = {name: array for name, array in state.items() if isinstance(array, Outline)}  # not t, on the host
         return StepCount(
-            weights=self.between_steps - trainable - state,
+            weights=self.between_steps - trainable - _bytes(counted),
             trainable=trainable,
-            optimizer=state,
+            optimizer=_bytes(state),
             gradients=_bytes(gradients),
             activations=entry.live - entry.rows - 2 * hidden - self.between_steps,  # hidden states and their gradient
             loss_chunk=tally.most[LOSS] - (entry.live - entry.rows),
