@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -91,13 +92,15 @@ def kernel(formula: Callable[..., Any], name: str, arguments: tuple[Any, ...]) -
     nowhere = cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(16, 2**40, None, 0), 0)
     given = [cupy.ndarray(x.shape, x.dtype, nowhere) if isinstance(x, np.ndarray) else x for x in arguments]
     history, local = fusion._FusionHistory(), _fusion_thread_local.thread_local
-    previous = use_module(cupy)
+    previous, imported = use_module(cupy), sys.modules.get("cupy")
+    sys.modules["cupy"] = cupy  # it imports itself meanwhile, and a test may have put something else there
     local.history, local.is_old_fusing = history, True
     try:
         made, _ = history.get_fusion(formula, given, name)
     finally:
         local.history, local.is_old_fusing = None, False
         use_module(previous)
+        sys.modules["cupy"] = imported
     return made
 
 
