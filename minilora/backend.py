@@ -10,7 +10,7 @@ import ctypes
 import functools
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -23,11 +23,13 @@ __all__ = [
     "Array",
     "HostArray",
     "cores",
+    "fill",
     "from_host",
     "limit_cores",
     "matmul_transposed",
     "memory_bytes",
     "narrow",
+    "numbers",
     "on_cpu",
     "one_core_for_products",
     "peak_memory_bytes",
@@ -77,7 +79,7 @@ def use(device: str, number: int = 0) -> str:
     if device == "cpu":
         return "cpu"
     try:
-        import cupy  # type: ignore[import-not-found,unused-ignore]
+        import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
         cupy.cuda.Device(number % cupy.cuda.runtime.getDeviceCount()).use()
         cupy.zeros(1)
@@ -125,6 +127,16 @@ def to_host(array: Array) -> np.ndarray[Any, Any]:
     return array.get() if hasattr(array, "get") else np.asarray(array)
 
 
+def numbers(scalars: Sequence[Array]) -> list[float]:
+    """The values of arrays without dimensions. The device is waited for once, not for each of them."""
+    return [float(x) for x in scalars] if on_cpu() else list(xp.stack(scalars).tolist())
+
+
+def fill(target: Array, values: HostArray) -> None:
+    """Write host values into an array, which may itself be one of the host."""
+    target[...] = values if isinstance(target, np.ndarray) else to_device(values)
+
+
 def read_only(array: Array) -> Array:
     """Mark an array as frozen. NumPy then refuses every write to it; CuPy has no such mark."""
     if isinstance(array, np.ndarray):
@@ -133,8 +145,15 @@ def read_only(array: Array) -> Array:
 
 
 def random_generator(*seeds: int) -> Any:
-    """The device's random generator for these seeds: the same seeds give the same draws on the same device."""
-    return xp.random.default_rng(np.random.SeedSequence(seeds).generate_state(1, np.uint64).item())
+    """The device's random generator for these seeds: the same seeds give the same draws on the same device.
+
+    CuPy's default generator would start hundreds of thousands of states anew, each a long computation. Philox's start
+    at once (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3").
+    """
+    seed = np.random.SeedSequence(seeds).generate_state(1, np.uint64).item()
+    if hasattr(xp.random, "Philox4x3210"):
+        return xp.random.Generator(xp.random.Philox4x3210(seed))
+    return xp.random.default_rng(seed)
 
 
 # --- Numbers of 16 bits ---

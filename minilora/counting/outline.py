@@ -94,6 +94,9 @@ class Outline:
     def item(self) -> Any:
         return 1 if self.numbers is None else self.numbers().item()
 
+    def tolist(self) -> Any:
+        return np.ones(self.shape).tolist() if self.numbers is None else self.numbers().tolist()
+
     def __int__(self) -> int:
         return int(self.item())
 

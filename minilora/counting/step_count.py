@@ -16,6 +16,7 @@ from minilora.methods.method import Method
 from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.names import HEAD, parameter_shapes
+from minilora.training.flat import flatten
 from minilora.training.optimizers import OPTIMIZERS, clip_gradients, global_norm
 from minilora.training.step import loss_and_gradients
 
@@ -121,9 +122,9 @@ class Counted:
         base = base_model(config, weights, dtype, storage.frozen, storage.mixed_precision)
         self.base = watched_base(base, xp.tally)  # it stays, whatever trains: a run judges it before and after
         draws: Any = xp.random
-        self.trainable = method.start(self.base, draws, dtype)
-        self.model = watched_model(method.attach(self.base, self.trainable), xp.tally)
-        self.optimizer = OPTIMIZERS[optimizer](self.trainable)
+        self.flat, _ = flatten(method.start(self.base, draws, dtype), OPTIMIZERS[optimizer], {})
+        self.model = watched_model(method.attach(self.base, self.flat.arrays), xp.tally)
+        self.optimizer = OPTIMIZERS[optimizer](self.flat.parts)
         gc.collect()
         self.between_steps = xp.tally.live
 
@@ -138,17 +139,19 @@ class Counted:
         _, gradients = loss_and_gradients(self.model, [batch], [0], checkpointing)
         self.calls_of_gradients = tally.calls - calls
         tally.enter(UPDATE)
+        gradients = self.flat.gathered(gradients)
         clip_gradients(gradients, max(global_norm(gradients), 2.0), 1.0)
-        self.optimizer.update(self.trainable, gradients, 1e-4)
+        self.optimizer.update(self.flat.parts, gradients, 1e-4)
 
         entry = head.entered
         itemsize = next(iter(gradients.values())).dtype.itemsize
         hidden = batch.tokens.size * self.model.config.hidden_size * itemsize
-        trainable, state = _bytes(self.trainable), _bytes(self.optimizer.state())
+        trainable, state = _bytes(self.flat.arrays), self.optimizer.state()
+        counted = {name: array for name, array in state.items() if isinstance(array, Outline)}  # not t, on the host
         return StepCount(
-            weights=self.between_steps - trainable - state,
+            weights=self.between_steps - trainable - _bytes(counted),
             trainable=trainable,
-            optimizer=state,
+            optimizer=_bytes(state),
             gradients=_bytes(gradients),
             activations=entry.live - entry.rows - 2 * hidden - self.between_steps,  # hidden states and their gradient
             loss_chunk=tally.most[LOSS] - (entry.live - entry.rows),

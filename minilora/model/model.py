@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from minilora.backend import Array, xp
+import numpy as np
+
+from minilora.backend import Array, HostArray, on_cpu, to_device, xp
 from minilora.model.layers import LayersCache, Past, layers, layers_backward
 from minilora.model.names import EMBED, HEAD, NORM
 from minilora.model.sites import Gradients, Model, Site, add_gradients, part_seed
@@ -17,7 +19,7 @@ from minilora.ops.cross_entropy import IGNORE, cross_entropy, cross_entropy_back
 
 __all__ = ["ForwardCache", "Model", "Past", "backward", "forward", "head_loss"]
 
-LOGITS_AT_ONCE = 256  # rows
+LOGITS_AT_ONCE, LOGITS_AT_ONCE_ON_GPU = 256, 1024  # rows
 
 
 class ForwardCache(NamedTuple):
@@ -76,26 +78,28 @@ def backward(model: Model, dx: Array, cache: ForwardCache | VirtualTokensCache) 
 def head_loss(
     model: Model,
     hidden: Array,
-    labels: Array,
+    labels: HostArray,
     dloss: float | None,
-    chunk: int = LOGITS_AT_ONCE,
+    chunk: int = 0,
     seed: int | None = None,
 ) -> tuple[Array, Array | None, Gradients]:
     """Σ cross-entropy over the labelled rows; unless dloss is None, dhidden (N, D) and the head's gradients. (docs: M8)
 
     hidden (N, D), labels (N,). Only labelled rows reach the head, `chunk` of them at a time, and each chunk goes
     forward and straight back: the loss is the end of the graph, so its gradient is known at once, and the matrix of all
-    logits (N, V) never exists.
+    logits (N, V) never exists. The labels are the host's: it can say which rows have one without waiting for a device.
     """
     module = EMBED if model.config.tie_word_embeddings else HEAD  # the head's parameter belongs to it
     grads: Gradients = {}
-    rows = xp.flatnonzero(labels != IGNORE)
+    rows = np.flatnonzero(labels != IGNORE)
     loss = xp.zeros((), hidden.dtype)
     dhidden = xp.zeros_like(hidden) if dloss is not None else None
+    chunk = chunk or (LOGITS_AT_ONCE if on_cpu() else LOGITS_AT_ONCE_ON_GPU)
     for start in range(0, len(rows), chunk):
-        chosen = rows[start : start + chunk]
+        chunk_labels = to_device(labels[rows[start : start + chunk]])
+        chosen = to_device(rows[start : start + chunk])
         chunk_loss, dchunk, chunk_grads = _chunk_loss(
-            model.sites[HEAD], hidden[chosen], labels[chosen], dloss, part_seed(seed, start)
+            model.sites[HEAD], hidden[chosen], chunk_labels, dloss, part_seed(seed, start)
         )
         loss = loss + chunk_loss
         if dhidden is not None:

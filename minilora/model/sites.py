@@ -16,7 +16,7 @@ from minilora.backend import Array
 from minilora.frozen.weight import FrozenWeight
 from minilora.model.config import Config
 from minilora.model.names import EMBED, layer_module, roles
-from minilora.ops.rmsnorm import rmsnorm, rmsnorm_backward
+from minilora.ops.rmsnorm import rmsnorm, rmsnorm_dx
 
 Gradients = dict[str, Array]
 
@@ -179,7 +179,7 @@ class FrozenNorm:
         return rmsnorm(x, self.gain, self.eps)
 
     def backward(self, dy: Array, cache: Any) -> tuple[Array, Gradients]:
-        return rmsnorm_backward(dy, cache)[0], {}
+        return rmsnorm_dx(dy, cache), {}
 
 
 class FrozenEmbedding:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from minilora.backend import Array, xp
+from minilora.backend import Array, on_cpu, xp
 
 QUERIES_AT_ONCE = 64
+PAIRS_AT_ONCE_ON_GPU = 2**22  # of a query and a key, over the batch: a GPU takes its time to start each operation
 EVERYONE = -1  # a segment that is visible from all segments: a method puts it before every example
 
 
@@ -70,21 +71,27 @@ def query_blocks(
 
     Keys stand in the order of time, the last T beside their queries; those of the past (S > T) come first. No query
     sees a key that stands after it, and no query of a packed row sees the examples before its own: their keys are left
-    out.
+    out. A device is not asked which: its blocks are large, and it would have to be waited for.
     """
-    T, S = query_positions.shape[1], key_positions.shape[1]
+    (B, T), S = query_positions.shape, key_positions.shape[1]
+    at_once = QUERIES_AT_ONCE if on_cpu() else max(QUERIES_AT_ONCE, PAIRS_AT_ONCE_ON_GPU // (B * S))
     blocks = []
-    for start in range(0, T, QUERIES_AT_ONCE):
-        queries = slice(start, min(start + QUERIES_AT_ONCE, T))
+    for start in range(0, T, at_once):
+        queries = slice(start, min(start + at_once, T))
         s = S - T + queries.stop
         visible = visible_keys(
             query_positions[:, queries], query_segments[:, queries], key_positions[:, :s], key_segments[:, :s]
         )
-        needed = xp.flatnonzero(visible.any(axis=(0, 1)))
-        first, last = int(needed[0]), int(needed[-1])
-        keys = slice(first, last + 1) if last - first < len(needed) else needed
+        keys = _needed(visible) if on_cpu() else slice(0, s)
         blocks.append(QueryBlock(queries, keys, visible[:, :, keys].copy()))
     return blocks
+
+
+def _needed(visible: Array) -> slice | Array:
+    """The keys that at least one query sees."""
+    needed = xp.flatnonzero(visible.any(axis=(0, 1)))
+    first, last = int(needed[0]), int(needed[-1])
+    return slice(first, last + 1) if last - first < len(needed) else needed
 
 
 def attention(q: Array, k: Array, v: Array, blocks: list[QueryBlock]) -> tuple[Array, AttentionCache]:

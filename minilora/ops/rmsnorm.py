@@ -31,13 +31,18 @@ def rmsnorm_backward(dy: Array, cache: RMSNormCache) -> tuple[Array, Array]:
         dx = (dx̂ − x̂ · mean(dx̂ ⊙ x̂)) / ρ:
     the part of dx̂ along x̂ is taken out (all of it when ε = 0), because rescaling x changes nothing.
     """
+    dgain = (dy * (cache.x * cache.rms_inverse)).sum(axis=0)
+    return rmsnorm_dx(dy, cache), dgain
+
+
+def rmsnorm_dx(dy: Array, cache: RMSNormCache) -> Array:
+    """dx of `rmsnorm_backward` (N, D), for a gain that does not train. (docs: O4)"""
     x, rms_inverse, gain = cache
     x_hat = x * rms_inverse
     dx_hat = dy * gain
-    dgain = (dy * x_hat).sum(axis=0)
     # dx = (dx_hat - x_hat * (dx_hat * x_hat).mean(axis=-1, keepdims=True)) * rms_inverse
     x_hat *= (dx_hat * x_hat).mean(axis=-1, keepdims=True)
     dx = dx_hat
     dx -= x_hat
     dx *= rms_inverse
-    return dx, dgain
+    return dx

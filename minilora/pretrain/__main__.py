@@ -32,6 +32,7 @@ from minilora.parser import Parser
 from minilora.pretrain.corpus import english_documents, python_documents
 from minilora.runs.folder import SUMMARY_FILE, is_free, only_run, train_in
 from minilora.runs.state_file import STATE_FILE, load_state
+from minilora.training.flat import Flat
 from minilora.training.loop import Plan
 from minilora.training.optimizers import AdamW
 from minilora.training.order import Order
@@ -204,7 +205,7 @@ def pretrain(args: argparse.Namespace) -> None:
         folder = args.run / name
         folder.mkdir(parents=True, exist_ok=True)
         optimizer = AdamW(trainable, args.weight_decay, beta2=0.95)
-        state = State(trainable, optimizer, Order(len(rows[name])), np.random.default_rng(args.seed))
+        state = State(Flat(trainable, {}), optimizer, Order(len(rows[name])), np.random.default_rng(args.seed))
         if args.resume and (folder / STATE_FILE).is_file():
             load_state(state, folder)
         steps = math.ceil(len(rows[name]) / args.batch_size)

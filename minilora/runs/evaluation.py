@@ -124,8 +124,8 @@ def differences(
 def _logits(models: Sequence[Model], batches: Sequence[Batch], chunk: int) -> Iterator[list[Array]]:
     """The logits of each model at all tokens of the batches, `chunk` tokens at a time: arrays (chunk, V)."""
     for batch in batches:
-        real = xp.flatnonzero(to_device(batch.segments).reshape(-1))
-        hidden = [hidden_states(model, batch)[0][real] for model in models]
+        real = to_device(np.flatnonzero(batch.segments))
+        hidden = [hidden_states(model, batch)[real] for model in models]
         for start in range(0, len(real), chunk):
             here = slice(start, start + chunk)
             yield [model.sites[HEAD].forward(of_model[here])[0] for model, of_model in zip(models, hidden, strict=True)]

@@ -40,6 +40,7 @@ from minilora.runs.metrics import read_metrics
 from minilora.runs.settings import Settings
 from minilora.runs.stopping import stopping
 from minilora.runs.task import Task, load_task
+from minilora.training.flat import flatten
 from minilora.training.loop import Diverged, Plan, steps_per_epoch
 from minilora.training.loss_scale import FIRST
 from minilora.training.message import checksum
@@ -100,15 +101,16 @@ def prepare(settings: Settings, folder: Path) -> Run:
     else:
         method = settings.method.for_model(base.config, tokenizer.encode)
         trainable = method.start(base, rng, settings.dtype)
-    adapted = method.attach(base, trainable)
+    rule = OPTIMIZERS[settings.optimizer]
+    flat, factors = flatten(trainable, rule, settings.method.rate_factors(trainable))
+    adapted = method.attach(base, flat.arrays)
     check_format(settings.format, method, base.config)
     check_tied(settings, base.config, adapted.config)
     task = load_task(settings, tokenizer, settings.max_length or default_max_length(adapted))
 
-    factors = settings.method.rate_factors(trainable)
-    optimizer = OPTIMIZERS[settings.optimizer](trainable, settings.weight_decay, factors)
+    optimizer = rule(flat.parts, settings.weight_decay, factors)
     made_from = {**task.digests, "base model": fingerprint(model_folder), "settings": settings.decisive()}
-    state = State(trainable, optimizer, Order(len(task.rows)), rng, made_from, cores=cores())
+    state = State(flat, optimizer, Order(len(task.rows)), rng, made_from, cores=cores())
     if settings.mixed_precision == "fp16":
         state.loss_scale.value = FIRST
     return Run(

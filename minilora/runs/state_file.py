@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeAlias, TypedDict, get_type_hints
 
 import numpy as np
 
-from minilora.backend import to_device, to_host
+from minilora.backend import fill, to_host
 from minilora.formats.files import open_safetensors, parsed_json, write_safetensors
 from minilora.formats.finite import finite
 from minilora.keys import Between, Positive, checked
@@ -67,7 +67,7 @@ class Saved(SavedAlways, total=False):
 def save_state(state: State, folder: Path) -> None:
     """Write the state beside the old file, then replace that file: a kill leaves a whole file, the old or the new."""
     tensors = {f"trainable.{name}": to_host(p) for name, p in state.trainable.items()}
-    tensors |= {f"optimizer.{name}": to_host(a) for name, a in state.optimizer.state().items()}
+    tensors |= {f"optimizer.{name}": to_host(a) for name, a in state.flat.state(state.optimizer).items()}
     tensors |= {f"best.{name}": a for name, a in state.best.items()}
     tensors["order"] = state.order.permutation
     numbers = {name: number for name in NUMBERS if math.isfinite(number := getattr(state, name))}
@@ -92,7 +92,7 @@ def load_state(state: State, folder: Path) -> list[str]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         saved = checked(path, {name: parsed_json(path, text) for name, text in (file.metadata() or {}).items()}, Saved)
     targets = {f"trainable.{name}": p for name, p in state.trainable.items()}
-    targets |= {f"optimizer.{name}": a for name, a in state.optimizer.state().items()}
+    targets |= {f"optimizer.{name}": a for name, a in state.flat.state(state.optimizer).items()}
     best = {name: a for name, a in tensors.items() if name.startswith("best.")}
     like = targets | {name: state.trainable.get(name.removeprefix("best.")) for name in best}
     for name, target in like.items():
@@ -100,7 +100,7 @@ def load_state(state: State, folder: Path) -> list[str]:
         if found is None or target is None or (found.shape, found.dtype) != (target.shape, target.dtype):
             raise ValueError(f"{path} does not fit this run: {name} is missing, unknown, or has another shape or dtype")
     for name, target in targets.items():
-        target[...] = to_device(finite(path, name, tensors[name]))
+        fill(target, finite(path, name, tensors[name]))
     _check_made_from(path, saved.get("made_from", {}), json.loads(json.dumps(state.made_from)))
     order, count = tensors.get("order"), len(state.order.permutation)
     if order is None or not np.array_equal(np.sort(order), np.arange(count)) or len(saved["order"]) != 2:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from minilora.backend import to_device, to_host
+from minilora.backend import fill, to_host
 from minilora.data.batches import Batch, Rows, batches_of, count_labels
 from minilora.model.model import Model
 from minilora.training.optimizers import clip_gradients, global_norm
@@ -111,7 +111,7 @@ def train(
     if signal := stop():
         raise KeyboardInterrupt(signal)
     for name, array in state.best.items():
-        state.trainable[name][...] = to_device(array)
+        fill(state.trainable[name], array)
 
 
 def take_step(model: Model, state: State, batches: list[Batch], plan: Plan) -> tuple[float, float, float]:
@@ -123,12 +123,13 @@ def take_step(model: Model, state: State, batches: list[Batch], plan: Plan) -> t
     seeds = range(first_seed, first_seed + len(batches))
     compute = state.loss_scale.loss_and_gradients if state.loss_scale.value > 1 else loss_and_gradients
     loss, gradients = compute(model, batches, seeds, plan.activation_checkpointing, on_all_cores)
+    gradients = state.flat.gathered(gradients)
     norm = global_norm(gradients)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise Diverged(_stopped(state, loss, norm), at_start=state.step == 0 and not math.isfinite(loss))
     clip_gradients(gradients, norm, plan.max_grad_norm)
     rate = learning_rate(state.step, plan.steps, plan.learning_rate, plan.schedule, plan.warmup)
-    state.optimizer.update(state.trainable, gradients, rate)
+    state.optimizer.update(state.flat.parts, gradients, rate)
     state.step += 1
     return loss, norm, rate
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import Array
+from minilora.training.flat import Flat
 from minilora.training.loss_scale import LossScale
 from minilora.training.optimizers import Optimizer
 from minilora.training.order import Order
@@ -17,8 +18,8 @@ from minilora.training.order import Order
 class State:
     """The trainable arrays, the optimiser's state, the random generator, the position in the data, the best so far."""
 
-    trainable: dict[str, Array]
-    optimizer: Optimizer
+    flat: Flat  # what trains
+    optimizer: Optimizer  # of its parts
     order: Order
     rng: np.random.Generator
     made_from: dict[str, Any] = field(default_factory=dict)  # digests of all that the outcome depends on, by what it is
@@ -31,3 +32,8 @@ class State:
     evaluations_without_gain: int = 0
     loss_scale: LossScale = field(default_factory=LossScale)
     cores: int = 1  # that share the examples of a batch: the last bits depend on their number
+
+    @property
+    def trainable(self) -> dict[str, Array]:
+        """What trains, by name."""
+        return self.flat.arrays

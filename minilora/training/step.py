@@ -68,11 +68,11 @@ def summed_loss(
     The cache is gone when this returns, before the next micro-batch's is made: that is the memory which accumulation
     saves.
     """
-    tokens, labels, positions, segments = (to_device(array) for array in batch)
+    tokens, positions, segments = _inputs(model, batch)
     with np.errstate(over="ignore", invalid="ignore"):  # the gradient's norm shows what is not finite
         hidden, past, cache = forward(model, tokens, positions, segments, seed=seed, checkpointing=checkpointing)
         del past  # the keys and values of every layer
-        loss, dhidden, gradients = head_loss(model, hidden, labels.reshape(-1), dloss, seed=seed)
+        loss, dhidden, gradients = head_loss(model, hidden, batch.labels.reshape(-1), dloss, seed=seed)
         assert dhidden is not None
         add_gradients(gradients, backward(model, dhidden, cache))
     return float(loss), gradients
@@ -82,8 +82,7 @@ def mean_loss(model: Model, batches: Sequence[Batch]) -> float:
     """Σ loss / Σ labelled tokens over all batches, in nats per token, without dropout; it saves nothing. (docs: M10)"""
 
     def loss(batch: Batch, seed: int | None) -> float:
-        hidden, labels = hidden_states(model, batch)
-        return float(head_loss(model, hidden, labels, dloss=None)[0])
+        return float(head_loss(model, hidden_states(model, batch), batch.labels.reshape(-1), dloss=None)[0])
 
     total = 0.0
     for summed in world().share(lambda batch: sum(on_all_cores(loss, [batch], [None])), batches):
@@ -99,8 +98,17 @@ def labelled_tokens(batches: Sequence[Batch]) -> int:
     return labelled
 
 
-def hidden_states(model: Model, batch: Batch) -> tuple[Array, Array]:
-    """The hidden states after the last norm (N, D), and the labels (N,). (docs: M3)"""
-    tokens, labels, positions, segments = (to_device(array) for array in batch)
-    hidden, _, _ = forward(model, tokens, positions, segments, keep=False)
-    return hidden, labels.reshape(-1)
+def hidden_states(model: Model, batch: Batch) -> Array:
+    """The hidden states after the last norm (N, D). (docs: M3)"""
+    return forward(model, *_inputs(model, batch), keep=False)[0]
+
+
+def _inputs(model: Model, batch: Batch) -> tuple[Array, Array, Array]:
+    """Tokens, positions and segments (B, T) on the device.
+
+    IndexError for a token that the model does not have: NumPy would refuse it, CuPy would take another in its place.
+    """
+    least, largest = int(batch.tokens.min()), int(batch.tokens.max())
+    if least < 0 or largest >= model.config.vocab_size:
+        raise IndexError(f"tokens {least} … {largest} do not fit a vocabulary of {model.config.vocab_size}")
+    return to_device(batch.tokens), to_device(batch.positions), to_device(batch.segments)

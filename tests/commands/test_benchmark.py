@@ -262,7 +262,7 @@ def test_the_bytes_that_must_live_are_those_of_the_arrays(inputs: Inputs, model:
     assert formula.needed_bytes(replace(job, frozen="stored"), base.config)["weights"] == weights / 2
     assert formula.needed_bytes(replace(job, dtype="bfloat16"), base.config)["activations"] == needed["activations"] / 2
     moments = [*loaded.optimizer.m.values(), *loaded.optimizer.v.values()]
-    parameters = [*loaded.trainable.values()]
+    parameters = [*loaded.flat.arrays.values()]
     assert needed["adapter"] == sum(a.nbytes for a in moments + parameters + parameters)  # a gradient is as large
     all_rows, one_row = (replace(job, batch_rows=rows) for rows in (len(LENGTHS), 1))
     both = formula.needed_bytes(all_rows, base.config)["activations"]

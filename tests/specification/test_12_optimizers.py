@@ -19,6 +19,7 @@ from support.strategies import normal, seeds
 
 from minilora.frozen.nf4 import DYNAMIC, DYNAMIC_UNSIGNED, dequantize, quantize
 from minilora.runs.state_file import load_state, save_state
+from minilora.training.flat import Flat
 from minilora.training.optimizers import OPTIMIZERS, SGD, Adafactor, AdamW, AdamW8bit, Lion, global_norm
 from minilora.training.order import Order
 from minilora.training.schedules import learning_rate
@@ -94,7 +95,7 @@ def test_a_state_from_a_file_leads_to_the_same_bytes_as_one_that_was_never_saved
 ) -> None:
     def new() -> State:
         p = arrays(0, dtype)
-        return State(p, RULES[name](p, 0.1), Order(3), np.random.default_rng(0))
+        return State(Flat(p, {}), RULES[name](p, 0.1), Order(3), np.random.default_rng(0))
 
     whole, cut, resumed = new(), new(), new()
     walk(whole.optimizer, whole.trainable, 6, 0, 0.01)

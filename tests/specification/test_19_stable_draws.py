@@ -34,6 +34,7 @@ from minilora.model.generation import sampler
 from minilora.model.model import Model, head_loss
 from minilora.model.names import EMBED, HEAD, parameter_shapes
 from minilora.model.sites import part_seed
+from minilora.training.flat import Flat
 from minilora.training.loop import Plan, take_step
 from minilora.training.optimizers import SGD
 from minilora.training.order import Order
@@ -290,7 +291,7 @@ def steps(count: int, micro_batches: int) -> list[list[int]]:
     """The seeds of the micro-batches of some steps of a run."""
     model = dropping("LoRA")
     batch = collate([[Example([1, 2, 3], [True] * 3)]], 0)
-    state = State({}, SGD({}), Order(1), np.random.default_rng(5))
+    state = State(Flat({}, {}), SGD({}), Order(1), np.random.default_rng(5))
     found: list[list[int]] = []
 
     def compute(model: Model, batches: list[Batch], seeds: Any, *_: Any) -> tuple[float, dict[str, Any]]:

@@ -25,6 +25,7 @@ from minilora.runs.folder import train_in
 from minilora.runs.metrics import read_metrics
 from minilora.runs.state_file import STATE_FILE, load_state
 from minilora.training import loop
+from minilora.training.flat import Flat
 from minilora.training.loop import Plan
 from minilora.training.optimizers import OPTIMIZERS
 from minilora.training.order import Order
@@ -57,7 +58,7 @@ def new_run(
         trainable = lora.start(base, rng, np.float64)
         model = lora.attach(base, trainable)
     return model, State(
-        trainable, OPTIMIZERS[optimizer](trainable, 0.01), Order(len(rows)), rng, made_from={"data": "rows"}
+        Flat(trainable, {}), OPTIMIZERS[optimizer](trainable, 0.01), Order(len(rows)), rng, made_from={"data": "rows"}
     )
 
 

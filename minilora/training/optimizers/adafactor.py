@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from minilora.backend import Array, xp
 from minilora.training.optimizers.optimizer import Arrays, RateFactors
 
@@ -23,6 +25,8 @@ class Adafactor:
     matrices only, and `factors` is as in AdamW.
     """
 
+    elementwise = False
+
     def __init__(
         self,
         parameters: Arrays,
@@ -41,7 +45,7 @@ class Adafactor:
         matrices = {name: p for name, p in parameters.items() if p.ndim >= 2}
         self.rows = {name: xp.zeros(p.shape[:-1], p.dtype) for name, p in matrices.items()}
         self.columns = {name: xp.zeros(p.shape[:-2] + p.shape[-1:], p.dtype) for name, p in matrices.items()}
-        self.steps = xp.zeros((), "int64")
+        self.steps = np.zeros((), np.int64)  # t, on the host; an array, so that it is saved with the rest
 
     def update(self, parameters: Arrays, gradients: Arrays, learning_rate: float) -> None:
         self.steps += 1

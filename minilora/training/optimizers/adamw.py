@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from minilora.backend import Array, xp
 from minilora.training.optimizers.optimizer import Arrays, RateFactors
 
@@ -18,6 +20,8 @@ class AdamW:
     Decay acts on matrices only: shrinking a norm's gain or a bias has no purpose. m and v have the dtype of p. Where
     `factors` names a parameter, its η is so many times the others'.
     """
+
+    elementwise = True
 
     def __init__(
         self,
@@ -35,7 +39,7 @@ class AdamW:
         self.eps = eps
         self.m = {name: xp.zeros_like(p) for name, p in parameters.items()}
         self.v = {name: xp.zeros_like(p) for name, p in parameters.items()}
-        self.steps = xp.zeros((), "int64")  # t, an array so that it is saved with the rest
+        self.steps = np.zeros((), np.int64)  # t, on the host; an array, so that it is saved with the rest
 
     def update(self, parameters: Arrays, gradients: Arrays, learning_rate: float) -> None:
         self.steps += 1

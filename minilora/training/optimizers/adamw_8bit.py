@@ -41,6 +41,8 @@ class AdamW8bit:
     make a huge step there.
     """
 
+    elementwise = False
+
     def __init__(
         self,
         parameters: Arrays,

@@ -17,6 +17,8 @@ class Lion:
     as many times larger. Decay acts on matrices only, and `factors` is as in AdamW.
     """
 
+    elementwise = True
+
     def __init__(
         self,
         parameters: Arrays,

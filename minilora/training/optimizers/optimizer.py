@@ -12,6 +12,8 @@ RateFactors = Mapping[str, float]  # by name, what a parameter's learning rate i
 
 
 class Optimizer(Protocol):
+    elementwise: bool  # of the class: whether each number moves by its own history alone, wherever it lies
+
     def update(self, parameters: Arrays, gradients: Arrays, learning_rate: float) -> None:
         """One step for all parameters at once. Every parameter needs its gradient, under the same name."""
 

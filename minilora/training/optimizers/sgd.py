@@ -12,6 +12,8 @@ class SGD:
     Where `factors` names a parameter, its η is so many times the others'.
     """
 
+    elementwise = True
+
     def __init__(self, parameters: Arrays, weight_decay: float = 0.0, factors: RateFactors | None = None) -> None:
         self.weight_decay = weight_decay
         self.factors = dict.fromkeys(parameters, 1.0) | dict(factors or {})
