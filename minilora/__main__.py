@@ -10,6 +10,7 @@ from minilora.parser import any_terminal, did_you_mean
 COMMANDS = {
     "train": "fine-tune a model on your rows, judged before and after",
     "evaluate": "loss, perplexity, exact match and drift of a model or an adapter",
+    "report": "the page of a run made anew, or of several runs compared",
     "generate": "continue prompts",
     "chat": "talk with a model, and switch between its adapters",
     "merge": "write base and adapter as one model",

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from minilora.backend import Array, to_device, xp
+from minilora.backend import Array, HostArray, to_device, to_host, xp
 from minilora.data.batches import Batch, pad
 from minilora.data.examples import Example, Row
 from minilora.data.prompts import PromptRow, encode_prompt, end_of_turn, question
@@ -18,6 +18,7 @@ from minilora.data.tokenizer import Tokenizer
 from minilora.model.generation import complete
 from minilora.model.model import Model
 from minilora.model.names import HEAD
+from minilora.ops.cross_entropy import IGNORE
 from minilora.training.step import hidden_states
 
 MOST_ANSWER_TOKENS = 128  # of a right answer
@@ -74,22 +75,38 @@ def _question(row: Row) -> tuple[PromptRow, str]:
     return asked
 
 
-def drift(base: Model, adapted: Model, batches: Sequence[Batch], chunk: int = 512) -> float:
+def drift(base: Model, adapted: Model, batches: Sequence[Batch]) -> float:
     """KL(base ‖ adapted) = Σ_v p_v (log p_v − log q_v), in nats, as the mean over all tokens of the batches. (docs: T9)
 
     p is the base's and q the adapted model's distribution of the next token. On text outside the task, the drift is an
     unwanted effect of fine-tuning.
     """
-    total, count = 0.0, 0
-    for batch in batches:
-        real = xp.flatnonzero(to_device(batch.segments).reshape(-1))
-        p_hidden, q_hidden = hidden_states(base, batch)[0][real], hidden_states(adapted, batch)[0][real]
-        for start in range(0, len(real), chunk):
-            log_p = _log_softmax(base.sites[HEAD].forward(p_hidden[start : start + chunk])[0])
-            log_q = _log_softmax(adapted.sites[HEAD].forward(q_hidden[start : start + chunk])[0])
-            total += float((xp.exp(log_p) * (log_p - log_q)).sum())
-        count += len(real)
-    return total / count
+    drifts = [drift_of_tokens(base, adapted, batch) for batch in batches]
+    return sum(float(of_batch.sum()) for of_batch in drifts) / sum(map(len, drifts))
+
+
+def drift_of_tokens(base: Model, adapted: Model, batch: Batch, chunk: int = 512) -> HostArray:
+    """KL(base ‖ adapted) of what follows each token of a batch, without padding: (tokens,) in float64."""
+    real = xp.flatnonzero(to_device(batch.segments).reshape(-1))
+    p_hidden, q_hidden = hidden_states(base, batch)[0][real], hidden_states(adapted, batch)[0][real]
+    drifts = []
+    for start in range(0, len(real), chunk):
+        log_p = log_softmax(base.sites[HEAD].forward(p_hidden[start : start + chunk])[0])
+        log_q = log_softmax(adapted.sites[HEAD].forward(q_hidden[start : start + chunk])[0])
+        drifts.append(to_host((xp.exp(log_p) * (log_p - log_q)).sum(axis=-1)).astype(np.float64))
+    return np.concatenate(drifts)
+
+
+def losses_of_tokens(model: Model, batch: Batch, chunk: int = 512) -> HostArray:
+    """−log p of each label of a batch, (B, T) in float64, in nats: NaN where there is no label."""
+    hidden, labels = hidden_states(model, batch)
+    labelled = xp.flatnonzero(labels != IGNORE)
+    losses = np.full(labels.shape, np.nan)
+    for start in range(0, len(labelled), chunk):
+        rows = labelled[start : start + chunk]
+        log_p = log_softmax(model.sites[HEAD].forward(hidden[rows])[0])
+        losses[to_host(rows)] = -to_host(log_p[xp.arange(len(rows)), labels[rows]])
+    return losses.reshape(batch.labels.shape)
 
 
 def largest_logit_difference(
@@ -108,7 +125,8 @@ def largest_logit_difference(
     return float(np.max(differences)), float(np.max(largest))  # NaN if one is, which `max` would pass over
 
 
-def _log_softmax(logits: Array) -> Array:
+def log_softmax(logits: Array) -> Array:
+    """log softmax(z) of each row."""
     z: Array = logits - logits.max(axis=-1, keepdims=True)
     z -= xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
     return z
