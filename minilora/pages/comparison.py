@@ -86,9 +86,7 @@ def differing_settings(settings: Sequence[Mapping[str, Any]]) -> list[tuple[str,
 
 def common_answers(runs: Sequence[Mapping[str, Any]]) -> list[Figures]:
     """The questions that all runs were asked, with each run's answer."""
-    by_question = [
-        {(row["asked"], row["right"]): row for row in run["found"].get("answers", {}).get("rows", [])} for run in runs
-    ]
+    by_question = [{(row["asked"], row["right"]): row for row in run["found"]["answers"]["rows"]} for run in runs]
     return [
         {
             "asked": asked,

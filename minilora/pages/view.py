@@ -26,6 +26,10 @@ MOST_TABLE_ROWS = 24  # of the table under the curves
 
 Figures = dict[str, Any]
 
+NOTHING: Figures = {  # what a run has found out that has not finished, or was not looked into
+    **{"finished": "", "tokens": [], "less": {}, "drift": {}},
+    "answers": {"counts": {}, "rows": []},
+}
 FILES = {  # what a run leaves, in the order of interest
     "adapter_model.safetensors": "the adapter, in PEFT's layout",
     "adapters.safetensors": "the adapter, in mlx-lm's layout",
@@ -47,7 +51,7 @@ def run_view(folder: Path) -> Figures:
     if not (folder / SETTINGS_FILE).is_file():
         raise FileNotFoundError(f"{folder} holds no run ({SETTINGS_FILE} is missing): give the folder of a `train` run")
     settings, summary, lines = read_json(folder / SETTINGS_FILE), read_summary(folder), read_metrics(folder)
-    found = read_json(folder / FINDINGS_FILE) if (folder / FINDINGS_FILE).is_file() else {}
+    found = NOTHING | (read_json(folder / FINDINGS_FILE) if (folder / FINDINGS_FILE).is_file() else {})
     losses = loss_series(lines, summary.get("base_loss"), summary.get("adapted_loss"))
     return {
         "name": folder.resolve().name,
@@ -65,7 +69,7 @@ def run_view(folder: Path) -> Figures:
             "rate": chart("step", "learning rate", [rate_series(lines)]),
             **charts_with_less([(found, "held-out loss", 0)]),
         },
-        "answers": answer_rows(found.get("answers", {}).get("rows", [])),
+        "answers": answer_rows(found["answers"]["rows"]),
         "map": weight_map(found.get("changes", {})),
         "files": files(folder),
         "next": how_to_go_on(folder, settings, summary),
@@ -96,7 +100,7 @@ def charts_with_less(of_runs: Sequence[tuple[Mapping[str, Any], str, int]]) -> F
     """The losses with ΔW cut and scaled, of one run or of several, each with a label and a colour."""
     ranks, scales = [], []
     for found, label, color in of_runs:
-        if less := found.get("less"):
+        if less := found["less"]:
             of_rank = {0: less["scales"][0]["loss"]} | {point["rank"]: point["loss"] for point in less["ranks"]}
             of_scale = {point["scale"]: point["loss"] for point in less["scales"]}
             ranks.append(Series(label, [*of_rank], [*of_rank.values()], color))

@@ -75,13 +75,13 @@ def _question(row: Row) -> tuple[PromptRow, str]:
     return asked
 
 
-def drift(base: Model, adapted: Model, batches: Sequence[Batch]) -> float:
+def drift(base: Model, adapted: Model, batches: Sequence[Batch], chunk: int = 512) -> float:
     """KL(base ‖ adapted) = Σ_v p_v (log p_v − log q_v), in nats, as the mean over all tokens of the batches. (docs: T9)
 
     p is the base's and q the adapted model's distribution of the next token. On text outside the task, the drift is an
     unwanted effect of fine-tuning.
     """
-    drifts = [drift_of_tokens(base, adapted, batch) for batch in batches]
+    drifts = [drift_of_tokens(base, adapted, batch, chunk) for batch in batches]
     return sum(float(of_batch.sum()) for of_batch in drifts) / sum(map(len, drifts))
 
 
