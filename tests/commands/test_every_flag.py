@@ -32,6 +32,7 @@ LINES = {
     "combine": "--adapter learnt --adapter more --out {out}",
     "convert": "--adapter learnt --format mlx --out {out}",
     "random_checkpoint": "tiny/config.json --tokenizer tiny --out {out}",
+    "report": "learnt more --out {out}.html",
 }
 OF_MODELS = {"model": "--model other", "revision": "--revision v1"}
 OF_ANSWERS = {
@@ -102,6 +103,7 @@ FLAGS: dict[str, dict[str, str]] = {  # what is added; before a + stands what bo
         "model": "--model nowhere",
         "dtype": "--dtype float16",
     },
+    "report": {"out": "--out {out}2.html"},
     "random_checkpoint": {
         "out": "--out {out}2",
         "dtype": "--dtype float32",

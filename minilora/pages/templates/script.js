@@ -31,6 +31,8 @@
         label.prepend(box);
         tools.append(label);
       }
+      this.shown = make("output", "", { className: "note" });
+      tools.append(this.shown);
       this.place = make("div");
       figure.append(tools, this.place);
       figure.addEventListener("keydown", (event) => this.key(event));
@@ -49,6 +51,7 @@
       const number = (value) => (value == null ? "–" : Math.abs(value) < 0.01 && value ? value.toExponential(2) : value.toFixed(3));
       const options = {
         ...this.size(),
+        hooks: { setScale: [(plot, key) => key === "x" && this.tell(plot.scales.x)] },
         cursor: { drag: { x: true, y: false } },
         scales: { x: { time: false, range: (plot, low, high) => [low, high], ...(this.chart.log_x ? { distr: 3, log: 2 } : {}) }, y: { distr: this.log ? 3 : 1 } },
         axes: [
@@ -88,6 +91,11 @@
       const [first, last] = this.ends();
       const width = Math.min(high - low, last - first), start = Math.min(Math.max(low, first), last - width);
       this.plot.setScale("x", { min: start, max: start + width });
+    }
+
+    tell({ min, max }) {
+      const ends = [Math.max(min, this.chart.x[0]), Math.min(max, this.chart.x.at(-1))];
+      this.shown.textContent = `${this.chart.x_label} ${ends.map((x) => +x.toPrecision(3)).join(" to ")}`;
     }
 
     zoom(factor) {
