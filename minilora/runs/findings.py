@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from minilora.adapters.change import Change, changed_model, changes, effective_rank
-from minilora.backend import to_host
+from minilora.backend import HostArray, to_host, xp
 from minilora.data.batches import Batch
 from minilora.data.prompts import last_words, question
 from minilora.model.model import Model
 from minilora.model.names import HEAD
+from minilora.ops.cross_entropy import IGNORE
 from minilora.runs.evaluation import drift_of_tokens, log_softmax, losses_of_tokens, outside_text
 from minilora.runs.run import Judgement, Run
 from minilora.training.step import hidden_states, mean_loss
@@ -31,6 +32,7 @@ SHARE, LEAST = (
 )  # the budget of the losses below: a share of the tokens trained on, and never fewer than LEAST
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 MOST_RANKS = 8  # of more ranks, powers of two are tried
+ROWS_AT_ONCE = 16
 MOST_SINGULAR_VALUES = 256  # are kept for each weight
 MOST_ANSWERS, MOST_CHARACTERS = 60, 1500
 TOKEN_ROWS, TOKENS_OF_A_ROW = 6, 256
@@ -126,70 +128,99 @@ def ranks_to_try(largest: int) -> list[int]:
 
 def part_of(batches: Sequence[Batch], most_tokens: int) -> list[Batch]:
     """Rows of the batches, evenly spread, with at most so many tokens; one row at least."""
-    rows = [(batch, i) for batch in batches for i in range(len(batch.tokens))]
-    lengths = [int((batch.segments[i] > 0).sum()) for batch, i in rows]
+    rows = rows_of(batches)
+    lengths = [_tokens(row) for row in rows]
     count = len(rows)
     while count > 1 and sum(lengths[i] for i in _evenly(len(rows), count)) > most_tokens:
         count -= 1
     chosen = [rows[i] for i in _evenly(len(rows), count)]
-    places = [[i for batch, i in chosen if batch is whole] for whole in batches]
-    return [Batch(*(array[at] for array in whole)) for whole, at in zip(batches, places, strict=True) if at]
+    return [side_by_side(chosen[start : start + ROWS_AT_ONCE]) for start in range(0, count, ROWS_AT_ONCE)]
+
+
+def rows_of(batches: Sequence[Batch]) -> list[Batch]:
+    """Each row as a batch of its own, without padding."""
+    rows = (Batch(*(array[i : i + 1] for array in batch)) for batch in batches for i in range(len(batch.tokens)))
+    return [Batch(*(array[:, row.segments[0] > 0] for array in row)) for row in rows]
+
+
+def side_by_side(rows: Sequence[Batch]) -> Batch:
+    """Rows as one batch, padded on the right."""
+    longest = max(row.tokens.shape[1] for row in rows)
+    filler = Batch(tokens=0, labels=IGNORE, positions=0, segments=0)  # type: ignore[arg-type]
+    return Batch(
+        *(
+            np.concatenate([_padded(array, longest, value) for array in arrays])
+            for arrays, value in zip(zip(*rows, strict=True), filler, strict=True)
+        )
+    )
+
+
+def _padded(array: HostArray, length: int, value: Any) -> HostArray:
+    return np.pad(array, ((0, 0), (0, length - array.shape[1])), constant_values=value)
 
 
 def losses_token_by_token(run: Run) -> list[dict[str, Any]]:
     """A few held-out rows in tokens, each labelled one with its loss before and now."""
-    found = []
-    for batch in part_of_rows(run.task.held_out, TOKEN_ROWS):
-        before, now = losses_of_tokens(run.base, batch), losses_of_tokens(run.adapted, batch)
-        for tokens, segments, old, new in zip(batch.tokens, batch.segments, before, now, strict=True):
-            real = int((segments > 0).sum())
-            found.append(
-                {
-                    "pieces": [run.tokenizer.piece(int(token)) for token in tokens[:real][:TOKENS_OF_A_ROW]],
-                    "before": _after_the_first(old[: real - 1]),  # the label of a place is the token that follows it
-                    "now": _after_the_first(new[: real - 1]),
-                    "left_out": max(0, real - TOKENS_OF_A_ROW),
-                }
-            )
-    return found
-
-
-def part_of_rows(batches: Sequence[Batch], count: int) -> list[Batch]:
-    """So many rows of the batches, evenly spread, each as a batch of its own."""
-    rows = [(batch, i) for batch in batches for i in range(len(batch.tokens))]
-    return [Batch(*(array[i : i + 1] for array in batch)) for batch, i in (rows[j] for j in _evenly(len(rows), count))]
+    rows = rows_of(run.task.held_out)
+    chosen = [rows[i] for i in _evenly(len(rows), TOKEN_ROWS)]
+    if not chosen:
+        return []
+    batch = side_by_side(chosen)
+    before, now = losses_of_tokens(run.base, batch), losses_of_tokens(run.adapted, batch)
+    return [
+        {
+            "pieces": _pieces(run, row)[:TOKENS_OF_A_ROW],
+            "before": _after_the_first(old[: _tokens(row) - 1]),  # the label of a place is the token that follows it
+            "now": _after_the_first(new[: _tokens(row) - 1]),
+            "left_out": max(0, _tokens(row) - TOKENS_OF_A_ROW),
+        }
+        for row, old, new in zip(chosen, before, now, strict=True)
+    ]
 
 
 def drift_token_by_token(run: Run) -> dict[str, Any]:
     """Texts outside the task, each token with the drift of what was expected there, and the largest ones explained."""
-    texts, examples = [], []
-    for batch in part_of_rows(outside_text(run.tokenizer, DRIFT_TEXTS), DRIFT_TEXTS):
-        drifts = drift_of_tokens(run.base, run.adapted, batch)
-        pieces = [run.tokenizer.piece(int(token)) for token in batch.tokens[0][: len(drifts)]]
-        texts.append({"pieces": pieces, "drift": _after_the_first(drifts[:-1]), "mean": _short(float(drifts.mean()))})
-        for place in np.argsort(-drifts[:-1], kind="stable")[:DRIFT_EXAMPLES]:
-            examples.append((float(drifts[place]), batch, int(place), pieces))
-    examples.sort(key=lambda example: -example[0])
-    return {"texts": texts, "examples": [_explained(run, *example) for example in examples[:DRIFT_EXAMPLES]]}
+    rows = rows_of(outside_text(run.tokenizer, DRIFT_TEXTS))
+    batch = side_by_side(rows)
+    ends = np.cumsum([_tokens(row) for row in rows])
+    drifts = np.split(drift_of_tokens(run.base, run.adapted, batch), ends[:-1])
+    pieces = [_pieces(run, row) for row in rows]
+    texts = [
+        {"pieces": words, "drift": _after_the_first(of_text[:-1]), "mean": _short(float(of_text.mean()))}
+        for words, of_text in zip(pieces, drifts, strict=True)
+    ]
+    places = [(text, place) for text, of_text in enumerate(drifts) for place in range(len(of_text) - 1)]
+    places.sort(key=lambda at: -drifts[at[0]][at[1]])
+    places = places[:DRIFT_EXAMPLES]
+    expected = [_expected(run, model, batch, places) for model in (run.base, run.adapted)]
+    examples = [
+        {
+            "drift": _short(float(drifts[text][place])),
+            "context": "".join(pieces[text][max(0, place - 15) : place + 1]),
+            "next": pieces[text][place + 1],
+            "base": expected[0][i],
+            "adapted": expected[1][i],
+        }
+        for i, (text, place) in enumerate(places)
+    ]
+    return {"texts": texts, "examples": examples}
 
 
-def _explained(run: Run, drift: float, batch: Batch, place: int, pieces: list[str]) -> dict[str, Any]:
-    """The words before a place, the token that follows there, and what either model expected instead."""
-    return {
-        "drift": _short(drift),
-        "context": "".join(pieces[max(0, place - 15) : place + 1]),
-        "next": pieces[place + 1],
-        "base": _expected(run, run.base, batch, place),
-        "adapted": _expected(run, run.adapted, batch, place),
-    }
+def _expected(
+    run: Run, model: Model, batch: Batch, places: Sequence[tuple[int, int]], count: int = 3
+) -> list[list[tuple[str, float | None]]]:
+    """The most probable tokens after each of these places in the batch: row and position."""
+    rows = xp.asarray([row * batch.tokens.shape[1] + position for row, position in places])
+    hidden = hidden_states(model, batch)[0][rows]
+    found = []
+    for log_p in to_host(log_softmax(model.sites[HEAD].forward(hidden)[0])).astype(np.float64):
+        likely = np.argsort(-log_p, kind="stable")[:count]
+        found.append([(run.tokenizer.piece(int(token)), _short(math.exp(log_p[token]))) for token in likely])
+    return found
 
 
-def _expected(run: Run, model: Model, batch: Batch, place: int, count: int = 3) -> list[tuple[str, float | None]]:
-    """The most probable tokens after a place."""
-    upto = Batch(*(array[:, : place + 1] for array in batch))
-    hidden, _ = hidden_states(model, upto)
-    p = np.exp(to_host(log_softmax(model.sites[HEAD].forward(hidden[-1:])[0]))[0].astype(np.float64))
-    return [(run.tokenizer.piece(int(token)), _short(float(p[token]))) for token in np.argsort(-p)[:count]]
+def _pieces(run: Run, row: Batch) -> list[str]:
+    return [run.tokenizer.piece(int(token)) for token in row.tokens[0]]
 
 
 def _after_the_first(values: np.ndarray[Any, Any]) -> list[float | None]:
