@@ -10,9 +10,9 @@ from minilora.parser import any_terminal, did_you_mean
 COMMANDS = {
     "train": "fine-tune a model on your rows, judged before and after",
     "evaluate": "loss, perplexity, exact match and drift of a model or an adapter",
-    "report": "the page of a run made anew, or of several runs compared",
     "generate": "continue prompts",
     "chat": "talk with a model, and switch between its adapters",
+    "report": "the page of a run made anew, or of several runs compared",
     "merge": "write base and adapter as one model",
     "combine": "add several adapters up to one",
     "convert": "write an adapter or a model in another tool's format",

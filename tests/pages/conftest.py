@@ -22,8 +22,8 @@ HOSTILE = (  # each would act, break the page or leave it, if it were not escape
 def folder(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:  # noqa: F811
     """A run that has learnt some pairs, and was tested on them."""
     place = tmp_path_factory.mktemp("learnt")
-    for part in ("train", "valid", "test"):
-        write_rows(place / "data" / f"{part}.jsonl", PAIRS)
+    for part, rows in {"train": PAIRS, "valid": PAIRS[:3], "test": PAIRS[1:]}.items():  # so that their losses differ
+        write_rows(place / "data" / f"{part}.jsonl", rows)
     flags = "--steps 70 --learning-rate 0.01 --rank 4".split()
     good("train", "--model", model, "--data", place / "data", "--out", place / "run", *flags)
     return place / "run"

@@ -95,6 +95,19 @@ def test_none_of_the_change_is_the_base(name: str, config: Config, batch: Batch,
 
 
 @some
+@given(config=configs(), batch=batches(), seed=seeds)
+def test_none_of_the_change_of_full_fine_tuning_is_the_base_with_the_norms_as_they_were_trained(
+    config: Config, batch: Batch, seed: int
+) -> None:
+    """The head of a tied model goes back with the embedding."""
+    base, model, found = trained("full", config, seed)
+    kept = {key: p for key, p in merged_parameters(base, model) if p.ndim == 1}
+    expected = base_model(config, random_weights(config, seed) | kept, np.float64)
+    none = changed_model(base, model, found, scale=0.0)
+    np.testing.assert_allclose(logits_of(none, batch), logits_of(expected, batch), rtol=1e-9, atol=1e-9)
+
+
+@some
 @given(config=configs(), batch=batches(), seed=seeds, c=st.sampled_from([0.5, 1.5, -1.0]))
 def test_a_scaled_change_of_lora_is_lora_with_another_alpha(config: Config, batch: Batch, seed: int, c: float) -> None:
     method = LoRA(3, 6.0, target_modules=ROLES)
