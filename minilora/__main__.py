@@ -14,6 +14,7 @@ COMMANDS = {
     "chat": "talk with a model, and switch between its adapters",
     "serve": "answer over HTTP as OpenAI's interface does, with several adapters in one batch",
     "serve.measure": "tokens/s of the server, rows together and one by one, beside llama.cpp's",
+    "report": "the page of a run made anew, or of several runs compared",
     "merge": "write base and adapter as one model",
     "combine": "add several adapters up to one",
     "convert": "write an adapter or a model in another tool's format",

@@ -21,8 +21,10 @@ from minilora.data.examples import Row
 from minilora.data.prompts import last_words, question
 from minilora.data.show import show_batch
 from minilora.formats.files import write_json
+from minilora.pages.page import write_page
 from minilora.runs.advice import out_of_memory
 from minilora.runs.evaluation import LENGTH, TEXTS
+from minilora.runs.findings import FINDINGS_FILE, findings
 from minilora.runs.folder import SUMMARY_FILE, is_free, only_run
 from minilora.runs.plots import plot_loss
 from minilora.runs.run import Judgement, Run, check_ranks, judge, prepare, summarize, train_run
@@ -84,7 +86,7 @@ def begin(run: Run, resumed: bool) -> None:
 
 
 def train_and_judge(run: Run, started: float) -> None:
-    """Judge, train, judge again, write the summary and print it."""
+    """Judge, train, judge again, write the summary and the page, and print what came out."""
     folder = run.folder
     print("before training …", flush=True)
     before = judge(run, run.base)
@@ -94,14 +96,19 @@ def train_and_judge(run: Run, started: float) -> None:
     of_ranks = world().figures()
     if not world().is_first:
         return
-    plot = plot_loss(folder)
+    plot = plot_loss(folder, before.loss, after.loss)
     summary = summarize(run, before, after, started) | of_ranks
     write_json(folder / SUMMARY_FILE, {name: finite_or_null(value) for name, value in summary.items()})
+    report_started = time.perf_counter()
+    write_json(folder / FINDINGS_FILE, findings(run, before, after))
+    page = write_page(folder)
+    report_seconds = time.perf_counter() - report_started
     print_examples(run.task.held_out_rows, before, after)
     print_summary(summary)
     for advice in summary["advice"]:
         print(f"\n{advice}")
     print(f"\n{folder}: adapter, {SUMMARY_FILE}, metrics.jsonl, {plot.name}")
+    print(f"all of it to look at: {page} (made in {report_seconds:.1f} s)")
 
 
 def finite_or_null(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from minilora.adapters.change import effective_rank, share_of_largest
 from minilora.backend import HostArray, to_host
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.adapters import load_adapter
@@ -100,17 +101,6 @@ def spectrum_of(sigma: HostArray) -> dict[str, Any]:
         "effective_rank": effective_rank(sigma),
         "norm": float(np.sqrt((sigma**2).sum())),
     }
-
-
-def share_of_largest(sigma: HostArray, r: int) -> float:
-    """Σ_{i ≤ r} σ_i² / Σ σ_i²: how much of ‖ΔW‖² the best matrix of rank r keeps (Eckart & Young, 1936)."""
-    return float((sigma[:r] ** 2).sum() / (sigma**2).sum())
-
-
-def effective_rank(sigma: HostArray) -> float:
-    """exp(−Σ p_i log p_i) with p_i = σ_i / Σ σ (Roy & Vetterli, 2007): k for k equal singular values and no others."""
-    p = sigma[sigma > 0] / sigma.sum()
-    return float(np.exp(-(p * np.log(p)).sum()))
 
 
 def truncated(factors: Factors, r: int) -> HostArray:

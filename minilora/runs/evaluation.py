@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from minilora.backend import Array, to_device, xp
+from minilora.backend import Array, HostArray, to_device, to_host, xp
 from minilora.data.batches import Batch, pad
 from minilora.data.examples import Row
 from minilora.data.prompts import PromptRow, encode_prompt, end_of_turn, question
@@ -20,6 +20,7 @@ from minilora.data.tokenizer import Tokenizer
 from minilora.model.generation import complete
 from minilora.model.model import LOGITS_AT_ONCE, Model
 from minilora.model.names import HEAD
+from minilora.ops.cross_entropy import IGNORE
 from minilora.training.ranks import world
 from minilora.training.step import hidden_states
 
@@ -100,10 +101,28 @@ def drift(
     with tqdm(total=_tokens(batches), desc="drift", unit="token", dynamic_ncols=True, leave=False, disable=None) as bar:
         total = 0.0
         for logits, other_logits in _logits((base, adapted), batches, chunk):
-            total += _divergence(logits, other_logits)
+            total += float(_divergences(logits, other_logits).sum())
             bar.update(len(logits))
             del logits, other_logits  # before the next ones are made
     return total / _tokens(batches)
+
+
+def drift_of_tokens(base: Model, adapted: Model, batch: Batch, chunk: int = LOGITS_AT_ONCE) -> HostArray:
+    """KL(base ‖ adapted) of what follows each token of a batch, without padding: (tokens,) in float64."""
+    drifts = [_divergences(*pair) for pair in _logits((base, adapted), [batch], chunk)]
+    return np.concatenate([to_host(of_chunk).astype(np.float64) for of_chunk in drifts])
+
+
+def losses_of_tokens(model: Model, batch: Batch, chunk: int = LOGITS_AT_ONCE) -> HostArray:
+    """−log p of each label of a batch, (B, T) in float64, in nats: NaN where there is no label."""
+    hidden, labels = hidden_states(model, batch), batch.labels.reshape(-1)
+    labelled = np.flatnonzero(labels != IGNORE)
+    losses = np.full(labels.shape, np.nan)
+    for start in range(0, len(labelled), chunk):
+        rows = labelled[start : start + chunk]
+        log_p = log_softmax(model.sites[HEAD].forward(hidden[to_device(rows)])[0])
+        losses[rows] = -to_host(log_p[xp.arange(len(rows)), to_device(labels[rows])])
+    return losses.reshape(batch.labels.shape)
 
 
 def differences(
@@ -115,7 +134,7 @@ def differences(
         largest = np.maximum(largest, float(xp.abs(logits).max()))  # NaN if one is, which `max` would pass over
         for i, other_logits in enumerate(others_logits):
             logit[i] = np.maximum(logit[i], float(xp.abs(logits - other_logits).max()))
-            kl[i] += _divergence(logits.copy(), other_logits)
+            kl[i] += float(_divergences(logits.copy(), other_logits).sum())
     return [Difference(*pair) for pair in zip((kl / _tokens(batches)).tolist(), logit.tolist(), strict=True)], float(
         largest
     )
@@ -131,17 +150,18 @@ def _logits(models: Sequence[Model], batches: Sequence[Batch], chunk: int) -> It
             yield [model.sites[HEAD].forward(of_model[here])[0] for model, of_model in zip(models, hidden, strict=True)]
 
 
-def _divergence(logits: Array, other_logits: Array) -> float:
-    """Σ_n Σ_v p_nv (log p_nv − log q_nv) of logits (N, V). Both arrays are overwritten."""
-    log_p, log_q = _log_softmax(logits), _log_softmax(other_logits)
-    # (exp(log_p) * (log_p - log_q)).sum()
+def _divergences(logits: Array, other_logits: Array) -> Array:
+    """Σ_v p_nv (log p_nv − log q_nv) of logits (N, V): (N,). Both arrays are overwritten."""
+    log_p, log_q = log_softmax(logits), log_softmax(other_logits)
+    # (exp(log_p) * (log_p - log_q)).sum(axis=-1)
     difference = xp.subtract(log_p, log_q, out=log_q)
     difference *= xp.exp(log_p, out=log_p)
-    return float(difference.sum())
+    divergences: Array = difference.sum(axis=-1)
+    return divergences
 
 
-def _log_softmax(logits: Array) -> Array:
-    """In place of the logits."""
+def log_softmax(logits: Array) -> Array:
+    """log softmax(z) of each row, in the place of the logits."""
     logits -= logits.max(axis=-1, keepdims=True)
     logits -= xp.log(xp.exp(logits).sum(axis=-1, keepdims=True))
     return logits

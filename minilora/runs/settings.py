@@ -176,6 +176,9 @@ class Settings:
         choices=("none", TENSORBOARD),
         metavar="NAME",
     )
+    inspect: bool = setting(
+        True, "for report.html, look at the end into what the adapter did; a few per cent of the time", group=WATCHING
+    )
 
     seed: int = setting(0, "the seed of everything random", group=MACHINE, at_least=0)
     device: str = setting(

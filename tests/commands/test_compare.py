@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.commands import PAIRS, Result, contents, read, write_rows
 
+from minilora.adapters.change import effective_rank, share_of_largest
 from minilora.adapters.merging import merged_parameters
 from minilora.cli.train_flags import choose_settings, parse
 from minilora.compare import __main__ as compare
@@ -32,9 +33,7 @@ from minilora.compare.scale import at_gpt_3, lora_share
 from minilora.compare.spectrum import (
     changes_of_full,
     changes_of_lora,
-    effective_rank,
     factored,
-    share_of_largest,
     singular_values,
     truncated,
 )

@@ -13,6 +13,7 @@ import pytest
 from support.comparisons import comparison_of, failed_figures, few_shot_figures, method_figures, spectrum_figures
 from tqdm import tqdm
 
+from minilora.adapters.change import effective_rank, share_of_largest
 from minilora.compare import __main__ as compare
 from minilora.compare import latency
 from minilora.compare.figures import result
@@ -20,10 +21,8 @@ from minilora.compare.report import comparison_tables, cost_table, cut_table, sh
 from minilora.compare.rivals import Rival, lora_of_rank
 from minilora.compare.scale import at_gpt_3, lora_share
 from minilora.compare.spectrum import (
-    effective_rank,
     gain_kept,
     noise_like,
-    share_of_largest,
     singular_values,
     spectrum_of,
 )

@@ -34,6 +34,7 @@ LINES = {
     "combine": "--adapter learnt --adapter more --out {out}",
     "convert": "--adapter learnt --format mlx --out {out}",
     "random_checkpoint": "tiny/config.json --tokenizer tiny --out {out}",
+    "report": "learnt more --out {out}.html",
 }
 OF_MODELS = {"model": "--model other", "revision": "--revision v1"}
 OF_ANSWERS = {
@@ -85,6 +86,7 @@ FLAGS: dict[str, dict[str, str]] = {  # what is added; before a + stands what bo
         "adapter": "--adapter learnt",
         "device": "--device cuda",
         "frozen": "--frozen nf4",
+        "mixed_precision": "--mixed-precision bf16",
         "host": "--host localhost",
         "port": "--port 99999",
         "api_key": "--api-key sesame",
@@ -118,6 +120,7 @@ FLAGS: dict[str, dict[str, str]] = {  # what is added; before a + stands what bo
         "model": "--model nowhere",
         "dtype": "--dtype float16",
     },
+    "report": {"out": "--out {out}2.html"},
     "random_checkpoint": {
         "out": "--out {out}2",
         "dtype": "--dtype float32",
@@ -170,7 +173,7 @@ def answers(server: Any, sockets: object) -> None:
     """In the place of uvicorn, which would serve for ever: print what the application answers."""
     from starlette.testclient import TestClient
 
-    asked = {"model": "base", "prompt": "one and", "max_tokens": 6, "temperature": 0}
+    asked = {"model": "base", "prompt": "one and", "max_tokens": 6, "temperature": 0, "logprobs": 1}
     with TestClient(server.config.app, base_url="http://127.0.0.1") as client:
         told = [client.get("/v1/models"), client.get("/health"), client.post("/v1/completions", json=asked)]
     for response in told:

@@ -240,6 +240,7 @@ CASES: dict[str, list[Case]] = {
     "patience": [Case(2, steps, 3, STILL | {"steps": 6, "eval_every": 1})],
     "save_every": [Case(2, lambda seen: seen.saved, [0, 2, 4, 5], {"steps": 5})],
     "report_to": [Case("tensorboard", lambda seen: "tensorboard" in seen.files, True)],
+    "inspect": [Case(False, lambda seen: "changes" in seen.found, False)],
     "seed": [
         Case(1, written, ANOTHER, STILL),
         Case(1, lambda seen: seen.steps[0].batches[0].tokens.tolist(), ANOTHER, {"batch_size": 2}),

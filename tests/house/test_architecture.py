@@ -17,10 +17,10 @@ FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 ROOMS = (  # from the ground: a room imports only from itself and from rooms before it
     *("backend", "ops", "frozen", "lora", "keys", "model", "methods", "adapters", "formats", "figures"),
-    *("data", "parser", "tasks", "training", "counting", "runs", "cli"),
+    *("data", "parser", "tasks", "training", "counting", "runs", "pages", "cli"),
 )
 COMMANDS = {  # the rooms above all others, which do not know each other
-    *("train", "generate", "chat", "serve", "evaluate", "merge", "combine", "convert", "random_checkpoint"),
+    *("train", "generate", "chat", "serve", "evaluate", "merge", "combine", "convert", "random_checkpoint", "report"),
     *("plan", "benchmark", "compare", "pretrain", "book"),
 }
 STRANGERS = {  # a room → rooms before it that it does not know all the same

@@ -22,6 +22,7 @@ from support.threads_as_ranks import on_threads
 from support.virtual_tokens import VirtualTokens, base, each_method
 
 from minilora import backend
+from minilora.adapters.change import changed_model, changes
 from minilora.adapters.mixed import continuing, mixed
 from minilora.adapters.scaling import scaled
 from minilora.backend import narrow, random_generator, read_only, to_device, to_host, widen, xp
@@ -29,7 +30,7 @@ from minilora.data.batches import Batch
 from minilora.frozen.half import HALVES
 from minilora.frozen.weight import DenseWeight
 from minilora.methods.dora import DoRA
-from minilora.methods.full import full_model
+from minilora.methods.full import Full, full_model
 from minilora.methods.lora import LoRA
 from minilora.methods.virtual_tokens import EMBEDDINGS
 from minilora.model.base import base_model
@@ -39,6 +40,7 @@ from minilora.model.model import forward
 from minilora.model.names import HEAD
 from minilora.model.rows import join, keep, next_logits
 from minilora.model.sites import add_gradients
+from minilora.runs.evaluation import losses_of_tokens
 from minilora.training.loss_scale import scaled_loss_and_gradients
 from minilora.training.message import Sum
 from minilora.training.optimizers import OPTIMIZERS, clip_gradients, global_norm
@@ -196,6 +198,27 @@ def test_on_a_device_nothing_mixes_with_the_host_and_the_same_comes_out(
     loss_there, gradient_there, answers_there = started()
     assert loss_there == pytest.approx(loss, rel=1e-12) and answers_there == answers
     np.testing.assert_allclose(gradient_there, gradient, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [LoRA(2, target_modules=("q_proj", "embed_tokens")), DoRA(2), Full()])
+def test_a_change_that_was_found_on_the_device_is_put_back_there(
+    method: LoRA | Full, request: pytest.FixtureRequest
+) -> None:
+    def less() -> tuple[list[float], np.ndarray]:
+        plain = base(TINY, 0)
+        trainable = method.start(plain, np.random.default_rng(0), np.float64)
+        for p in trainable.values():
+            p += 0.25
+        adapted = method.attach(plain, trainable)
+        found = changes(plain, adapted, method, {name: to_host(p) for name, p in trainable.items()})
+        half = changed_model(plain, adapted, found, rank=1, scale=0.5)
+        return [change.norm for change in found.values()], losses_of_tokens(half, BATCHES[0])
+
+    norms, losses = less()
+    request.getfixturevalue("device")
+    norms_there, losses_there = less()
+    np.testing.assert_allclose(norms_there, norms, rtol=1e-12)
+    np.testing.assert_allclose(losses_there, losses, rtol=1e-9)
 
 
 def test_a_mixed_batch_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ REPOSITORY = Path(__file__).parents[2]
 ADAPTER = "adapter_model.safetensors"
 RUN_FILES = {
     ADAPTER, "adapter_config.json", "settings.json", "metrics.jsonl", "summary.json", "loss.png", "state.safetensors",
+    "report.json", "report.html",
 }  # fmt: skip
 SUMMARY_KEYS = {
     "base_loss", "adapted_loss", "base_exact_match", "adapted_exact_match", "drift_kl", "trainable_parameters",

@@ -64,6 +64,12 @@ class Seen(NamedTuple):
         return [line[name] for line in read_metrics(self.folder) if name in line and of in line]
 
     @property
+    def found(self) -> dict[str, Any]:
+        """The content of report.json."""
+        found: dict[str, Any] = commands.read(self.folder / "report.json")
+        return found
+
+    @property
     def arrays(self) -> dict[str, np.ndarray]:
         """What trains, as it is after training."""
         return dict(self.run.state.trainable)
@@ -143,7 +149,7 @@ def observe(folder: Path, values: Mapping[str, Any]) -> Seen:
 
     watched: list[tuple[Any, str, Callable[..., Any]]] = [
         (commands.command_module("train"), "prepare", preparing),
-        (commands.command_module("train"), "plot_loss", lambda folder: folder / "loss.png"),  # slower than all the rest
+        (commands.command_module("train"), "plot_loss", lambda folder, *_: folder / "loss.png"),  # slower than all else
         (loop, "take_step", stepping),
         (folder_module, "save_state", saving),
         (layers, "block", running),
