@@ -31,7 +31,7 @@ from minilora.runs.run import Judgement, Run, check_ranks, judge, prepare, summa
 from minilora.runs.settings import SETTINGS_FILE, Settings
 from minilora.runs.state_file import load_state, save_state
 from minilora.training.loop import next_batches
-from minilora.training.ranks import world
+from minilora.training.ranks import work_alone, world
 
 
 def train_command(argv: list[str] | None = None) -> None:
@@ -94,7 +94,7 @@ def train_and_judge(run: Run, started: float) -> None:
     print("after training …", flush=True)
     after = judge(run, run.adapted)
     of_ranks = world().figures()
-    if not world().is_first:
+    if not work_alone().is_first:  # what is left is one process's work
         return
     plot = plot_loss(folder, before.loss, after.loss)
     summary = summarize(run, before, after, started) | of_ranks

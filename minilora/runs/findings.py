@@ -211,7 +211,7 @@ def _expected(
 ) -> list[list[tuple[str, float | None]]]:
     """The most probable tokens after each of these places in the batch: row and position."""
     rows = xp.asarray([row * batch.tokens.shape[1] + position for row, position in places])
-    hidden = hidden_states(model, batch)[0][rows]
+    hidden = hidden_states(model, batch)[rows]
     found = []
     for log_p in to_host(log_softmax(model.sites[HEAD].forward(hidden)[0])).astype(np.float64):
         likely = np.argsort(-log_p, kind="stable")[:count]
