@@ -60,6 +60,16 @@ class Inputs(NamedTuple):
                 raise RuntimeError(f"the random checkpoint {name} could not be made: {made.stderr.strip()}")
         return str(folder)
 
+    def gguf(self, model: str, dtype: str) -> str:
+        """The model as a GGUF file. It needs a tokenizer, which a checkpoint of random weights has not."""
+        path = self.scratch / f"{Path(model).name}-{dtype}" / "model.gguf"
+        if not path.exists():
+            command = [sys.executable, "-m", "minilora.convert", "--model", model, "--format", "gguf", "--dtype", dtype]
+            made = subprocess.run([*command, "--out", str(path)], capture_output=True, text=True)
+            if made.returncode:
+                raise RuntimeError(f"{model} could not be written as a GGUF file: {made.stderr.strip()}")
+        return str(path)
+
     def adapter(self, model: str, rank: int, targets: tuple[str, ...]) -> str:
         """The folder of an adapter. B is not zero, so that a side that ignored it would have another loss."""
         config, _ = read_config(Path(model))

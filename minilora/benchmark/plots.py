@@ -19,7 +19,13 @@ from minilora.formats.files import read_json
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-COLOURS = {"ours": "#08519c", "train": "#08519c", "peft_side": "#d94801", "products": "#969696"}
+COLOURS = {
+    "ours": "#08519c",
+    "train": "#08519c",
+    "peft_side": "#d94801",
+    "llama_side": "#31a354",
+    "products": "#969696",
+}
 UNITS = {"tokens": "tokens of a step", "rank": "rank", "layers": "layers", "context": "tokens of a row (context)"}
 
 

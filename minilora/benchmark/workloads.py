@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ class Side:
     """A program that does the job, with options of its own: fields of Job."""
 
     name: str
-    program: str  # "ours", "peft_side" or "products"
+    program: str  # "ours", "peft_side", "llama_side" or "products"
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -106,6 +107,7 @@ PRODUCTS = Side("matrix products alone", "products")
 OURS = (
     Side("minilora", "ours"),
     Side("minilora, weights stored in bf16", "ours", {"frozen": "stored"}),
+    Side("minilora, products in bf16", "ours", {"mixed_precision": "bf16"}),
 )
 PEFT = tuple(Side(f"PEFT {dtype}", "peft_side", {"dtype": dtype}) for dtype in ("float32", "bfloat16"))
 GROUPED = tuple(
@@ -171,12 +173,20 @@ def generation(plan: Setup) -> Iterator[Case]:
     """W3: greedy continuation with the key/value cache."""
     size = plan.size
     model = plan.inputs.model(plan.model)
+    others = (*TRANSFORMERS, *llama_cpp(plan.inputs, model))
     for rows in size.generated_rows:
         file = plan.inputs.rows(f"prompts-{rows}", model, [size.prompt] * rows, [size.prompt] * rows)
         job = Job("generate", model, "", file, new_tokens=size.new_tokens, device=plan.device, threads=plan.threads)
         title = f"{size.new_tokens} tokens after {size.prompt}, batch {rows}"
         repeats = (plan.repeats + 1) // 2
-        yield Case("W3", title, job, (*OURS, *TRANSFORMERS, PRODUCTS), repeats, side_names(TRANSFORMERS))
+        yield Case("W3", title, job, (*OURS, *others, PRODUCTS), repeats, side_names(others))
+
+
+def llama_cpp(inputs: Inputs, model: str) -> Iterator[Side]:
+    """llama.cpp in float32 and bfloat16, where it is installed and the model has a tokenizer, as its files need one."""
+    if (Path(model) / "tokenizer.json").exists() and find_spec("xllamacpp") and find_spec("gguf"):
+        for dtype in ("float32", "bfloat16"):
+            yield Side(f"llama.cpp {dtype}", "llama_side", {"model": inputs.gguf(model, dtype)})
 
 
 def growth(plan: Setup) -> Iterator[Case]:

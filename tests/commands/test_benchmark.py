@@ -27,7 +27,19 @@ from minilora.benchmark import __main__ as benchmark
 from minilora.benchmark import formula, measure, ours, products, report, workloads
 from minilora.benchmark.inputs import Inputs
 from minilora.benchmark.job import Job, JobRow, read_job_rows, steps_of
-from minilora.benchmark.workloads import ALL, OURS, PEFT, PRODUCTS, QKV, QUICK, Case, Setup, Side, instruction_lengths
+from minilora.benchmark.workloads import (
+    ALL,
+    OURS,
+    PEFT,
+    PRODUCTS,
+    QKV,
+    QUICK,
+    Case,
+    Setup,
+    Side,
+    instruction_lengths,
+    llama_cpp,
+)
 from minilora.data.batches import divide
 from minilora.figures import machine, tables
 from minilora.formats.checkpoint import random_weights
@@ -367,6 +379,21 @@ def test_in_processes_of_their_own_both_sides_have_the_same_loss_and_the_table_t
     assert floor["times_floor_seconds"] == 1
     table = report.case_table(result)
     assert "speed / [1]" in table.head and "speed / [2]" not in table.head
+
+
+@pytest.mark.skipif(not (find_spec("xllamacpp") and find_spec("gguf")), reason="pip install -e '.[peers]'")
+def test_llama_cpp_continues_the_same_prompts_from_the_same_weights(inputs: Inputs, tmp_path: Path) -> None:
+    from support.gguf_models import write_model
+
+    model = str(write_model(tmp_path / "model"))
+    sides = (OURS[0], *llama_cpp(inputs, model))
+    assert [side.name for side in sides[1:]] == ["llama.cpp float32", "llama.cpp bfloat16"]
+    assert not [*llama_cpp(inputs, inputs.model("tiny"))], "a checkpoint of random weights has no tokenizer"
+    job = Job("generate", model, "", inputs.rows("two prompts", model, [5, 5], [5, 5]), new_tokens=6)
+    result = measure.measure(Case("W3", "few tokens", job, sides, 1, ("llama.cpp float32",)), sides)
+    mine, theirs, _ = result["sides"]
+    assert mine["tokens_per_second"] == pytest.approx(12 / mine["median_seconds"])
+    assert theirs["tokens_per_second"] == pytest.approx(12 / theirs["median_seconds"])
 
 
 # --- The command ---
