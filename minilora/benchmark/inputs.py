@@ -61,7 +61,7 @@ class Inputs(NamedTuple):
         return str(folder)
 
     def gguf(self, model: str, dtype: str) -> str:
-        """The model as a GGUF file. It needs a tokenizer, which a checkpoint of random weights has not."""
+        """The model as a GGUF file."""
         path = self.scratch / f"{Path(model).name}-{dtype}" / "model.gguf"
         if not path.exists():
             command = [sys.executable, "-m", "minilora.convert", "--model", model, "--format", "gguf", "--dtype", dtype]

@@ -12,6 +12,7 @@ import numpy as np
 
 from minilora.benchmark.inputs import Inputs
 from minilora.benchmark.job import Job
+from minilora.data.tokenizer import Tokenizer
 from minilora.formats.checkpoint import read_config
 from minilora.model.config import Config
 
@@ -184,9 +185,14 @@ def generation(plan: Setup) -> Iterator[Case]:
 
 def llama_cpp(inputs: Inputs, model: str) -> Iterator[Side]:
     """llama.cpp in float32 and bfloat16, where it is installed and the model has a tokenizer, as its files need one."""
-    if (Path(model) / "tokenizer.json").exists() and find_spec("xllamacpp") and find_spec("gguf"):
-        for dtype in ("float32", "bfloat16"):
-            yield Side(f"llama.cpp {dtype}", "llama_side", {"model": inputs.gguf(model, dtype)})
+    if not (find_spec("xllamacpp") and find_spec("gguf")):
+        return
+    try:
+        Tokenizer.load(Path(model)).fitting(read_config(Path(model))[0].vocab_size)
+    except (OSError, ValueError):
+        return
+    for dtype in ("float32", "bfloat16"):
+        yield Side(f"llama.cpp {dtype}", "llama_side", {"model": inputs.gguf(model, dtype)})
 
 
 def growth(plan: Setup) -> Iterator[Case]:
