@@ -115,7 +115,7 @@ def compare(outcome: Result) -> None:
     done = {side["side"]: side for side in outcome["sides"] if "seconds" in side}
     floor = next((side for side in done.values() if side["program"] == "products"), None)
     references = {name: done[name] for name in outcome["references"] if name in done}
-    first = next(iter(references.values()), None)
+    first: Result = next(iter(references.values()), {})
     for side in done.values():
         if floor:
             side["times_floor_seconds"] = side["median_seconds"] / floor["median_seconds"]
@@ -126,7 +126,7 @@ def compare(outcome: Result) -> None:
             name: side["tokens_per_second"] / other["tokens_per_second"] for name, other in references.items()
         }
         side["memory_against"] = {name: side["peak_bytes"] / other["peak_bytes"] for name, other in references.items()}
-        if "answers" in side and first:
+        if "answers" in side and "answers" in first:
             pairs = [
                 (a, b)
                 for x, y in zip(side["answers"], first["answers"], strict=True)

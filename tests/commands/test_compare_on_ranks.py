@@ -90,9 +90,11 @@ def test_a_comparison_that_lost_a_rank_goes_on_with_any_number_of_ranks_to_the_s
 def test_a_trial_that_cannot_run_ends_the_comparison_and_is_told_once(model: Path, tmp_path: Path) -> None:
     for part in ("train", "valid", "test"):
         write_rows(tmp_path / "data" / f"{part}.jsonl", PAIRS)
-    (tmp_path / "out" / "trials" / "lora-0.01-0").mkdir(parents=True)
-    (tmp_path / "out" / "trials" / "lora-0.01-0" / "mine.txt").write_text("not a run's")
     flags = ["--model", model, "--data", tmp_path / "data", "--steps", 2, "--eval-rows", 0, "--out", tmp_path / "out"]
+    code, _, err = on_ranks(3, ["-c", COMPARE, "", "--methods", "bitfit", *flags])
+    assert code == 0, err
+    (tmp_path / "out" / "trials" / "lora-0.01-0").mkdir()
+    (tmp_path / "out" / "trials" / "lora-0.01-0" / "mine.txt").write_text("not a run's")
     code, _, err = on_ranks(3, ["-c", COMPARE, "", "--methods", "lora", *flags])
     assert code == 2 and err.count("error: lora-0.01-0: ") == 1 and "holds files that are not a run's" in err
 
