@@ -31,7 +31,7 @@ from minilora.runs.run import Judgement, Run, check_ranks, judge, prepare, summa
 from minilora.runs.settings import SETTINGS_FILE, Settings
 from minilora.runs.state_file import load_state, save_state
 from minilora.training.loop import next_batches
-from minilora.training.ranks import work_alone, world
+from minilora.training.ranks import alone, world
 
 
 def train_command(argv: list[str] | None = None) -> None:
@@ -86,16 +86,21 @@ def begin(run: Run, resumed: bool) -> None:
 
 
 def train_and_judge(run: Run, started: float) -> None:
-    """Judge, train, judge again, write the summary and the page, and print what came out."""
-    folder = run.folder
+    """Judge, train, judge again, and report."""
     print("before training …", flush=True)
     before = judge(run, run.base)
     train_run(run)
     print("after training …", flush=True)
     after = judge(run, run.adapted)
     of_ranks = world().figures()
-    if not work_alone().is_first:  # what is left is one process's work
-        return
+    with alone() as ranks:
+        if ranks.is_first:
+            report(run, before, after, started, of_ranks)
+
+
+def report(run: Run, before: Judgement, after: Judgement, started: float, of_ranks: dict[str, Any]) -> None:
+    """Write the summary and the page, and print what came out: the work of one process."""
+    folder = run.folder
     plot = plot_loss(folder, before.loss, after.loss)
     summary = summarize(run, before, after, started) | of_ranks
     write_json(folder / SUMMARY_FILE, {name: finite_or_null(value) for name, value in summary.items()})

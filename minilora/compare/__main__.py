@@ -41,7 +41,7 @@ from minilora.formats.load import SHIPPED_MODEL, load_model
 from minilora.parser import Listed, Parser, comma_list
 from minilora.runs.folder import is_free, only_run
 from minilora.runs.settings import read_settings
-from minilora.training.ranks import work_alone
+from minilora.training.ranks import alone
 
 RESULTS_FILE, BUDGET_FILE = "comparison.json", "budget.json"
 CLAIMS_PAGE, CLAIMS_FILE = "claims.md", "claims.json"
@@ -181,8 +181,7 @@ def compare_command(argv: list[str] | None = None) -> None:
     """Parse, check, and compare. Of several ranks, the first does all but the trials."""
     args, shared = parse(argv)
     check_comparison(args, shared)
-    ranks = work_alone()
-    with workers(ranks) as executor:
+    with alone() as ranks, workers(ranks) as executor:
         if ranks.is_first:
             with only_run(args.out):
                 compare(args, Comparison(args, shared), executor)

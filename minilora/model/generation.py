@@ -87,6 +87,7 @@ def stream(model: Model, prompts: Sequence[Sequence[int]], choose: Choose = gree
     texts = [list(prompt) for prompt in prompts]
     while True:
         tokens = choose(to_host(logits), texts)
+        del logits  # before the next ones are made
         for text, token in zip(texts, tokens, strict=True):
             text.append(int(token))
         yield tokens
@@ -171,6 +172,7 @@ class Memory:
         logits, decoder = last_logits(self.model, hidden, 1), Decoder(self.model, past)
         while True:
             token = choose(to_host(logits), [self.seen.tokens])
+            del logits
             yield int(token[0])
             logits = decoder.step(to_device(token), to_device(np.array([len(self.seen.tokens)])))
             self.seen = Seen([*self.seen.tokens, int(token[0])], decoder.past)

@@ -82,7 +82,7 @@ def query_blocks(
         visible = visible_keys(
             query_positions[:, queries], query_segments[:, queries], key_positions[:, :s], key_segments[:, :s]
         )
-        keys = _needed(visible) if on_cpu() else slice(0, s)
+        keys = _needed(visible) if on_cpu() else slice(s)
         blocks.append(QueryBlock(queries, keys, visible[:, :, keys].copy()))
     return blocks
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -193,11 +194,15 @@ def world() -> Ranks:
     return _world
 
 
-def work_alone() -> Ranks:
-    """Share nothing out from now on; the ranks that the process has joined."""
+@contextmanager
+def alone() -> Iterator[Ranks]:
+    """Share nothing out until the context is left. It gives the ranks that the process has joined."""
     global _world
     joined, _world = _world, Ranks()
-    return joined
+    try:
+        yield joined
+    finally:
+        _world = joined
 
 
 def launched() -> tuple[int, int]:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.commands import good, read
@@ -20,6 +21,11 @@ class CuPy(Device):
     class cuda:
         class runtime:
             getDeviceCount = staticmethod(lambda: 1)
+
+        @staticmethod
+        def Device(number: int) -> SimpleNamespace:
+            assert number == 0
+            return SimpleNamespace(use=lambda: None)
 
     def get_default_memory_pool(self) -> CuPy:
         return self

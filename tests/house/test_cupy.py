@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ from minilora.methods.method import Method, known_methods
 from minilora.methods.miss import MiSS
 from minilora.model.base import base_model
 from minilora.model.config import Config
+from minilora.model.model import head_loss
+from minilora.model.names import HEAD
 from minilora.ops.attention import attention, attention_backward, query_blocks
 from minilora.training.flat import flatten
 from minilora.training.loop import Plan, take_step
@@ -236,7 +239,28 @@ def test_a_step_of_lora_on_all_maps_takes_at_most_210_operations_a_layer_on_a_gp
     assert a_layer <= 210 and calls(2) - 2 * a_layer <= 80
 
 
-# --- Large blocks of attention ---
+# --- Large blocks of attention, and of the head ---
+
+
+@pytest.mark.parametrize(("labelled", "on_host", "there"), [(1, 1, 1), (256, 1, 1), (257, 2, 1), (1025, 5, 2)])
+def test_the_head_takes_256_rows_at_once_and_on_a_device_1024(labelled: int, on_host: int, there: int) -> None:
+    def products() -> int:
+        model = base_model(TINY, random_weights(TINY, 0))
+        head, seen = model.sites[HEAD], list[Any]()
+
+        def forward(x: Any, seed: Any = None) -> Any:
+            seen.append(x.shape)
+            return head.forward(x, seed)
+
+        counting = replace(model, sites={**model.sites, HEAD: SimpleNamespace(forward=forward)})
+        head_loss(
+            counting, xp.ones((1100, TINY.hidden_size), np.float32), np.arange(1100) * 0 - 100 + LABELS[labelled], None
+        )
+        return len(seen)
+
+    assert products() == on_host
+    with on_the_device():
+        assert products() == there
 
 
 @pytest.mark.parametrize("past", [0, 5])

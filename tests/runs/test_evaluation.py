@@ -133,7 +133,7 @@ def test_the_largest_difference_of_logits_is_of_all_real_tokens_and_whatever_its
         head = SimpleNamespace(forward=lambda rows: (np.array(logits[name])[rows], None))
         return SimpleNamespace(sites={HEAD: head})
 
-    monkeypatch.setattr(evaluation, "hidden_states", lambda model, batch: (np.arange(4), None))
+    monkeypatch.setattr(evaluation, "hidden_states", lambda model, batch: np.arange(4))
     batch: Any = SimpleNamespace(segments=np.array([[1, 1], [2, 0]]))
     (found,), largest = differences(model_with("merged"), [model_with("adapted")], [batch], chunk)
     assert (found.logit, largest) == (2.25, 7.0)

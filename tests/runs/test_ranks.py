@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -130,17 +131,21 @@ def test_fewer_micro_batches_than_ranks_are_told_with_the_flags_that_make_more(
     assert code == 0 and "remark" not in err
 
 
+def threads_of(out: str) -> list[list[int]]:
+    """The list that each rank has printed; they may stand on one line."""
+    return [json.loads(found) for found in re.findall(r"\[[^\]]*\]", out)]
+
+
 def test_the_ranks_of_a_machine_share_out_its_cores() -> None:
     program = """
 from minilora.backend import cores
 from minilora.training.ranks import join
 print(join().gather(cores()))
 """
-    ((one,),) = (json.loads(line) for line in on_ranks(1, ["-c", program], threads=0)[1].splitlines())
+    ((one,),) = threads_of(on_ranks(1, ["-c", program], threads=0)[1])
     for ranks in (2, 3):
-        first, *others = on_ranks(ranks, ["-c", program], threads=0)[1].splitlines()
-        threads = json.loads(first)
-        assert all(line == first for line in others) and len({*threads}) == 1 and len(threads) == ranks
+        threads, *others = threads_of(on_ranks(ranks, ["-c", program], threads=0)[1])
+        assert all(found == threads for found in others) and len({*threads}) == 1 and len(threads) == ranks
         assert 1 <= threads[0] <= max(1, one // ranks)
 
 

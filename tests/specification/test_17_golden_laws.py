@@ -196,7 +196,10 @@ def test_rope_turns_by_the_angles_of_transformers_and_back(kind: str, dtype: typ
     case = Case(f"rope_{kind}", dtype)
     counts = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     given = {name: float(case.outside[name]) for name in SETTINGS if name in case}
-    raw: dict[str, Any] = dict.fromkeys(counts, 2) | {"head_dim": case["x"].shape[-1], "rope_theta": case["theta"]}
+    raw: dict[str, Any] = dict.fromkeys(counts, 2) | {
+        "head_dim": case["x"].shape[-1],
+        "rope_theta": float(case["theta"]),
+    }
     config = Config.from_dict({**raw, "rope_scaling": {"rope_type": kind, **given}})
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     amplitude = rope_amplitude(config.rope_scaling)
