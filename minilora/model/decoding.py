@@ -22,7 +22,7 @@ from minilora.model.sites import LayerSites, LowRank, Site, WithLowRank, layer_s
 from minilora.ops.rope import rope_amplitude, rope_angles, rope_frequencies
 from minilora.ops.swiglu import swiglu
 
-ROOM = 128  # columns of keys and values that are made at a time
+ROOM = 64  # columns of keys and values that are made at a time
 
 
 class Decoder:

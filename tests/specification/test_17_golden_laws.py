@@ -195,7 +195,7 @@ def test_rope_turns_by_the_angles_of_transformers_and_back(kind: str, dtype: typ
     """Each kind by its name and settings, as `config.json` has them."""
     case = Case(f"rope_{kind}", dtype)
     counts = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    given = {name: float(case.outside[name]) for name in SETTINGS if name in case}
+    given = {name: type(case.outside[name].item()) for name, type in SETTINGS.items() if name in case}
     raw: dict[str, Any] = dict.fromkeys(counts, 2) | {
         "head_dim": case["x"].shape[-1],
         "rope_theta": float(case["theta"]),
@@ -209,10 +209,10 @@ def test_rope_turns_by_the_angles_of_transformers_and_back(kind: str, dtype: typ
     case.assert_has(relative, frequencies=frequencies, amplitude=amplitude, **both, y=y, dx=dx)
 
 
-SETTINGS = (
-    *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    *("beta_fast", "beta_slow", "truncate"),
-)
+SETTINGS: dict[str, type] = {
+    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), float),
+    **{"original_max_position_embeddings": int, "truncate": bool},
+}
 
 
 @each_dtype
