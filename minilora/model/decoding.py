@@ -22,7 +22,7 @@ from minilora.model.sites import LayerSites, LowRank, Site, WithLowRank, layer_s
 from minilora.ops.rope import rope_amplitude, rope_angles, rope_frequencies
 from minilora.ops.swiglu import swiglu
 
-ROOM = 64  # columns of keys and values that are made at a time
+ROOM = 16  # columns of keys and values that are made at a time, at least; of many, a quarter more
 
 
 class Decoder:
@@ -212,8 +212,8 @@ def _bias(parts: Sequence[LowRank]) -> Array | None:
 
 
 def _with_room(columns: Array) -> Array:
-    """(B, K, n, d) → (B, K, n + ROOM, d); the new columns are not written yet."""
+    """(B, K, n, d) → (B, K, m, d) with m > n; the new columns are not written yet."""
     B, K, n, d = columns.shape
-    room = xp.empty((B, K, n + ROOM, d), columns.dtype)
+    room = xp.empty((B, K, n + max(ROOM, n // 4), d), columns.dtype)
     room[:, :, :n] = columns
     return room

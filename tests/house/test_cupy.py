@@ -33,6 +33,7 @@ from minilora.model.config import Config
 from minilora.model.model import head_loss
 from minilora.model.names import HEAD
 from minilora.ops.attention import attention, attention_backward, query_blocks
+from minilora.ops.cross_entropy import IGNORE
 from minilora.training.flat import flatten
 from minilora.training.loop import Plan, take_step
 from minilora.training.optimizers import OPTIMIZERS
