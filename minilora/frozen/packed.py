@@ -27,7 +27,10 @@ except ImportError:  # the extra is not installed
     numkong = None
 
 EXACT = 3  # pieces of x that leave nothing over
-SHARE = 2**17  # numbers of W that are worth a core
+SHARE = 2**18  # numbers of W in a share, at least
+# Waking another core takes some 30 µs. It pays from so many numbers of W on, each counted once for every row of x and
+# four times for its way from memory.
+WORTH_ANOTHER_CORE = 2**23
 # NumKong's names for instructions that multiply bfloat16: x86's AVX-512 and AMX, and Arm's
 INSTRUCTIONS = ("genoa", "sapphireamx", "neonbfdot", "svebfdot", "smebf16")
 
@@ -62,10 +65,11 @@ class Packed:
             products = np.asarray(numkong.dots_packed(rows, share))
             np.add.reduce(products.reshape(pieces, len(x), -1), axis=0, out=y[:, columns])
 
-        others = [_pool().submit(multiply, *job) for job in zip(self.shares[1:], self.columns[1:], strict=True)]
-        multiply(self.shares[0], self.columns[0])
-        for other in others:
-            other.result()
+        first, *others = zip(self.shares, self.columns, strict=True)
+        at_once = map if self.shape[0] * self.shape[1] * (len(rows) + 4) < WORTH_ANOTHER_CORE else _pool().map
+        done = at_once(lambda job: multiply(*job), others)
+        multiply(*first)
+        list(done)
         return y
 
 
