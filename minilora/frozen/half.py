@@ -20,7 +20,6 @@ import ml_dtypes
 import numpy as np
 
 from minilora.backend import Array, HostArray, on_cpu
-from minilora.frozen.packed import Packed, available
 from minilora.frozen.weight import DenseWeight, FrozenWeight
 
 HALVES: dict[str, Any] = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16}
@@ -58,16 +57,11 @@ class HalfWeight:
 def half_product(a: Array, b: Array, half: Any) -> Array:
     """r(r(a) b) in a's dtype, for a b that is in 16 bits already. (docs: H1)
 
-    A GPU multiplies 16-bit numbers and adds in float32, and so do some CPUs, by NumKong (`packed`); b is packed for
-    each product, which takes less time than a hundredth of it, and no memory that stays. Elsewhere both factors are
-    widened first: float32 holds each product of two such numbers exactly, so the sums are the same but for their order.
-    What is too large for float16 becomes infinite.
+    A GPU multiplies 16-bit numbers and adds in float32. The CPU's library cannot, but float32 holds each product of
+    two such numbers exactly: widened first, they give the same sums but for their order. That takes no less time. What
+    is too large for float16 becomes infinite.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        if half == ml_dtypes.bfloat16 and isinstance(b, np.ndarray) and a.dtype == np.float32 and available():
-            product = Packed(np.ascontiguousarray(b.T)).forward(a, pieces=1)
-        elif on_cpu():
-            product = a.astype(half).astype(np.float32) @ b.astype(np.float32)
-        else:
-            product = a.astype(half) @ b
+        rounded = a.astype(half)
+        product = rounded.astype(np.float32) @ b.astype(np.float32) if on_cpu() else rounded @ b
         return product.astype(half, copy=False).astype(a.dtype)

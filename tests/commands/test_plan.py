@@ -288,20 +288,12 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {  # → the mom
 }  # fmt: skip
 
 
-@pytest.fixture
-def without_numkong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its packed weights live for the moment of a product and are not counted."""
-    monkeypatch.setattr("minilora.frozen.packed.numkong", None)
-
-
-@pytest.mark.usefixtures("without_numkong")
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_takes_the_memory_that_was_counted_and_at_that_moment(name: str) -> None:
     moment, arguments, options = CASES[name]
     assert check_memory(*arguments, **options, within=0.05).fullest == moment
 
 
-@pytest.mark.usefixtures("without_numkong")
 @pytest.mark.parametrize("name", [name for name, (_, _, options) in CASES.items() if "k" not in options])
 def test_the_forward_keeps_what_was_counted(name: str) -> None:
     """Beside the hidden states themselves."""

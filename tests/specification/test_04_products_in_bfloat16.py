@@ -105,13 +105,13 @@ def test_a_machine_without_numkong_or_the_instructions_takes_numpy(monkeypatch: 
     """The results are the same but for rounding, in all that it is used for."""
     W, x = stored(normal(0, 5, 7)), normal(1, 2, 7).astype(np.float32)
     half = HalfWeight(DenseWeight(normal(0, 5, 7).astype(BFLOAT16)), BFLOAT16)
-    here = [products_with([W, W])(x), half.forward(x), half.backward(x[:, :5])]
+    here = [products_with([W, W])(x), products_with([half])(x)]
     for numkong in (None, SimpleNamespace(get_capabilities=lambda: {"haswell": True})):
         monkeypatch.setattr(packed, "numkong", numkong)
         packed._has_instructions.cache_clear()
         assert not available() and products_with([W]) == W.forward
-        there = [products_with([W, W])(x), half.forward(x), half.backward(x[:, :5])]
-        for found, expected, within in zip(there, here, (1e-5, 1e-2, 1e-2), strict=True):
+        there = [products_with([W, W])(x), products_with([half])(x)]
+        for found, expected, within in zip(there, here, (1e-5, 1e-2), strict=True):
             np.testing.assert_allclose(found, expected, rtol=within, atol=within)
     monkeypatch.undo()
     packed._has_instructions.cache_clear()
