@@ -32,7 +32,7 @@ def plot_loss(folder: Path, base_loss: float = math.nan, adapted_loss: float = m
     valid = [line for line in lines if "valid_loss" in line]
     if not train:
         raise ValueError(f"{folder / METRICS_FILE}: holds no step of training, and there is nothing to plot")
-    steps, losses, rates = (numbers(train, key) for key in ("step", "loss", "learning_rate"))
+    steps, losses, rates = (values(train, key) for key in ("step", "loss", "learning_rate"))
     window = smoothing(len(losses))
 
     figure, (above, below) = plt.subplots(
@@ -46,8 +46,8 @@ def plot_loss(folder: Path, base_loss: float = math.nan, adapted_loss: float = m
         above.plot(steps, losses, color="#08519c", linewidth=1.5, **_dots(steps), label="training loss, each step")
     if valid:
         above.plot(
-            numbers(valid, "step"),
-            numbers(valid, "valid_loss"),
+            values(valid, "step"),
+            values(valid, "valid_loss"),
             color="#d94801",
             marker="o",
             markersize=5,
@@ -74,7 +74,7 @@ def plot_loss(folder: Path, base_loss: float = math.nan, adapted_loss: float = m
     return save(figure, folder / PLOT_FILE)
 
 
-def numbers(lines: Sequence[Mapping[str, Any]], key: str) -> HostArray:
+def values(lines: Sequence[Mapping[str, Any]], key: str) -> HostArray:
     """A value of each line, NaN where it is null or missing."""
     return np.array([math.nan if line.get(key) is None else line[key] for line in lines], float)
 

@@ -11,15 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from support.commands import CONFIG, TEXTS, assert_refused, good, process, run, write_rows
+from support.adapter_folders import write_base_and_adapters
+from support.commands import CONFIG, assert_refused, good, process, run, write_rows
 from support.small_tokenizer import write_tokenizer
 
 from minilora.data.prompts import end_of_turn
 from minilora.data.tokenizer import Tokenizer, save_tokenizer_files
-from minilora.data.train_tokenizer import train_tokenizer
-from minilora.formats.adapters import load_adapter, write_method
+from minilora.formats.adapters import load_adapter
 from minilora.formats.checkpoint import random_weights, write_checkpoint
 from minilora.formats.load import load_model
 from minilora.methods.lora import LoRA
@@ -50,17 +49,7 @@ MESSAGES = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model that talks nonsense, and adapters with which it talks other nonsense."""
     folder = tmp_path_factory.mktemp("chat")
-    config = Config.from_dict(RAW)
-    write_checkpoint(folder / "base", RAW, random_weights(config, seed=3, std=0.3))
-    train_tokenizer(TEXTS * 3, RAW["vocab_size"], folder / "base")
-    base, _ = load_model(folder / "base")
-    for seed, (name, method) in enumerate(METHODS.items()):
-        rng = np.random.default_rng(seed)
-        trained = {
-            key: value + 0.3 * rng.standard_normal(value.shape) for key, value in method.start(base, rng).items()
-        }
-        tensors = {key: value.astype(np.float32) for key, value in trained.items()}
-        write_method(folder / name, method, tensors, config, str(folder / "base"))
+    write_base_and_adapters(folder, RAW, METHODS)
     return folder
 
 

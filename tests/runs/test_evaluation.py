@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pydoc_data.topics import topics
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.allocated import peak_bytes
 from support.strategies import TINY, VOCAB, batches, configs, random_weights, seeds
 
 from minilora.data.batches import Batch, collate
@@ -162,15 +162,6 @@ def test_the_largest_difference_of_logits_that_are_no_numbers_is_none() -> None:
 # --- Memory ---
 
 
-def peak(work: Callable[[], Any]) -> int:
-    tracemalloc.start()
-    try:
-        work()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
 @pytest.mark.parametrize("labels", [1, 5, 30])
 def test_judging_takes_no_more_memory_than_a_training_step(monkeypatch: pytest.MonkeyPatch, labels: int) -> None:
     """Of a model whose vocabulary is much larger than its width, whether few or many tokens of a step are trained."""
@@ -190,10 +181,10 @@ def test_judging_takes_no_more_memory_than_a_training_step(monkeypatch: pytest.M
     text = [Batch(*(array % 30_000 for array in batch)) for batch in other_text(run)]
     chunk = max(1, logits_at_once(run) // AT_THE_SAME_TIME)
     asked = rows_of(["ab"] * 80)
-    training = peak(lambda: loss_and_gradients(adapted, [batch], run=on_all_cores))
-    assert peak(lambda: drift(base, adapted, text[:2], chunk)) <= training
-    assert peak(lambda: answers(adapted, letters, asked, min(64, logits_at_once(run)))) <= training
-    assert peak(lambda: drift(base, adapted, text[:2], chunk=128)) > training or labels == 30
+    training = peak_bytes(lambda: loss_and_gradients(adapted, [batch], run=on_all_cores))
+    assert peak_bytes(lambda: drift(base, adapted, text[:2], chunk)) <= training
+    assert peak_bytes(lambda: answers(adapted, letters, asked, min(64, logits_at_once(run)))) <= training
+    assert peak_bytes(lambda: drift(base, adapted, text[:2], chunk=128)) > training or labels == 30
 
 
 @pytest.mark.parametrize(("read", "texts"), [(0, 1), (300, 2), (2047, 15), (2048, 16), (10**9, 16)])

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from support.browser import BROWSERS, CHROMIUM, chromium
 from support.served import NAMES, Library, started
 
 pytest.importorskip("starlette", reason="the server needs Starlette: pip install -e '.[serve]'")
 pytest.importorskip("uvicorn", reason="the server needs uvicorn: pip install -e '.[serve]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="no browser is driven: pip install -e '.[browser]'")
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 DESK, PHONE = {"width": 1100, "height": 700}, {"width": 360, "height": 740}
 expect = playwright.expect
 
@@ -28,14 +26,10 @@ def address(library: Library) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
+    if CHROMIUM is None:
         pytest.skip(f"there is no browser here: none of {', '.join(BROWSERS)}")
-    root = os.name != "nt" and os.geteuid() == 0  # for whom Chromium has no sandbox
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"] if root else [])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.commands import CONFIG, good
+from support.commands import CONFIG, TEXTS, good
 from support.strategies import QV, VOCAB, random_adapter
 
 from minilora.adapters.combination import Summand
+from minilora.data.train_tokenizer import train_tokenizer
 from minilora.formats import checkpoint
-from minilora.formats.checkpoint import write_checkpoint
+from minilora.formats.adapters import write_method
+from minilora.formats.checkpoint import random_weights, write_checkpoint
 from minilora.formats.load import load_model
 from minilora.formats.peft import read_adapter, write_adapter
 from minilora.lora import delta
 from minilora.methods.lora import LoRA
 from minilora.methods.lora_embedding import adapter_names
+from minilora.methods.method import Method
 from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.model import Model, forward
@@ -80,3 +83,19 @@ def summed(config: Config, weights: dict[str, np.ndarray], parts: Sequence[tuple
             dW = w * delta(A, B, place.scale)
             changed[f"{module}.weight"] = changed[f"{module}.weight"] + (dW.T if module == EMBED else dW)
     return base_model(config, changed, np.float64)
+
+
+def write_base_and_adapters(folder: Path, raw: dict[str, Any], methods: Mapping[str, Method]) -> Model:
+    """A random base in `folder`/base that talks nonsense, and beside it adapters with which it talks other nonsense."""
+    config = Config.from_dict(raw)
+    write_checkpoint(folder / "base", raw, random_weights(config, seed=3, std=0.3))
+    train_tokenizer(TEXTS * 3, config.vocab_size, folder / "base")
+    base, _ = load_model(folder / "base")
+    for seed, (name, method) in enumerate(methods.items()):
+        rng = np.random.default_rng(seed)
+        trained = {
+            key: value + 0.3 * rng.standard_normal(value.shape) for key, value in method.start(base, rng).items()
+        }
+        tensors = {key: value.astype(np.float32) for key, value in trained.items()}
+        write_method(folder / name, method, tensors, config, str(folder / "base"))
+    return base

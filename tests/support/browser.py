@@ -1,14 +1,16 @@
-"""Headless Chromium on the pages of a built book, and what it complains of."""
+"""Headless Chromium, and the pages of a built book in it with what it complains of."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 WIDE, PHONE = {"width": 1600, "height": 1000}, {"width": 400, "height": 800}
 
 
@@ -16,8 +18,9 @@ WIDE, PHONE = {"width": 1600, "height": 1000}, {"width": 400, "height": 800}
 def chromium() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
+    root = os.name != "nt" and os.geteuid() == 0  # for whom Chromium has no sandbox
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if root else [])
         try:
             yield browser
         finally:

@@ -11,21 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from support.commands import CONFIG, TEXTS, process
+from support.adapter_folders import write_base_and_adapters
+from support.commands import CONFIG, process
 
 from minilora.data.tokenizer import Tokenizer
-from minilora.data.train_tokenizer import train_tokenizer
-from minilora.formats.adapters import write_method
-from minilora.formats.checkpoint import random_weights, write_checkpoint
 from minilora.formats.library import load_adapters, named_adapters
-from minilora.formats.load import load_model
 from minilora.methods.dora import DoRA
 from minilora.methods.lora import LoRA
 from minilora.methods.method import Method
 from minilora.methods.prefix import PrefixTuning
-from minilora.model.config import Config
 from minilora.model.generation import complete
 from minilora.model.model import Model
 from minilora.serve.served import Limits, Served
@@ -67,17 +62,7 @@ class Library:
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     folder = tmp_path_factory.mktemp("served")
-    config = Config.from_dict(RAW | {"tie_word_embeddings": False})
-    write_checkpoint(folder / "base", RAW | {"tie_word_embeddings": False}, random_weights(config, seed=3, std=0.3))
-    train_tokenizer(TEXTS * 3, RAW["vocab_size"], folder / "base")
-    base, _ = load_model(folder / "base")
-    for seed, (name, method) in enumerate(METHODS.items()):
-        rng = np.random.default_rng(seed)
-        trained = {
-            key: value + 0.3 * rng.standard_normal(value.shape) for key, value in method.start(base, rng).items()
-        }
-        tensors = {key: value.astype(np.float32) for key, value in trained.items()}
-        write_method(folder / name, method, tensors, config, str(folder / "base"))
+    base = write_base_and_adapters(folder, RAW | {"tie_word_embeddings": False}, METHODS)
     models = load_adapters(base, named_adapters([str(folder / name) for name in METHODS]))
     return Library(folder, models, Tokenizer.load(folder / "base"))
 

@@ -6,21 +6,18 @@ python tests/tools/page_picture.py http://127.0.0.1:8000/ "Two soups and three c
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.browser import chromium
 
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "serve.png"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def take(address: str, prompt: str, most_tokens: int = 40) -> None:
     """Ask the prompt, wait for all answers, and write the picture."""
-    path = next(filter(None, map(shutil.which, BROWSERS)))
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 1100, "height": 486})
         page.goto(address)
         page.get_by_label("most tokens").fill(str(most_tokens))
