@@ -24,12 +24,12 @@ __all__ = [
     "HostArray",
     "cores",
     "fill",
+    "floats",
     "from_host",
     "limit_cores",
     "matmul_transposed",
     "memory_bytes",
     "narrow",
-    "numbers",
     "on_cpu",
     "one_core_for_products",
     "peak_memory_bytes",
@@ -127,7 +127,7 @@ def to_host(array: Array) -> np.ndarray[Any, Any]:
     return array.get() if hasattr(array, "get") else np.asarray(array)
 
 
-def numbers(scalars: Sequence[Array]) -> list[float]:
+def floats(scalars: Sequence[Array]) -> list[float]:
     """The values of arrays without dimensions. The device is waited for once, not for each of them."""
     return [float(x) for x in scalars] if on_cpu() else list(xp.stack(scalars).tolist())
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from minilora.backend import numbers
+from minilora.backend import floats
 from minilora.training.optimizers.optimizer import Arrays
 
 
 def global_norm(gradients: Arrays) -> float:
     """√(Σ over all gradients and entries of g²), accumulated in float64. (docs: T3)"""
-    return math.sqrt(sum(numbers([(g * g).sum(dtype="float64") for g in gradients.values()])))
+    return math.sqrt(sum(floats([(g * g).sum(dtype="float64") for g in gradients.values()])))
 
 
 def clip_gradients(gradients: Arrays, norm: float, max_norm: float) -> None:
