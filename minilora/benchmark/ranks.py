@@ -2,29 +2,29 @@
 
     python -m minilora.benchmark.ranks --markdown docs/mpi.md
 
-Each way is a run of `python -m minilora.train` of its own; they take turns. The ways with one thread in each process
-must leave the same adapter, to the last bit, or the command fails.
+Each way is a run of `python -m minilora.train` of its own; they take turns. Ways that compute the same products must
+leave the same adapter, to the last bit, or the command fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from minilora.benchmark.ways import LOOK_EVERY, Way, started
 from minilora.cli import errors
 from minilora.figures.machine import facts, usable_cores
 from minilora.figures.tables import Table, as_markdown, as_text, check_markdown_file, machine_line, write_markdown
@@ -36,18 +36,10 @@ from minilora.runs.folder import SUMMARY_FILE
 from minilora.runs.metrics import read_metrics
 from minilora.tasks.nl2sql.rows import nl2sql_rows
 from minilora.training.message import Sum
-from minilora.training.ranks import join, launched, without_launcher
+from minilora.training.ranks import join, launched
 
 MICRO_BATCHES, ROWS = 4, 4  # of a step, and in each of them
 SUMS = 30  # that are timed, without any computation before them
-
-
-class Way(NamedTuple):
-    ranks: int
-    threads: int  # of each
-
-    def __str__(self) -> str:
-        return f"{self.ranks} × {self.threads}"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -78,7 +70,7 @@ def ranks_command(argv: list[str] | None = None) -> None:
         raise ValueError("--steps and --cores must be at least 2, --repeats at least 1")
     if args.markdown:
         check_markdown_file(args.markdown)
-    ways = [Way(1, 1), Way(1, args.cores), Way(args.cores, 1)]
+    ways = [Way(1, 1), Way(1, args.cores), *(Way(args.cores, 1, frozen) for frozen in ("widened", "stored", "mapped"))]
     runs: dict[Way, list[dict[str, Any]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory(prefix="minilora-ranks-") as scratch:
         flags = job(args.model, args.steps, Path(scratch))
@@ -86,12 +78,14 @@ def ranks_command(argv: list[str] | None = None) -> None:
             for i in range(args.repeats):
                 for way in ways:
                     bar.set_postfix_str(str(way))
-                    runs[way].append(measured(way, [*flags, "--out", f"{scratch}/{way.ranks}-{way.threads}-{i}"]))
+                    runs[way].append(measured(way, flags, Path(scratch) / f"{way} {i}"))
                     bar.update()
-    if len({run["adapter"] for way in ways if way.threads == 1 for run in runs[way]}) > 1:
+    left: dict[tuple[int, bool], set[str]] = defaultdict(set)
+    for way in ways:
+        left[way.products].update(run["adapter"] for run in runs[way])
+    if any(len(adapters) > 1 for adapters in left.values()):
         raise RuntimeError("the same flags left different adapters on different numbers of ranks")
-    shared = runs[ways[-1]][0]
-    alone = time_of_sum(ways[-1], shared["trainable_parameters"])
+    alone = time_of_sum(ways[-1], runs[ways[-1]][0]["trainable_parameters"])
     machine = facts(args.cores)
     table = as_table(args.model, runs, alone)
     print(f"{machine_line(machine)}\n\n{as_text(table)}")
@@ -117,42 +111,27 @@ def job(model: str, steps: int, scratch: Path) -> list[str]:
     return flags
 
 
-def started(way: Way, module_and_flags: Sequence[str]) -> str:
-    """What `python -m …` prints, on so many ranks. RuntimeError, with its last line, if it fails."""
-    beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    mpiexec = shutil.which("mpiexec", path=beside)
-    if way.ranks > 1 and mpiexec is None:
-        raise ValueError("there is no mpiexec: pip install 'minilora[mpi]' mpich")
-    launcher = [str(mpiexec), "-n", str(way.ranks)] if way.ranks > 1 else []
-    threads = {name: str(way.threads) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    command = [*launcher, sys.executable, "-m", *module_and_flags]
-    done = subprocess.run(command, env=without_launcher(os.environ) | threads, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
-    return done.stdout
-
-
-def measured(way: Way, flags: Sequence[str]) -> dict[str, Any]:
+def measured(way: Way, flags: Sequence[str], out: Path) -> dict[str, Any]:
     """The figures of one run."""
-    started(way, ["minilora.train", *flags])
-    folder = Path(flags[-1])
-    summary = read_json(folder / SUMMARY_FILE)
-    steps = [line for line in read_metrics(folder) if "loss" in line][1:]
+    _, private = started(way, ["minilora.train", *flags, "--frozen", way.frozen, "--out", str(out)])
+    summary = read_json(out / SUMMARY_FILE)
+    steps = [line for line in read_metrics(out) if "loss" in line][1:]
     ranks = summary.get("ranks", {})
     return {
         "seconds": [line["tokens"] / line["tokens_per_second"] for line in steps],
         "tokens": [line["tokens"] for line in steps],
+        "private_bytes": private,
         "peak_bytes": ranks.get("peak_memory_bytes_of_each", [summary["peak_memory_bytes"]]),
         "message_bytes": ranks.get("message_bytes", 0),
         "message_seconds": ranks.get("message_seconds", 0.0) / (len(steps) + 1),
         "trainable_parameters": summary["trainable_parameters"],
-        "adapter": sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest(),
+        "adapter": sha256((out / "adapter_model.safetensors").read_bytes()).hexdigest(),
     }
 
 
 def time_of_sum(way: Way, numbers: int) -> float:
     """The seconds that the sum of a step takes if nobody has to be waited for."""
-    return float(started(way, ["minilora.benchmark.ranks", "--sum-of", str(numbers)]).split()[-1])
+    return float(started(way, ["minilora.benchmark.ranks", "--sum-of", str(numbers)])[0].split()[-1])
 
 
 def print_time_of_sum(numbers: int) -> None:
@@ -182,7 +161,6 @@ def as_table(model: str, runs: Mapping[Way, Sequence[Mapping[str, Any]]], sum_se
         seconds = statistics.median(s for run in of_way for s in run["seconds"])
         base = base or seconds
         speed = sum(sum(run["tokens"]) for run in of_way) / sum(sum(run["seconds"]) for run in of_way)
-        peaks = [max(peaks) for peaks in zip(*(run["peak_bytes"] for run in of_way), strict=True)]
         waiting = statistics.median(run["message_seconds"] for run in of_way)
         lines.append(
             [
@@ -190,7 +168,8 @@ def as_table(model: str, runs: Mapping[Way, Sequence[Mapping[str, Any]]], sum_se
                 f"{seconds:.2f}",
                 f"{base / seconds:.2f}",
                 f"{speed:,.0f}",
-                " + ".join(f"{peak / 1e6:,.0f}" for peak in peaks),
+                _largest([run["private_bytes"] for run in of_way]),
+                _largest([run["peak_bytes"] for run in of_way]),
                 f"{of_way[0]['message_bytes'] / 1e6:.2f}" if way.ranks > 1 else "",
                 f"{waiting * 1e3:.0f}" if way.ranks > 1 else "",
             ]
@@ -198,14 +177,30 @@ def as_table(model: str, runs: Mapping[Way, Sequence[Mapping[str, Any]]], sum_se
     last = [*runs.values()][-1][0]
     return Table(
         f"{model}: steps of {MICRO_BATCHES} micro-batches of {ROWS} rows",
-        ["ranks × threads", "seconds a step", "times as fast", "tokens/s", "peak, MB", "message, MB", "waiting, ms"],
+        [
+            "ranks × threads, frozen",
+            "seconds a step",
+            "times as fast",
+            "tokens/s",
+            "private, MB",
+            "peak, MB",
+            "message, MB",
+            "waiting, ms",
+        ],
         lines,
         [
-            f"{last['trainable_parameters']:,} numbers train; the ways with one thread each left the same adapter",
+            f"{last['trainable_parameters']:,} numbers train; 1 × 1 and the same on ranks left the same adapter",
+            f"private is the resident memory less the pages of files, looked at every {LOOK_EVERY * 1e3:.0f} ms; in the"
+            " peak are those pages too, which processes share",
             "waiting is all time of rank 0 in messages of a step, for the others' part of the work too",
             f"the sum of a step alone, with nothing to wait for, takes {sum_seconds * 1e3:.1f} ms",
         ],
     )
+
+
+def _largest(of_runs: Sequence[Sequence[int]]) -> str:
+    """The largest of all runs, in megabytes, for each process."""
+    return " + ".join(f"{max(of_process) / 1e6:,.0f}" for of_process in zip(*of_runs, strict=True))
 
 
 def main(argv: list[str] | None = None) -> int:

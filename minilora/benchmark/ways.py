@@ -1,0 +1,75 @@
+"""A command on so many ranks of so many threads each, and the memory of its processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minilora.training.ranks import without_launcher
+
+LOOK_EVERY = 0.05  # seconds, at the memory
+
+
+class Way(NamedTuple):
+    ranks: int
+    threads: int  # of each
+    frozen: str = "widened"
+
+    def __str__(self) -> str:
+        return f"{self.ranks} × {self.threads}, {self.frozen}"
+
+    @property
+    def products(self) -> tuple[int, bool]:
+        """Ways with equal ones compute the same numbers: `mapped` multiplies the slices that `stored` does."""
+        return self.threads, self.frozen == "widened"
+
+
+def started(way: Way, module_and_flags: Sequence[str]) -> tuple[str, list[int]]:
+    """What `python -m …` prints on so many ranks, and the most private memory of each process, in bytes.
+
+    RuntimeError, with its last line, if it fails.
+    """
+    beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    mpiexec = shutil.which("mpiexec", path=beside)
+    if way.ranks > 1 and mpiexec is None:
+        raise ValueError("there is no mpiexec: pip install 'minilora[mpi]' mpich")
+    launcher = [str(mpiexec), "-n", str(way.ranks)] if way.ranks > 1 else []
+    try:
+        import psutil
+    except ImportError:
+        raise ValueError("the memory of processes is read by psutil: pip install 'minilora[peers]'") from None
+    threads = {name: str(way.threads) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    command = [*launcher, sys.executable, "-m", *module_and_flags]
+    environment = without_launcher(os.environ) | threads
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complaints:
+        process = psutil.Popen(command, env=environment, stdout=said, stderr=complaints, text=True)
+        peaks = private_peaks(process)
+        said.seek(0)
+        complaints.seek(0)
+        if process.returncode:
+            last = (complaints.read().strip().splitlines() or ["failed"])[-1]
+            raise RuntimeError(f"{' '.join(command)}: {last}")
+        return said.read(), peaks
+
+
+def private_peaks(process: Any) -> list[int]:
+    """Wait for the process; the most private memory of each Python process in it: resident, less the pages of files."""
+    import psutil
+
+    peaks: dict[int, int] = {}
+    while True:
+        try:
+            process.wait(LOOK_EVERY)
+            return list(peaks.values())
+        except psutil.TimeoutExpired:
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                for one in [process, *process.children(recursive=True)]:
+                    if one.name().startswith("python"):
+                        memory = one.memory_info()
+                        peaks[one.pid] = max(peaks.get(one.pid, 0), memory.rss - memory.shared)
