@@ -69,7 +69,8 @@ class Decoder:
 
     def _add_column(self, positions: Array) -> None:
         """One more column in every row, which all later tokens of the row see."""
-        self.positions = xp.concatenate([self.positions, positions[:, None]], axis=1)
+        places = positions[:, None] + self.model.virtual_tokens  # as a past has them
+        self.positions = xp.concatenate([self.positions, places], axis=1)
         self.segments = xp.concatenate([self.segments, xp.ones_like(self.segments[:, :1])], axis=1)
         if self.mask is not None:
             self.mask = xp.concatenate([self.mask, xp.zeros_like(self.mask[..., :1])], axis=-1)

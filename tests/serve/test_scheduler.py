@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.served import NAMES, Library
 
-from minilora.model import rows as rows_module
+from minilora.model.decoding import Decoder
 from minilora.model.generation import Choose, greedy, sampler
 from minilora.serve import scheduler as scheduler_module
 from minilora.serve.answer import chance
@@ -98,20 +98,21 @@ def test_each_row_gets_the_tokens_and_probabilities_that_it_gets_alone(
 
 @pytest.fixture
 def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Rows and tokens of each forward: (rows, 1) for a batch, (1, T) for a prompt."""
+    """Rows and tokens of what is computed: (rows, 1) for a batch, (1, T) for a prompt."""
     seen: list[tuple[int, int]] = []
-    read, forward = scheduler_module.read, rows_module.forward
+    read = scheduler_module.read
 
     def reading(model: Any, tokens: Any, *rest: Any) -> Any:
         seen.append((1, len(tokens)))
         return read(model, tokens, *rest)
 
-    def continuing(model: Any, tokens: Any, *rest: Any, **options: Any) -> Any:
-        seen.append(tokens.shape)
-        return forward(model, tokens, *rest, **options)
+    class Recording(Decoder):
+        def step(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+            seen.append((len(tokens), 1))
+            return super().step(tokens, positions)
 
     monkeypatch.setattr(scheduler_module, "read", reading)
-    monkeypatch.setattr(rows_module, "forward", continuing)
+    monkeypatch.setattr(scheduler_module, "Decoder", Recording)
     return seen
 
 
@@ -161,7 +162,7 @@ def test_who_is_gone_frees_a_place_in_the_batch_in_the_queue_and_while_it_is_rea
     scheduler.submit([last.row])
     finish(scheduler)
     assert len(running.tokens) == told and not read.tokens and not waiting.tokens and len(last.tokens) == 50
-    assert (scheduler.rows, scheduler.past, scheduler.model) == ([], None, None), "nothing is kept of who has left"
+    assert (scheduler.rows, scheduler.past, scheduler.decoder) == ([], None, None), "nothing is kept of who has left"
 
 
 def test_the_queue_takes_all_rows_of_a_request_or_none(library: Library) -> None:
@@ -201,7 +202,7 @@ def test_after_a_failure_of_the_model_all_its_rows_know_and_the_next_are_answere
         def full(*_: Any) -> Any:
             raise MemoryError("no room")
 
-        patch.setattr(scheduler_module, "next_logits", full)
+        patch.setattr(Decoder, "step", full)
         scheduler.step()
     assert all(isinstance(heard.failed[0], MemoryError) for heard in lost) and scheduler.running == 0
     heard = row(library, "a", "six", 5)
