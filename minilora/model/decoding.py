@@ -169,36 +169,36 @@ class Joined:
         if self.parts:
             self.product = products_with([part.weight for part in self.parts])
         self.A, self.B = _thin(self.parts)
+        ends = np.cumsum([part.weight.shape[0] for part in self.parts]).tolist()
+        columns = [slice(end - part.weight.shape[0], end) for part, end in zip(self.parts, ends, strict=True)]
+        self.adds = [(part.add, span) for part, span in zip(self.parts, columns, strict=True) if part.add is not None]
         self.bias = _bias(self.parts)
 
     def __call__(self, x: Array) -> Array:
         if not self.parts:
             return xp.concatenate([site.forward(x)[0] for site in self.sites], axis=1)
         y = self.product(x)
-        if self.A is None or self.B is None:
-            pass
-        elif self.A.ndim == 2:
+        if self.A is not None and self.B is not None:
             y += (x @ self.A.T) @ self.B.T
-        else:  # each row has an adapter of its own
-            y += (self.B @ (self.A @ x[:, :, None]))[:, :, 0]
+        for add, columns in self.adds:
+            add(x, y[:, columns])
         if self.bias is not None:
             y += self.bias
         return y
 
 
 def _thin(parts: Sequence[LowRank]) -> tuple[Array | None, Array | None]:
-    """[A₁; A₂; …] and the diagonal B, with the rows of the batch in front if a part has a factor for each of them."""
+    """[A₁; A₂; …] (Σ r, in) and the diagonal B (Σ out, Σ r)."""
     factors = [part.A for part in parts if part.A is not None]
     if not factors:
         return None, None
-    batch = next((A.shape[:1] for A in factors if A.ndim == 3), ())
-    A = xp.concatenate([xp.broadcast_to(A, (*batch, *A.shape[-2:])) for A in factors], axis=-2)
-    B = xp.zeros((*batch, sum(part.weight.shape[0] for part in parts), A.shape[-2]), A.dtype)
+    A = xp.concatenate(factors)
+    B = xp.zeros((sum(part.weight.shape[0] for part in parts), len(A)), A.dtype)
     row = column = 0
     for part in parts:
         if part.B is not None:
-            rank = part.B.shape[-1]
-            B[..., row : row + part.weight.shape[0], column : column + rank] = part.B
+            rank = part.B.shape[1]
+            B[row : row + part.weight.shape[0], column : column + rank] = part.B
             column += rank
         row += part.weight.shape[0]
     return A, B
