@@ -8,7 +8,8 @@ there already, and the angles are formed once for all layers. The results are th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -159,7 +160,8 @@ def attend(q: Array, keys: Array, values: Array, mask: Array | None) -> Array:
 class Joined:
     """Linear maps that read the same x, their outputs side by side; where all are of low rank beside W, one map:
 
-    y = x [W₁; W₂; …]ᵀ + (x [A₁; A₂; …]ᵀ) Bᵀ + [b₁, b₂, …], where B (Σ out, Σ r) has the sites' B on its diagonal.
+    y = x [W₁; W₂; …]ᵀ + (x [A₁; A₂; …]ᵀ) Bᵀ + [b₁, b₂, …], where B (Σ out, Σ r) has the sites' B on its diagonal. In a
+    mixed batch each site adds its rows' thin products itself: copies of A and B for every row would be large.
     """
 
     def __init__(self, sites: Sequence[Site]) -> None:
@@ -169,9 +171,7 @@ class Joined:
         if self.parts:
             self.product = products_with([part.weight for part in self.parts])
         self.A, self.B = _thin(self.parts)
-        ends = np.cumsum([part.weight.shape[0] for part in self.parts]).tolist()
-        columns = [slice(end - part.weight.shape[0], end) for part, end in zip(self.parts, ends, strict=True)]
-        self.adds = [(part.add, span) for part, span in zip(self.parts, columns, strict=True) if part.add is not None]
+        self.adds = _adds(self.parts)
         self.bias = _bias(self.parts)
 
     def __call__(self, x: Array) -> Array:
@@ -202,6 +202,13 @@ def _thin(parts: Sequence[LowRank]) -> tuple[Array | None, Array | None]:
             column += rank
         row += part.weight.shape[0]
     return A, B
+
+
+def _adds(parts: Sequence[LowRank]) -> list[tuple[Callable[[Array, Array], None], slice]]:
+    """What each part of a mixed batch adds, and the columns of y that it adds to."""
+    ends = accumulate(part.weight.shape[0] for part in parts)
+    columns = [slice(end - part.weight.shape[0], end) for part, end in zip(parts, ends, strict=True)]
+    return [(part.add, own) for part, own in zip(parts, columns, strict=True) if part.add is not None]
 
 
 def _bias(parts: Sequence[LowRank]) -> Array | None:
