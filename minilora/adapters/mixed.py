@@ -84,21 +84,17 @@ class MixedLoRA:
 
     def forward(self, x: Array, seed: int | None = None) -> tuple[Array, None]:
         y, _ = self.base.forward(x)
-        x, y = x.reshape(self.batch, -1, x.shape[-1]), y.reshape(self.batch, -1, y.shape[-1])
+        self.add(x.reshape(self.batch, -1, x.shape[-1]), y.reshape(self.batch, -1, y.shape[-1]))
+        return y, None
+
+    def add(self, x: Array, y: Array) -> None:
+        """y[b] += s (x[b] Aᵀ) Bᵀ for each row b, in place; x (B, …, in), y (B, …, out)."""
         for lora, rows in self.loras:
             y[rows] += lora.scale * (x[rows] @ lora.A.T) @ lora.B.T
-        return y.reshape(-1, y.shape[-1]), None
 
     def low_rank(self) -> LowRank:
-        """A and B for each row. Those of a smaller rank, or none, are filled up with zeros."""
-        (out_features, in_features), dtype = self.base.weight.shape, self.loras[0][0].A.dtype
-        rank = max(len(lora.A) for lora, _ in self.loras)
-        A = xp.zeros((self.batch, rank, in_features), dtype)
-        B = xp.zeros((self.batch, out_features, rank), dtype)
-        for lora, rows in self.loras:
-            A[rows, : len(lora.A)] = lora.A
-            B[rows, :, : len(lora.A)] = lora.scale * lora.B
-        return LowRank(self.base.weight, self.base.bias, A, B)
+        """The adapters' numbers are not copied, since rows come and go."""
+        return LowRank(self.base.weight, self.base.bias, add=self.add)
 
     def backward(self, dy: Array, cache: None) -> tuple[Array, Gradients]:
         raise AssertionError("a mixed batch only computes: nothing in it trains")

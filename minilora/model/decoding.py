@@ -8,7 +8,8 @@ there already, and the angles are formed once for all layers. The results are th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,7 +70,8 @@ class Decoder:
 
     def _add_column(self, positions: Array) -> None:
         """One more column in every row, which all later tokens of the row see."""
-        self.positions = xp.concatenate([self.positions, positions[:, None]], axis=1)
+        places = positions[:, None] + self.model.virtual_tokens  # as a past has them
+        self.positions = xp.concatenate([self.positions, places], axis=1)
         self.segments = xp.concatenate([self.segments, xp.ones_like(self.segments[:, :1])], axis=1)
         if self.mask is not None:
             self.mask = xp.concatenate([self.mask, xp.zeros_like(self.mask[..., :1])], axis=-1)
@@ -158,7 +160,8 @@ def attend(q: Array, keys: Array, values: Array, mask: Array | None) -> Array:
 class Joined:
     """Linear maps that read the same x, their outputs side by side; where all are of low rank beside W, one map:
 
-    y = x [W₁; W₂; …]ᵀ + (x [A₁; A₂; …]ᵀ) Bᵀ + [b₁, b₂, …], where B (Σ out, Σ r) has the sites' B on its diagonal.
+    y = x [W₁; W₂; …]ᵀ + (x [A₁; A₂; …]ᵀ) Bᵀ + [b₁, b₂, …], where B (Σ out, Σ r) has the sites' B on its diagonal. In a
+    mixed batch each site adds its rows' thin products itself: copies of A and B for every row would be large.
     """
 
     def __init__(self, sites: Sequence[Site]) -> None:
@@ -168,39 +171,44 @@ class Joined:
         if self.parts:
             self.product = products_with([part.weight for part in self.parts])
         self.A, self.B = _thin(self.parts)
+        self.adds = _adds(self.parts)
         self.bias = _bias(self.parts)
 
     def __call__(self, x: Array) -> Array:
         if not self.parts:
             return xp.concatenate([site.forward(x)[0] for site in self.sites], axis=1)
         y = self.product(x)
-        if self.A is None or self.B is None:
-            pass
-        elif self.A.ndim == 2:
+        if self.A is not None and self.B is not None:
             y += (x @ self.A.T) @ self.B.T
-        else:  # each row has an adapter of its own
-            y += (self.B @ (self.A @ x[:, :, None]))[:, :, 0]
+        for add, columns in self.adds:
+            add(x, y[:, columns])
         if self.bias is not None:
             y += self.bias
         return y
 
 
 def _thin(parts: Sequence[LowRank]) -> tuple[Array | None, Array | None]:
-    """[A₁; A₂; …] and the diagonal B, with the rows of the batch in front if a part has a factor for each of them."""
+    """[A₁; A₂; …] (Σ r, in) and the diagonal B (Σ out, Σ r)."""
     factors = [part.A for part in parts if part.A is not None]
     if not factors:
         return None, None
-    batch = next((A.shape[:1] for A in factors if A.ndim == 3), ())
-    A = xp.concatenate([xp.broadcast_to(A, (*batch, *A.shape[-2:])) for A in factors], axis=-2)
-    B = xp.zeros((*batch, sum(part.weight.shape[0] for part in parts), A.shape[-2]), A.dtype)
+    A = xp.concatenate(factors)
+    B = xp.zeros((sum(part.weight.shape[0] for part in parts), len(A)), A.dtype)
     row = column = 0
     for part in parts:
         if part.B is not None:
-            rank = part.B.shape[-1]
-            B[..., row : row + part.weight.shape[0], column : column + rank] = part.B
+            rank = part.B.shape[1]
+            B[row : row + part.weight.shape[0], column : column + rank] = part.B
             column += rank
         row += part.weight.shape[0]
     return A, B
+
+
+def _adds(parts: Sequence[LowRank]) -> list[tuple[Callable[[Array, Array], None], slice]]:
+    """What each part of a mixed batch adds, and the columns of y that it adds to."""
+    ends = accumulate(part.weight.shape[0] for part in parts)
+    columns = [slice(end - part.weight.shape[0], end) for part, end in zip(parts, ends, strict=True)]
+    return [(part.add, own) for part, own in zip(parts, columns, strict=True) if part.add is not None]
 
 
 def _bias(parts: Sequence[LowRank]) -> Array | None:

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minilora.backend import Array, HostArray, to_device, to_host, xp
-from minilora.model.generation import last_logits
-from minilora.model.model import Model, Past, forward
+from minilora.backend import Array, to_device, xp
+from minilora.model.layers import Past
 
 PADDING = 0  # the segment of padding
 
@@ -37,16 +36,6 @@ def keep(past: Past, rows: Sequence[int]) -> Past:
     start = int(xp.flatnonzero((segments != PADDING).any(axis=0))[0])
     layers = [(k[chosen, start:], v[chosen, start:]) for k, v in past.layers]
     return Past(layers, past.positions[chosen, start:], segments[:, start:])
-
-
-def next_logits(model: Model, tokens: Sequence[int], past: Past) -> tuple[HostArray, Past]:
-    """Read one more token (B,) in each row: the logits after it (B, V), and the past that includes it.
-
-    The model has no virtual tokens: those of a row are in its past, and its positions count on behind them.
-    """
-    new = to_device(np.asarray(tokens)[:, None])
-    hidden, past, _ = forward(model, new, past.positions[:, -1:] + 1, xp.ones_like(new), past, keep=False)
-    return to_host(last_logits(model, hidden, len(tokens))), past
 
 
 def _pad(past: Past, columns: int) -> Past:

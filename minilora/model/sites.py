@@ -8,7 +8,7 @@ A method enters the model by replacing sites. `Site` says what each of these is,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -73,12 +73,13 @@ class Site(Protocol):
 
 
 class LowRank(NamedTuple):
-    """A linear site written as y = x Wᵀ + b + (x Aᵀ) Bᵀ, every scale in B."""
+    """A linear site written as y = x Wᵀ + b + (x Aᵀ) Bᵀ, every scale in B; in a mixed batch with `add` for A and B."""
 
     weight: FrozenWeight
     bias: Array | None = None  # (out,)
-    A: Array | None = None  # (r, in), or (B, r, in) with an A for each row of the batch
-    B: Array | None = None  # (out, r), or (B, out, r)
+    A: Array | None = None  # (r, in)
+    B: Array | None = None  # (out, r)
+    add: Callable[[Array, Array], None] | None = None  # (x, y): adds to each row of y what is that row's own
 
 
 @runtime_checkable

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from minilora.adapters.mixed import continuing
-from minilora.backend import HostArray, to_host
+from minilora.backend import HostArray, to_device, to_host
+from minilora.model.decoding import Decoder
 from minilora.model.generation import Choose, last_logits, read
 from minilora.model.model import Model, Past
-from minilora.model.rows import join, keep, next_logits
+from minilora.model.rows import join, keep
 
 READ_AT_ONCE = 128  # tokens of prompts between two tokens of the running rows, so that a long prompt does not stop them
 
@@ -63,7 +64,7 @@ class Scheduler:
         self.reading: Reading | None = None
         self.rows: list[Row] = []
         self.past: Past | None = None  # a row for each of `rows`
-        self.model: Model | None = None  # computes each of `rows` by its own model
+        self.decoder: Decoder | None = None  # continues `rows` from `past`; None since a row joined or left
         self.tokens = 0  # computed since the start
         self.stopping = False
         self.changed = threading.Condition()
@@ -124,7 +125,7 @@ class Scheduler:
         except Exception as error:  # such as no memory for the batch: it ends here, and the next one begins anew
             for row in self.rows:
                 row.fail(error)
-            self.rows, self.past, self.model = [], None, None
+            self.rows, self.past, self.decoder = [], None, None
 
     def _next_reading(self) -> bool:
         """Whether there is a prompt to read: the one begun, or the next that waits if a place is free."""
@@ -146,10 +147,8 @@ class Scheduler:
                 self.reading = Reading(row, start + len(tokens), past)
                 return len(tokens)
             if self._say(row, to_host(last_logits(row.model, hidden, 1))[0]):
-                rows = [*self.rows, row]
-                model = continuing([row.model for row in rows])
                 joined = past if self.past is None else join([self.past, past])
-                self.rows, self.model, self.past = rows, model, joined  # all or, after an error, none
+                self.rows, self.past, self.decoder = [*self.rows, row], joined, None  # all or, after an error, none
         except Exception as error:
             row.fail(error)
         self.reading = None
@@ -157,9 +156,13 @@ class Scheduler:
 
     def _continue(self) -> None:
         """One more token for each row. Rows whose answers end leave the batch."""
-        if self.model is None or self.past is None:
+        if self.past is None:
             return
-        logits, self.past = next_logits(self.model, [row.text[-1] for row in self.rows], self.past)
+        if self.decoder is None:
+            self.decoder = Decoder(continuing([row.model for row in self.rows]), self.past)
+        tokens = to_device(np.array([row.text[-1] for row in self.rows]))
+        logits = to_host(self.decoder.step(tokens, self.past.positions[:, -1] + 1))
+        self.past = self.decoder.past
         self._keep([b for b, row in enumerate(self.rows) if self._say(row, logits[b])])
 
     def _say(self, row: Row, logits: HostArray) -> bool:
@@ -181,4 +184,4 @@ class Scheduler:
             return
         self.rows = [self.rows[b] for b in staying]
         self.past = keep(self.past, staying) if self.past is not None and staying else None
-        self.model = continuing([row.model for row in self.rows]) if staying else None
+        self.decoder = None

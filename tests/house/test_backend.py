@@ -35,10 +35,11 @@ from minilora.methods.lora import LoRA
 from minilora.methods.virtual_tokens import EMBEDDINGS
 from minilora.model.base import base_model
 from minilora.model.config import Config
+from minilora.model.decoding import Decoder
 from minilora.model.generation import complete, read
 from minilora.model.model import forward
 from minilora.model.names import HEAD
-from minilora.model.rows import join, keep, next_logits
+from minilora.model.rows import join, keep
 from minilora.model.sites import add_gradients
 from minilora.runs.evaluation import losses_of_tokens
 from minilora.training.loss_scale import scaled_loss_and_gradients
@@ -271,9 +272,11 @@ def test_rows_that_come_and_go_stay_on_the_device(monkeypatch: pytest.MonkeyPatc
             model = method.attach(base, {name: to_device(to_host(value)) for name, value in fresh.items()})
             models += [model, scaled(model, base, 0.5)]
         pasts = [read(model, [1, 2, 3][: 1 + i % 3])[1] for i, model in enumerate(models)]
-        first, past = next_logits(continuing(models), range(5), join(pasts))
-        second, _ = next_logits(continuing(models[1::3]), [7, 8], keep(past, [1, 4]))
-        return np.concatenate([first, second])
+        decoder = Decoder(continuing(models), join(pasts))
+        first = decoder.step(to_device(np.arange(5)), decoder.positions[:, -1] + 1)
+        decoder = Decoder(continuing(models[1::3]), keep(decoder.past, [1, 4]))
+        second = decoder.step(to_device(np.array([7, 8])), decoder.positions[:, -1] + 1)
+        return np.concatenate([to_host(first), to_host(second)])
 
     on_host = logits()
     assert type(on_host) is np.ndarray and len(on_host) == 7

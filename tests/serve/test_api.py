@@ -420,7 +420,7 @@ def test_what_fails_in_the_model_is_told_whole_or_in_the_stream(
         raise MemoryError("no room for the cache")
 
     with client_of(library, Door()) as client:
-        monkeypatch.setattr("minilora.serve.scheduler.next_logits", full)
+        monkeypatch.setattr("minilora.serve.scheduler.Decoder.step", full)
         response = client.post("/v1/completions", json=TEXT)
         assert response.status_code == 500 and response.json()["error"]["type"] == "server_error"
         with client.stream("POST", "/v1/completions", json=TEXT | {"stream": True}) as stream:

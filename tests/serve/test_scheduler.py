@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.served import NAMES, Library
 
-from minilora.model import rows as rows_module
+from minilora.model.decoding import Decoder
 from minilora.model.generation import Choose, greedy, sampler
+from minilora.model.model import Model, forward
+from minilora.model.names import HEAD
 from minilora.serve import scheduler as scheduler_module
 from minilora.serve.answer import chance
 from minilora.serve.scheduler import QueueFull, Row, Scheduler
@@ -61,6 +63,14 @@ def answered(library: Library, *args: Any) -> Heard:
     return heard
 
 
+def chances(model: Model, prompt: list[int], answer: list[int]) -> list[float]:
+    """The log-probability of each token of the answer, by one forward of the whole text."""
+    tokens = np.array([prompt + answer])
+    hidden, _, _ = forward(model, tokens, np.arange(tokens.size)[None], np.ones_like(tokens), keep=False)
+    logits, _ = model.sites[HEAD].forward(hidden[len(prompt) - 1 : -1])
+    return [chance(token, each, 0, 0).logprob for token, each in zip(answer, logits, strict=True)]
+
+
 asked = st.tuples(st.sampled_from(NAMES), st.sampled_from(PROMPTS), st.integers(1, 8))
 
 
@@ -91,6 +101,8 @@ def test_each_row_gets_the_tokens_and_probabilities_that_it_gets_alone(
         assert told == count or heard.row.gone
         assert heard.tokens == expected.tokens[:told] and not heard.failed
         np.testing.assert_allclose(heard.logprobs, expected.logprobs[:told], atol=1e-4)
+        whole = chances(library.models[name], heard.row.text[: -told or None], heard.tokens)
+        np.testing.assert_allclose(heard.logprobs, whole, atol=1e-4)
         if not drawn:
             greedily = library.tokens_alone(name, prompt, count)
             assert heard.tokens[: len(greedily)] == greedily[:told]
@@ -98,20 +110,21 @@ def test_each_row_gets_the_tokens_and_probabilities_that_it_gets_alone(
 
 @pytest.fixture
 def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Rows and tokens of each forward: (rows, 1) for a batch, (1, T) for a prompt."""
+    """Rows and tokens of what is computed: (rows, 1) for a batch, (1, T) for a prompt."""
     seen: list[tuple[int, int]] = []
-    read, forward = scheduler_module.read, rows_module.forward
+    read = scheduler_module.read
 
     def reading(model: Any, tokens: Any, *rest: Any) -> Any:
         seen.append((1, len(tokens)))
         return read(model, tokens, *rest)
 
-    def continuing(model: Any, tokens: Any, *rest: Any, **options: Any) -> Any:
-        seen.append(tokens.shape)
-        return forward(model, tokens, *rest, **options)
+    class Recording(Decoder):
+        def step(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+            seen.append((len(tokens), 1))
+            return super().step(tokens, positions)
 
     monkeypatch.setattr(scheduler_module, "read", reading)
-    monkeypatch.setattr(rows_module, "forward", continuing)
+    monkeypatch.setattr(scheduler_module, "Decoder", Recording)
     return seen
 
 
@@ -161,7 +174,7 @@ def test_who_is_gone_frees_a_place_in_the_batch_in_the_queue_and_while_it_is_rea
     scheduler.submit([last.row])
     finish(scheduler)
     assert len(running.tokens) == told and not read.tokens and not waiting.tokens and len(last.tokens) == 50
-    assert (scheduler.rows, scheduler.past, scheduler.model) == ([], None, None), "nothing is kept of who has left"
+    assert (scheduler.rows, scheduler.past, scheduler.decoder) == ([], None, None), "nothing is kept of who has left"
 
 
 def test_the_queue_takes_all_rows_of_a_request_or_none(library: Library) -> None:
@@ -201,7 +214,7 @@ def test_after_a_failure_of_the_model_all_its_rows_know_and_the_next_are_answere
         def full(*_: Any) -> Any:
             raise MemoryError("no room")
 
-        patch.setattr(scheduler_module, "next_logits", full)
+        patch.setattr(Decoder, "step", full)
         scheduler.step()
     assert all(isinstance(heard.failed[0], MemoryError) for heard in lost) and scheduler.running == 0
     heard = row(library, "a", "six", 5)
@@ -214,6 +227,22 @@ def test_numbers_that_are_not_finite_end_the_answer(library: Library, monkeypatc
     monkeypatch.setattr(scheduler_module, "to_host", lambda logits: logits * np.nan)
     heard = answered(library, "a", "six", 5)
     assert not heard.tokens and "not finite" in str(heard.failed[0])
+
+
+def test_numbers_of_one_row_that_are_not_finite_end_its_answer_and_no_other(library: Library) -> None:
+    """They come up after its prompt was read, in what it has read."""
+    scheduler = Scheduler(4, 4)
+    bad, good = row(library, "a", "two or three or four", 9), [row(library, name, "six", 9) for name in NAMES]
+    scheduler.submit([bad.row, *(heard.row for heard in good[:3])])
+    scheduler.step()
+    assert scheduler.past is not None
+    for keys, _ in scheduler.past.layers:
+        keys[0, 1] = np.nan
+    scheduler.submit([heard.row for heard in good[3:]])
+    finish(scheduler)
+    assert len(bad.tokens) == 2 and "not finite" in str(bad.failed[0])
+    for name, heard in zip(NAMES, good, strict=True):
+        assert heard.tokens == answered(library, name, "six", 9).tokens and not heard.failed
 
 
 def test_its_thread_sleeps_until_somebody_comes_and_ends_when_told(library: Library) -> None:

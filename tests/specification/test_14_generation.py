@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.method_laws import METHODS, adapted
+from support.method_laws import METHODS, adapted, moved
 from support.strategies import TINY, VOCAB, configs, normal, random_adapter, random_weights, seeds
 
 from minilora.adapters.mixed import continuing, mixed
@@ -24,11 +25,11 @@ from minilora.methods.prompt import PromptTuning
 from minilora.model import generation
 from minilora.model.base import base_model
 from minilora.model.config import Config
-from minilora.model.decoding import Decoder, DecoderLayer
-from minilora.model.generation import Memory, complete, greedy, last_logits, penalised, read, room, sampler, stream
+from minilora.model.decoding import ROOM, Decoder, DecoderLayer
+from minilora.model.generation import Memory, complete, greedy, penalised, read, room, sampler, stream
 from minilora.model.model import Model, forward
 from minilora.model.names import HEAD
-from minilora.model.rows import join, keep, next_logits
+from minilora.model.rows import join, keep
 
 some = settings(max_examples=50)
 prompts_ = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6), min_size=1, max_size=4)
@@ -414,55 +415,70 @@ def test_a_prompt_leaves_room_for_what_the_model_sees_beyond_it_and_one_as_long_
 # --- rows that come and go ---
 
 
-class Alone:
-    """A text by itself: its past, and the logits after each of its tokens."""
-
-    def __init__(self, model: Model, prompt: Sequence[int]) -> None:
-        self.model, self.read = model, len(prompt)
-        hidden, self.past = read(model, prompt)
-        self.logits = last_logits(model, hidden, 1)[0]
-
-    def go_on(self, token: int) -> None:
-        hidden, self.past = read(self.model, [token], self.read, self.past)
-        self.read += 1
-        self.logits = last_logits(self.model, hidden, 1)[0]
-
-
 @some
 @given(config=configs(), seed=seeds, data=st.data())
-def test_rows_that_join_and_leave_between_tokens_compute_what_each_computes_alone(
+def test_rows_that_join_and_leave_between_tokens_are_continued_as_each_text_is_computed_alone(
     config: Config, seed: int, data: st.DataObject
 ) -> None:
-    """Each by a model of its own, one of which may have virtual tokens first, or another head."""
+    """Each by a model of its own and any method's, whose virtual tokens come first or whose head is another's."""
     base = base_model(config, random_weights(config, seed), np.float64)
-    methods = [
-        LoRA(2, 4.0, target_modules=("all-linear",)), LoRA(1, 2.0, target_modules=("lm_head",)),
-        PrefixTuning(2), PromptTuning(3),
-    ]  # fmt: skip
+    drawn = data.draw(st.lists(st.sampled_from(sorted(METHODS_HERE)), min_size=1, max_size=3))
     models = [base]
-    for method in methods:
-        models.append(method.attach(base, random_adapter(method.start(base, np.random.default_rng(1), np.float64), 2)))
-    rows: list[Alone] = []
+    for i, name in enumerate(drawn):
+        trainable = METHODS_HERE[name].start(base, np.random.default_rng(i), np.float64)
+        models.append(METHODS_HERE[name].attach(base, moved(trainable, seed + i)))
+    rows: list[tuple[Model, list[int]]] = []
     past = None
-    for _ in range(data.draw(st.integers(1, 6))):
-        joining = data.draw(
-            st.lists(st.tuples(st.sampled_from(models), prompts_.map(lambda each: each[0])), max_size=2)
-        )
-        new = [Alone(model, prompt) for model, prompt in joining]
-        rows += new
-        pasts = ([past] if past else []) + [row.past for row in new]
-        if not pasts:
+    for _ in range(data.draw(st.integers(1, 5))):
+        joining = st.tuples(st.sampled_from(models), prompts_.map(lambda prompts: prompts[0]))
+        new = data.draw(st.lists(joining, max_size=2))
+        rows += [(model, list(prompt)) for model, prompt in new]
+        pasts = ([past] if past else []) + [read(model, prompt)[1] for model, prompt in new]
+        if not rows:
             continue
-        tokens = [int(row.logits.argmax()) for row in rows]
-        logits, past = next_logits(continuing([row.model for row in rows]), tokens, join(pasts))
-        for row, token, found in zip(rows, tokens, logits, strict=True):
-            row.go_on(token)
-            np.testing.assert_allclose(found, row.logits, rtol=1e-9, atol=1e-9)
+        decoder = Decoder(continuing([model for model, _ in rows]), join(pasts))
+        for _ in range(data.draw(st.sampled_from((1, 2, 3, ROOM + 2)))):
+            tokens = data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=len(rows), max_size=len(rows)))
+            for (_, text), token in zip(rows, tokens, strict=True):
+                text.append(token)
+            found = decoder.step(np.array(tokens), decoder.positions[:, -1] + 1)
+            expected = [forward_of_texts(model, [text])[0] for model, text in rows]
+            np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
         staying = [b for b in range(len(rows)) if data.draw(st.booleans())]
         rows = [rows[b] for b in staying]
-        past = keep(past, staying) if staying else None
+        past = keep(decoder.past, staying) if staying else None
         if past:
-            assert past.positions.shape[1] == max(row.past.positions.shape[1] for row in rows), "no room is wasted"
+            longest = max(model.virtual_tokens + len(text) for model, text in rows)
+            assert past.positions.shape[1] == longest, "no room is wasted"
+
+
+@pytest.mark.parametrize("name", ["lora", "prefix", "prompt"])
+def test_the_past_of_a_decoder_is_that_of_a_forward(name: str) -> None:
+    """Positions and segments to the last bit, virtual tokens included."""
+    _, model, _ = adapted(TINY, METHODS_HERE[name], 0)
+    _, whole = read(model, [1, 2, 3, 4])
+    _, past = read(model, [1, 2])
+    decoder = Decoder(model, past)
+    for position, token in ((2, 3), (3, 4)):
+        decoder.step(np.array([token]), np.array([position]))
+    np.testing.assert_array_equal(decoder.past.positions, whole.positions)
+    np.testing.assert_array_equal(decoder.past.segments, whole.segments)
+    for found, expected in zip(decoder.past.layers, whole.layers, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_decoder_of_different_adapters_copies_none_of_their_numbers() -> None:
+    """A row that joins or leaves makes a new one."""
+    base = base_model(TINY, random_weights(TINY, 0), np.float64)
+    method = LoRA(400, 4.0, target_modules=("all-linear",))
+    adapters = [method.start(base, np.random.default_rng(i), np.float64) for i in range(3)]
+    models = [method.attach(base, adapter) for adapter in adapters]
+    past = join([read(model, [1, 2])[1] for model in models])
+    tracemalloc.start()
+    Decoder(continuing(models), past)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < sum(array.nbytes for array in adapters[0].values()) / 4
 
 
 def test_a_prompt_may_be_read_in_parts() -> None:
