@@ -170,7 +170,7 @@ def test_clients_that_go_away_free_their_rows_at_once(client: Any, library: Libr
             with pytest.raises(openai.APITimeoutError):
                 client.with_options(timeout=0.03).completions.create(**long)
     until_idle(client)
-    assert health(client)["tokens"] - before < 4 * LONG / 2
+    assert health(client)["tokens"] - before < 3 * LONG  # all of them would be four times as many
 
 
 def test_one_client_more_than_the_queue_takes_is_told_to_come_again(library: Library) -> None:
