@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 
-from minilora.parser import any_terminal
+from minilora.cli.parser import any_terminal
 from minilora.runs.stopping import Stopped, ended_by_signals
 from minilora.training.ranks import join, launched, world
 

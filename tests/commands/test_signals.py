@@ -48,6 +48,7 @@ OTHERS = {  # the command and the function in which the signal comes
     "combine": "minilora.formats.whole.to_disk",
     "convert": "minilora.formats.whole.to_disk",
     "random_checkpoint": "minilora.formats.whole.to_disk",
+    "rows.docstrings": "minilora.formats.whole.to_disk",
     "plan": "minilora.plan.measurement.run_alone",
     "pretrain": "minilora.pretrain.__main__.python_split",
 }
@@ -110,6 +111,7 @@ def test_a_signal_to_any_other_command_ends_it_and_leaves_nothing(
         "combine": [*base, "--adapter", adapter, "--adapter", f"twin={adapter}", "--out", out],
         "convert": [*base, "--adapter", adapter, "--format", "mlx", "--out", out],
         "random_checkpoint": [model / "config.json", "--tokenizer", model, "--out", out],
+        "rows.docstrings": ["--out", out],
         "plan": [*base, "--measure"],
         "pretrain": ["--out", out, "--run", tmp_path / "run"],
     }[command]
