@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from minilora.parser import any_terminal, did_you_mean
+from minilora.cli.parser import any_terminal, did_you_mean
 
 COMMANDS = {
     "train": "fine-tune a model on your rows, judged before and after",
@@ -25,8 +25,8 @@ COMMANDS = {
     "book": "docs/ as a site, each equation beside its function",
     "random_checkpoint": "a checkpoint of a real shape with random weights",
     "pretrain": "make the small base model that is shipped here",
-    "tasks.wordnet": "rows from WordNet: a noun's definition and its class",
-    "tasks.docstrings": "rows from Python's own library: a function and its summary",
+    "rows.wordnet": "rows from WordNet: a noun's definition and its class",
+    "rows.docstrings": "rows from Python's own library: a function and its summary",
 }
 
 

@@ -12,10 +12,10 @@ import sys
 
 from minilora.cli import errors
 from minilora.cli.answering import Loaded, add_flags, check_flags, load, pieces
+from minilora.cli.parser import Parser
 from minilora.data.prompts import encode_prompt, end_of_turn
 from minilora.formats.library import BASE
 from minilora.model.generation import Memory, room
-from minilora.parser import Parser
 
 HELP = """\
 /adapter NAME   go on with this adapter; the conversation stays

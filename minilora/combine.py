@@ -13,6 +13,7 @@ from minilora.adapters.combination import Combination, Summand, combine, relativ
 from minilora.cli import errors
 from minilora.cli.base import find_base
 from minilora.cli.flags import flags
+from minilora.cli.parser import Listed, Parser, comma_list
 from minilora.formats.checkpoint import read_config, read_weights
 from minilora.formats.files import write_json
 from minilora.formats.library import contradiction, named_adapters, trained_on
@@ -20,7 +21,6 @@ from minilora.formats.peft import CONFIG, check_copies, read_adapter, write_adap
 from minilora.formats.whole import building, check_new
 from minilora.methods.lora import LoRA
 from minilora.model.config import Config
-from minilora.parser import Listed, Parser, comma_list
 
 COMBINE_FILE = "combine.json"
 

@@ -14,6 +14,7 @@ from minilora.backend import to_host, use
 from minilora.cli import errors
 from minilora.cli.base import find_base
 from minilora.cli.flags import flags
+from minilora.cli.parser import Parser
 from minilora.data.tokenizer import Tokenizer, save_tokenizer_files, tokenizer_files_to_copy
 from minilora.formats.adapters import FORMATS, read_method, write_method
 from minilora.formats.checkpoint import DTYPES, read_config, read_weights, write_checkpoint
@@ -24,7 +25,6 @@ from minilora.formats.library import trained_on
 from minilora.formats.load import load_model
 from minilora.formats.whole import building, check_new
 from minilora.model.names import parameter_count
-from minilora.parser import Parser
 
 GGUF, FOLDER = "gguf", "huggingface"
 

@@ -14,6 +14,7 @@ from minilora.backend import use
 from minilora.cli import errors
 from minilora.cli.base import find_base
 from minilora.cli.flags import add_model_flags, flags
+from minilora.cli.parser import Parser
 from minilora.data.batches import ExampleRows, batches_of
 from minilora.data.conversations import TRAIN_ON
 from minilora.data.datasets import FLAGS, Features, load_dataset, read_rows
@@ -24,7 +25,6 @@ from minilora.data.tokenizer import Tokenizer
 from minilora.formats.adapters import load_adapter
 from minilora.formats.hub import find_adapter
 from minilora.formats.load import load_model
-from minilora.parser import Parser
 from minilora.runs.evaluation import answers, can_be_matched, drift, exact_match, outside_text
 from minilora.runs.run import default_max_length
 from minilora.runs.task import BUILT_IN_ROWS

@@ -17,12 +17,12 @@ from minilora.adapters.mixed import mixed, shares_batches
 from minilora.cli import errors
 from minilora.cli.answering import Loaded, add_flags, check_flags, load, pieces
 from minilora.cli.flags import flags
+from minilora.cli.parser import Parser
 from minilora.data.prompts import PromptRow, as_messages, conversation, encode_prompt, end_of_turn, read_prompts
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.files import write_text
 from minilora.formats.library import BASE
 from minilora.model.generation import complete, room, stream
-from minilora.parser import Parser
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

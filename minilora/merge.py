@@ -19,6 +19,7 @@ from minilora.backend import Array, HostArray, to_host, use
 from minilora.cli import errors
 from minilora.cli.base import find_base
 from minilora.cli.flags import add_model_flags, flags
+from minilora.cli.parser import Parser
 from minilora.data.tokenizer import Tokenizer, save_tokenizer_files, tokenizer_files_to_copy
 from minilora.formats.adapters import load_adapter
 from minilora.formats.checkpoint import DTYPES, as_dtype, read_config, read_weights, write_checkpoint
@@ -30,7 +31,6 @@ from minilora.formats.whole import building, check_new
 from minilora.model.base import base_model
 from minilora.model.config import Config
 from minilora.model.names import EMBED, HEAD
-from minilora.parser import Parser
 from minilora.runs.evaluation import differences, outside_text
 
 MERGE_FILE = "merge.json"

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from minilora.cli import errors
+from minilora.cli.parser import Parser
 from minilora.data.tokenizer import tokenizer_files_to_copy
 from minilora.formats.checkpoint import DTYPES, named_dtype, random_weights, write_checkpoint
 from minilora.formats.files import copy_file
@@ -16,7 +17,6 @@ from minilora.formats.known_configs import KNOWN_CONFIGS, find_config
 from minilora.formats.load import SHIPPED_MODEL
 from minilora.formats.whole import building, check_new
 from minilora.model.names import parameter_count
-from minilora.parser import Parser
 
 
 def random_checkpoint_command(argv: list[str] | None = None) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from minilora.cli import errors
 from minilora.cli.flags import flags
+from minilora.cli.parser import Parser
 from minilora.formats.files import write_text
 from minilora.pages.page import comparison_page, is_page, run_page
 from minilora.pages.view import PAGE_FILE
-from minilora.parser import Parser
 
 COMPARISON_FILE = "comparison.html"
 

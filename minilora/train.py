@@ -30,6 +30,7 @@ from minilora.runs.plots import plot_loss
 from minilora.runs.run import Judgement, Run, check_ranks, judge, prepare, summarize, train_run
 from minilora.runs.settings import SETTINGS_FILE, Settings
 from minilora.runs.state_file import load_state, save_state
+from minilora.runs.stopping import Stopped
 from minilora.training.loop import next_batches
 from minilora.training.ranks import alone, world
 
@@ -56,19 +57,24 @@ def train_command(argv: list[str] | None = None) -> None:
         return
     check_ranks(run, device)  # before anything is written
     with only_run(folder) if ranks.is_first else nullcontext():
-        begin(run, resumed)
-        describe(run, device)
         try:
+            begin(run, resumed)
+            describe(run, device)
             train_and_judge(run, started)
-        except KeyboardInterrupt as error:
-            saved = f"after step {run.state.step}, which is saved" if error.args else "at once"
-            with suppress(OSError):  # the terminal may be gone
-                print(f"\nstopped {saved}; go on with: python -m minilora.train --resume {folder}")
+        except (KeyboardInterrupt, Stopped) as error:
+            if (folder / SETTINGS_FILE).exists():  # else it has not begun, and the same command begins it
+                tell_how_to_go_on(run, after_a_step=isinstance(error, KeyboardInterrupt) and bool(error.args))
             raise
         except Exception as error:
             if errors.is_out_of_memory(error):
                 raise RuntimeError(out_of_memory(run.settings, run.task.figures["train"]["longest"])) from error
             raise
+
+
+def tell_how_to_go_on(run: Run, after_a_step: bool) -> None:
+    saved = f"after step {run.state.step}, which is saved" if after_a_step else "at once"
+    with suppress(OSError):  # the terminal may be gone
+        print(f"\nstopped {saved}; go on with: python -m minilora.train --resume {run.folder}")
 
 
 def begin(run: Run, resumed: bool) -> None:

@@ -22,10 +22,10 @@ from minilora.benchmark.measure import Result, main_job, measure, predict
 from minilora.benchmark.report import benchmark_tables
 from minilora.benchmark.workloads import CASES, FULL, QUICK, WORKLOADS, Case, Setup, Side
 from minilora.cli import errors
+from minilora.cli.parser import Listed, Parser, comma_list
 from minilora.figures.machine import facts, gpu_trouble, missing_peers, usable_cores
 from minilora.figures.tables import as_markdown, as_text, check_markdown_file, machine_line, write_markdown
 from minilora.formats.files import write_json, write_text
-from minilora.parser import Listed, Parser, comma_list
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

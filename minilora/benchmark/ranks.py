@@ -26,12 +26,12 @@ from tqdm import tqdm
 
 from minilora.benchmark.ways import LOOK_EVERY, Way, started
 from minilora.cli import errors
+from minilora.cli.parser import Parser
 from minilora.figures.machine import facts, usable_cores
 from minilora.figures.tables import Table, as_markdown, as_text, check_markdown_file, machine_line, write_markdown
 from minilora.formats.files import read_json, write_json, write_text
 from minilora.formats.load import SHIPPED_MODEL
 from minilora.model.sites import Gradients, add_gradients
-from minilora.parser import Parser
 from minilora.runs.folder import SUMMARY_FILE
 from minilora.runs.metrics import read_metrics
 from minilora.tasks.nl2sql.rows import nl2sql_rows

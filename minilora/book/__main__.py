@@ -14,8 +14,8 @@ from pathlib import Path
 
 from minilora.book.equations import DOCS, ROOT
 from minilora.cli import errors
+from minilora.cli.parser import Parser
 from minilora.formats.whole import building, check_new
-from minilora.parser import Parser
 
 BUILT = ".buildinfo"  # Sphinx leaves it in what it has built
 

@@ -47,18 +47,25 @@ def displayed_math(writer: Any, node: nodes.Node) -> None:
 
 
 def add_contents(app: Any, docname: str, source: list[str]) -> None:
-    """The pages in the order in which docs/README.md names them, as the table of contents of the first page."""
+    """The pages in the groups and the order of docs/README.md, as the table of contents of the first page."""
     if docname == "README":
-        source[0] += "\n```{toctree}\n:hidden:\n" + "\n".join(contents()) + "\n```\n"
+        for caption, pages in contents().items():
+            source[0] += "\n".join(["", "```{toctree}", ":hidden:", f":caption: {caption}", *pages, "```", ""])
 
 
-def contents() -> list[str]:
+def contents() -> dict[str, list[str]]:
+    """The pages by the bold line above them in docs/README.md. One that is linked above and below is below."""
     first = DOCS / "README.md"
-    linked = [file_of(first, target) for _, target in LINK.findall(first.read_text(encoding="utf-8"))]
-    pages = [path for path in linked if path.suffix in (".md", ".ipynb") and path != first]
-    others = [ROOT / "weights" / "README.md", ROOT / "tests" / "golden" / "README.md"]
-    order = dict.fromkeys([first, *pages, *others])
-    return [path.relative_to(ROOT).as_posix() for path in order if path != ROOT / "README.md"]
+    listed, _, _ = first.read_text(encoding="utf-8").partition("\n## ")
+    groups = re.split(r"^\*\*(.+)\*\*$", f"**Start**\n{listed}", flags=re.MULTILINE)[1:]
+    group_of = {first: groups[0]}
+    for caption, text in zip(groups[::2], groups[1::2], strict=True):
+        group_of |= {file_of(first, target): caption for _, target in LINK.findall(text)}
+    pages: dict[str, list[str]] = {caption: [] for caption in groups[::2]}
+    for path, caption in group_of.items():
+        if path.suffix in (".md", ".ipynb") and path != ROOT / "README.md":
+            pages[caption].append(path.relative_to(ROOT).as_posix())
+    return pages
 
 
 def add_index(app: Any, error: Exception | None) -> None:

@@ -11,7 +11,8 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 
-from minilora.parser import any_terminal
+from minilora.cli.parser import any_terminal
+from minilora.runs.stopping import Stopped, ended_by_signals
 from minilora.training.ranks import join, launched, world
 
 Command = Callable[[list[str] | None], None]
@@ -29,20 +30,21 @@ PATIENCE = 2.0  # seconds in which the other ranks may fail for the same reason
 def run(command: Command, argv: list[str] | None) -> int:
     """Run a command and return its exit status: 0, or 2 after one line on an error that the user can mend.
 
-    MINILORA_DEBUG=1 shows the traceback instead of the line.
+    A signal gives one line, too, and 128 and its number. MINILORA_DEBUG=1 shows an error's traceback instead.
     """
     any_terminal()
-    try:
-        command(argv)
-        sys.stdout.flush()
-    except (KeyboardInterrupt, *MISTAKES) as error:
-        if os.environ.get("MINILORA_DEBUG") and not isinstance(error, KeyboardInterrupt):
-            raise
-        if _is_of_output(error):
-            drop_output()
-        with suppress(OSError):  # the terminal may be gone, or full
-            print(in_words(error), file=sys.stderr)
-        return status_of(error)
+    with ended_by_signals():
+        try:
+            command(argv)
+            sys.stdout.flush()
+        except (KeyboardInterrupt, Stopped, *MISTAKES) as error:
+            if os.environ.get("MINILORA_DEBUG") and isinstance(error, MISTAKES):
+                raise
+            if _is_of_output(error):
+                drop_output()
+            with suppress(OSError):  # the terminal may be gone, or full
+                print(in_words(error), file=sys.stderr)
+            return status_of(error)
     return 0
 
 
@@ -73,20 +75,21 @@ def run_on_ranks(command: Command, argv: list[str] | None) -> int:
     if rank > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     ranks = world()
-    try:
-        ranks = join()
-        command(argv)
-        ranks.meet(math.inf)
-    except BaseException as error:
-        words, status = in_words(error), status_of(error)
-        if rank == 0 and words:
-            sys.stdout.flush()  # what was printed before would be lost with the process
-            print(words, file=heard, flush=True)
-        if not ranks.meet(PATIENCE):
-            if rank > 0:
-                print(f"rank {rank}: {words}", file=heard, flush=True)
-            ranks.abort(status)
-        return status
+    with ended_by_signals():
+        try:
+            ranks = join()
+            command(argv)
+            ranks.meet(math.inf)
+        except BaseException as error:
+            words, status = in_words(error), status_of(error)
+            if rank == 0 and words:
+                sys.stdout.flush()  # what was printed before would be lost with the process
+                print(words, file=heard, flush=True)
+            if not ranks.meet(PATIENCE):
+                if rank > 0:
+                    print(f"rank {rank}: {words}", file=heard, flush=True)
+                ranks.abort(status)
+            return status
     return 0
 
 
@@ -96,6 +99,8 @@ def in_words(error: BaseException) -> str:
         return str(error.code) if isinstance(error.code, str) else ""
     if isinstance(error, KeyboardInterrupt):
         return "\ninterrupted"
+    if isinstance(error, Stopped):
+        return str(error)
     if isinstance(error, OSError) and _is_of_output(error):
         return f"error: standard output cannot be written ({error.strerror})"
     if isinstance(error, MISTAKES) and not os.environ.get("MINILORA_DEBUG"):
@@ -108,6 +113,8 @@ def status_of(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, KeyboardInterrupt):
         return 128 + (error.args[0] if error.args else signal.SIGINT)  # as a shell has it
+    if isinstance(error, Stopped):
+        return 128 + error.number
     return 2 if isinstance(error, MISTAKES) else 1
 
 

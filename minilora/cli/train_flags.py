@@ -11,10 +11,10 @@ from typing import Any
 from minilora.cli.config_file import read_flags_file
 from minilora.cli.flags import TO_TRAIN, AsWritten, Written, by_setting, flags, in_our_unit, ours
 from minilora.cli.foreign import IGNORED, ONLY, is_off
+from minilora.cli.parser import Parser, did_you_mean
 from minilora.formats.hub import is_hub_id
 from minilora.methods.method import known_methods
 from minilora.methods.setting import Setting, flag, settings_of, typed
-from minilora.parser import Parser, did_you_mean
 from minilora.runs.folder import is_free
 from minilora.runs.settings import (
     DATA,

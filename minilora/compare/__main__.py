@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from minilora.cli import errors, train_flags
 from minilora.cli.flags import ours
+from minilora.cli.parser import Listed, Parser, comma_list
 from minilora.cli.train_flags import choose_settings
 from minilora.compare import figures
 from minilora.compare.at_once import Competition, run_at_once, workers
@@ -38,7 +39,6 @@ from minilora.figures.tables import as_markdown, as_text, check_markdown_file, m
 from minilora.formats.files import read_json, write_json, write_text
 from minilora.formats.hub import find_model
 from minilora.formats.load import SHIPPED_MODEL, load_model
-from minilora.parser import Listed, Parser, comma_list
 from minilora.runs.folder import is_free, only_run
 from minilora.runs.settings import read_settings
 from minilora.training.ranks import alone

@@ -172,7 +172,6 @@ def watch(command: Sequence[str], log: Path, on_look: Callable[[], None]) -> int
 
     `on_look` is called five times a second while the command runs.
     """
-    before = signal.signal(signal.SIGTERM, _stop)
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
@@ -190,7 +189,6 @@ def watch(command: Sequence[str], log: Path, on_look: Callable[[], None]) -> int
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-            signal.signal(signal.SIGTERM, before)
     return process.returncode
 
 
@@ -198,7 +196,3 @@ def end_with_parent() -> None:
     """Have Linux send this process SIGTERM when its parent ends, even by a kill: a run then saves its state."""
     set_death_signal = 1
     ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
-
-
-def _stop(number: int, frame: object) -> None:
-    raise KeyboardInterrupt

@@ -13,6 +13,7 @@ import tokenizers
 
 from minilora.data.chat_template import read_templates
 from minilora.data.template_process import rendered
+from minilora.data.tokenizer_growth import check_growth
 from minilora.data.tokenizer_keys import GenerationKeys, SpecialTokens, TokenizerKeys, token_ids, token_text
 from minilora.formats.files import copy_file, read_json, write_json
 from minilora.formats.gguf_file import is_gguf
@@ -52,6 +53,7 @@ class Tokenizer:
         """
         folder = Path(folder)
         read, backend = _reader(folder)
+        check_growth(folder, backend)
         backend.no_truncation()  # a saved truncation would silently shorten every row
         backend.no_padding()
 

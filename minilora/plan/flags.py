@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from minilora.cli import train_flags
-from minilora.parser import Parser
+from minilora.cli.parser import Parser
 from minilora.plan.planned_run import PlannedRun, plan_run
 
 

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from minilora.backend import to_device, to_host, use
 from minilora.cli import errors
+from minilora.cli.parser import Parser
 from minilora.data.batches import Rows, batches_of
 from minilora.data.store import Example
 from minilora.data.train_tokenizer import train_tokenizer
@@ -28,7 +29,6 @@ from minilora.formats.whole import check_new
 from minilora.methods.full import full_model
 from minilora.model.config import Config
 from minilora.model.names import parameter_count
-from minilora.parser import Parser
 from minilora.pretrain.corpus import english_documents, python_documents
 from minilora.runs.folder import SUMMARY_FILE, is_free, only_run, train_in
 from minilora.runs.state_file import STATE_FILE, load_state

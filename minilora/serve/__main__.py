@@ -16,9 +16,9 @@ from pathlib import Path
 from minilora.cli import errors
 from minilora.cli.answering import add_loading_flags, load_models
 from minilora.cli.flags import flags
+from minilora.cli.parser import Parser
 from minilora.formats.library import named_adapters
 from minilora.model.generation import room
-from minilora.parser import Parser
 
 API_KEY = "MINILORA_API_KEY"
 MOST_CHOICES = 16  # answers to one request

@@ -6,8 +6,8 @@ import json
 import math
 from typing import Any
 
+from minilora.cli.parser import did_you_mean
 from minilora.formats.finite import finite_fields
-from minilora.parser import did_you_mean
 from minilora.serve.problem import Problem, wrong
 
 IGNORED = {  # fields that change no answer

@@ -26,6 +26,7 @@ from minilora.cli import errors
 from minilora.cli.answering import add_loading_flags
 from minilora.cli.base import find_base
 from minilora.cli.flags import flags
+from minilora.cli.parser import Parser
 from minilora.figures.machine import facts, usable_cores
 from minilora.figures.tables import (
     Table,
@@ -38,7 +39,6 @@ from minilora.figures.tables import (
 from minilora.formats.files import write_json
 from minilora.formats.gguf_file import is_gguf
 from minilora.formats.library import BASE, named_adapters
-from minilora.parser import Parser
 
 PROMPTS = (
     "Two soups and three cardamom buns, please.", "The capital of France is", "Once upon a time there was a fox who",

@@ -46,10 +46,9 @@ def of_faults(args: argparse.Namespace, folder: Path) -> int:
             random_kills(ground, command, args.random, args.seed),
             full_disks(ground, command, args.every),
             full_files(ground, command, 4096 * args.every),
+            signals(ground, command, args.random, args.seed),
         )
     ]
-    if "train" in args.commands:
-        attacks.append(signals(ground, args.random, args.seed))
     for attack in chain.from_iterable(attacks):
         key = attack.promise, attack.command
         tried[key] += 1

@@ -19,7 +19,7 @@ from minilora.model.config import Config
 
 KILLED = "a kill leaves all or nothing, and the same command or --resume leads to the same bytes"
 FULL = "a full disk is told by name and leaves the last state whole"
-SIGNALLED = "a signal is obeyed, and the run goes on to the same bytes"
+SIGNALLED = "a signal is obeyed and leaves all or nothing, and the same command or --resume leads to the same bytes"
 COMMANDS = ("train", "merge", "convert", "combine", "random_checkpoint", "generate")
 
 
@@ -151,15 +151,18 @@ def _full(ground: Ground, command: str, ended: Ended, where: str) -> Tried:
     return Tried(FULL, command, broken and f"{where}: {broken}")
 
 
-def signals(ground: Ground, times: int, seed: int = 0) -> Iterator[Tried]:
-    """Ctrl-C, SIGTERM and SIGHUP at random moments of training."""
+def signals(ground: Ground, command: str, times: int, seed: int = 0) -> Iterator[Tried]:
+    """Ctrl-C, SIGTERM and SIGHUP at random moments; those before the command hears them end it as ever."""
     draw = random.Random(seed)
     for _ in range(times):
         ground.clear()
         number, seconds = draw.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP]), draw.uniform(0, 0.6)
-        ended = faulty.after(seconds, number, "train", ground.flags("train", ground.out()))
+        ended = faulty.after(seconds, number, command, ground.flags(command, ground.out()))
         broken = "" if ended.code in (0, -number, 128 + number) else f"ended with {ended}"
-        if ended.code == 128 + number and ground.can_be_resumed("train") and "--resume" not in ended.output:
+        if ended.code == 128 + number and ground.can_be_resumed(command) and "--resume" not in ended.output:
             broken = f"says not how to go on: {ended.output}"
-        broken = broken or ground.after_a_fault("train")
-        yield Tried(SIGNALLED, "train", broken and f"{number.name} {seconds}: {broken}")
+        left = [path.name for path in (ground.folder / "attacked").rglob(".*") if path.suffix != ".lock"]  # it is empty
+        if ended.code == 128 + number and ("Traceback" in ended.output or left):
+            broken = f"left {left}, and said {ended.output}"
+        broken = broken or ground.after_a_fault(command)
+        yield Tried(SIGNALLED, command, broken and f"{number.name} {seconds}: {broken}")

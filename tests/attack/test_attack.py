@@ -37,8 +37,9 @@ def test_a_full_disk_is_told_by_name_and_costs_nothing_that_was_there(command: s
     assert_held(full_files(ground, command, every=40_000))
 
 
-def test_a_signal_is_obeyed_and_the_run_goes_on_to_the_same_bytes(ground: Ground) -> None:
-    assert_held(signals(ground, times=3))
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_signal_is_obeyed_and_the_command_goes_on_to_the_same_bytes(command: str, ground: Ground) -> None:
+    assert_held(signals(ground, command, times=3))
 
 
 def test_the_attacks_strike(ground: Ground) -> None:

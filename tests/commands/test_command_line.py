@@ -18,16 +18,16 @@ from support.commands import REPOSITORY, Result, assert_refused, command_module,
 
 import minilora
 from minilora.__main__ import COMMANDS, main
+from minilora.cli.parser import Listed, Parser, any_terminal, comma_list, did_you_mean
 from minilora.cli.train_flags import choose_settings, parse
-from minilora.parser import Listed, Parser, any_terminal, comma_list, did_you_mean
 
 NEEDED = {  # what a command asks for before it looks at anything else
     "merge": ["--adapter", "a", "--out", "b"],
     "combine": ["--out", "b"],
     "convert": ["--out", "b"],
     "random_checkpoint": ["SmolLM2-135M", "--out", "b"],
-    "tasks.wordnet": ["--out", "b"],
-    "tasks.docstrings": ["--out", "b"],
+    "rows.wordnet": ["--out", "b"],
+    "rows.docstrings": ["--out", "b"],
 }
 FLAGS = {
     "chat": "--model",

@@ -18,8 +18,8 @@ from support.small_tokenizer import write_tokenizer
 from minilora.data.datasets import load_dataset
 from minilora.data.few_shot import few_shot_rows
 from minilora.data.tokenizer import Tokenizer
+from minilora.rows.parts import part_of, split
 from minilora.tasks.nl2sql.rows import nl2sql_rows
-from minilora.tasks.row_files import part_of, split
 
 
 def digest(rows: Any) -> str:

@@ -17,18 +17,17 @@ FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 ROOMS = (  # from the ground: a room imports only from itself and from rooms before it
     *("backend", "ops", "frozen", "lora", "keys", "model", "methods", "adapters", "formats", "figures"),
-    *("data", "parser", "tasks", "training", "counting", "runs", "pages", "cli"),
+    *("data", "tasks", "training", "counting", "runs", "pages", "cli"),
 )
 COMMANDS = {  # the rooms above all others, which do not know each other
     *("train", "generate", "chat", "serve", "evaluate", "merge", "combine", "convert", "random_checkpoint", "report"),
-    *("plan", "benchmark", "compare", "pretrain", "book"),
+    *("plan", "benchmark", "compare", "pretrain", "rows", "book"),
 }
 STRANGERS = {  # a room → rooms before it that it does not know all the same
     "model": {"lora"},  # the model is written once, for any method
     "figures": {"lora", "model", "methods", "adapters"},
     "data": {"lora", "model", "methods", "adapters"},
-    "parser": {*ROOMS} - {"parser"},  # the standard library only, and so
-    "tasks": {*ROOMS} - {"parser", "tasks"},
+    "tasks": {*ROOMS} - {"tasks"},  # the standard library only
 }
 PEER = Path("benchmark/peft_side.py")  # the one file that runs PyTorch, in a process of its own
 FOREIGN = {"torch", "jax", "tensorflow", "transformers", "peft", "mlx", "pickle", "dill", "joblib"}

@@ -106,6 +106,19 @@ def test_a_function_and_a_law_lead_to_the_very_lines(site: Path) -> None:
         assert lines in following[:200].partition("\n\n")[0]
 
 
+def test_the_sidebar_has_every_page_once_under_the_captions_of_the_first_page(site: Path) -> None:
+    sidebar = read(site / "README.html").find(class_="sidebar-tree")
+    groups = {}
+    for caption in sidebar.find_all(class_="caption"):
+        links = caption.find_next_sibling("ul").select('a:not([href*="#"])')
+        groups[caption.text] = [(site / link["href"]).relative_to(site).with_suffix("").as_posix() for link in links]
+    bold = re.findall(r"^\*\*(.+)\*\*$", (DOCS / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [*groups] == ["Start", *bold]
+    listed = [page for pages in groups.values() for page in pages]
+    documents = [path.stem for path in DOCS.glob("*.md")] + ["notebook"]
+    assert sorted(listed) == sorted([f"docs/{name}" for name in documents] + ["weights/README", "tests/golden/README"])
+
+
 # --- In a browser ---
 
 

@@ -95,6 +95,24 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(flags: list[object],
 
 
 @needs_mpi
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_before_training_ends_all_with_one_line(
+    rank: int, flags: list[object], tmp_path: Path
+) -> None:
+    change = f"""
+load_model = run.load_model
+def signalled(*given, **options):
+    if world().rank == {rank}:
+        os.kill(os.getpid(), {signal.SIGTERM.value})
+    return load_model(*given, **options)
+run.load_model = signalled
+"""
+    code, _, err = changed(2, change, *flags, "--out", tmp_path / "cut")
+    assert code == 143 and not (tmp_path / "cut").exists()
+    assert err.count("stopped by SIGTERM; no file is left half-written") == 1 and "Traceback" not in err, err
+
+
+@needs_mpi
 def test_a_signal_to_the_launcher_saves_the_state(flags: list[object], tmp_path: Path) -> None:
     if is_open_mpi():
         pytest.skip("Open MPI's mpirun passes no SIGTERM on: it ends its ranks")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from minilora.data.datasets import load_dataset
-from minilora.tasks import docstrings, wordnet
-from minilora.tasks.row_files import MOST_VALID, PARTS, TaskRow, part_of, split, write_parts
+from minilora.rows import docstrings, wordnet
+from minilora.rows.parts import MOST_VALID, PARTS, TaskRow, part_of, split, write_parts
 
 LICENCE = "  1 This software and database is being provided to you, the LICENSEE, by  \n  2 Princeton University.  \n"
 
@@ -171,7 +171,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
 def test_a_folder_with_something_in_it_is_left_alone(dictionary: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for out in (dictionary, dictionary / "dict" / "data.noun"):
         assert wordnet.main(["--dictionary", str(dictionary), "--out", str(out)]) == 2
-        assert "is not an empty folder: choose another --out" in capsys.readouterr().err
+        assert "is not an empty folder: choose another" in capsys.readouterr().err
     assert [path.name for path in dictionary.rglob("*")] == ["dict", "data.noun"]
 
 

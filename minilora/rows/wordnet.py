@@ -1,6 +1,6 @@
 """Make rows from WordNet: the definition of a noun, and which of 26 classes the noun belongs to.
 
-python -m minilora.tasks.wordnet --out rows/
+python -m minilora.rows.wordnet --out rows/
 
 WordNet groups nouns of one meaning and gives each group a gloss: a definition, often with examples in quotes. The
 lexicographers kept the groups in files such as noun.animal and noun.food, which are the classes. The layout of
@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from minilora.tasks.row_files import TaskRow, check_arguments, counts_in_words, row_parser, run_task, split, write_parts
+from minilora.cli import errors
+from minilora.rows.parts import TaskRow, check_arguments, counts_in_words, row_parser, split, write_parts
 
 CLASSES = (  # of the lexicographers' files 03 to 28
     *("Tops", "act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event", "feeling"),
@@ -107,7 +108,7 @@ def wordnet_command(argv: list[str] | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_task(wordnet_command, argv)
+    return errors.run(wordnet_command, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Make rows from Python's standard library: the source of a function, and the first line of its docstring.
 
-python -m minilora.tasks.docstrings --out rows/
+python -m minilora.rows.docstrings --out rows/
 
 Nothing has to be installed. The rows are those of the Python that runs this, so another version of Python gives others.
 A whole row, "SOURCE\\n# Summary: LINE", is Python that parses.
@@ -16,7 +16,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from minilora.tasks.row_files import TaskRow, check_arguments, counts_in_words, row_parser, run_task, split, write_parts
+from minilora.cli import errors
+from minilora.rows.parts import TaskRow, check_arguments, counts_in_words, row_parser, split, write_parts
 
 OTHERS = {  # folders that are not the library itself
     *("site-packages", "dist-packages", "lib-dynload", "__pycache__", "test", "tests", "idlelib", "lib2to3"),
@@ -107,7 +108,7 @@ def docstrings_command(argv: list[str] | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_task(docstrings_command, argv)
+    return errors.run(docstrings_command, argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the commands that make rows share: their flags, the three parts, a folder written whole, and errors in a line.
+"""What the commands that make rows share: their flags, the three parts, and a folder written whole.
 
 A checksum decides the part of a row, not the seed: whatever the seed and the limit, a row that one run is tested on is
 never one that another run was trained on.
@@ -6,15 +6,13 @@ never one that another run was trained on.
 
 import argparse
 import json
-import os
 import random
-import shutil
-import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from minilora.parser import Parser, any_terminal
+from minilora.cli.parser import Parser
+from minilora.formats.whole import building, check_new
 
 TaskRow = dict[str, str]  # "prompt" and "completion"
 Parts = dict[str, list[TaskRow]]
@@ -24,7 +22,7 @@ MOST_VALID = 500  # rows, as training holds out of a single file: a validation r
 
 def row_parser(command: str, description: str) -> Parser:
     """Return a parser with the flags that every such command has."""
-    parser = Parser(prog=f"python -m minilora.tasks.{command}", description=description)
+    parser = Parser(prog=f"python -m minilora.rows.{command}", description=description)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write, new or empty")
     parser.add_argument("--seed", type=int, default=0, help="decides the order and what --limit draws (default 0)")
     parser.add_argument("--limit", type=int, metavar="N", help="rows at most, all parts together (default: all)")
@@ -37,8 +35,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed {args.seed} is negative")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit} is less than one row")
-    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
-        raise ValueError(f"{args.out} exists and is not an empty folder: choose another --out")
+    check_new(args.out)
 
 
 def part_of(key: str) -> str:
@@ -66,37 +63,13 @@ def split(rows: Mapping[str, Sequence[TaskRow]], seed: int, limit: int | None) -
 
 
 def write_parts(folder: Path, parts: Parts) -> None:
-    """Write train.jsonl, valid.jsonl and test.jsonl. The folder is written beside its place and then renamed."""
-    folder = folder.resolve()
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    """Write train.jsonl, valid.jsonl and test.jsonl: the folder appears whole or not at all."""
+    with building(folder) as out:
         for part, rows in parts.items():
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            (partial / f"{part}.jsonl").write_bytes("".join(lines).encode())
-        if folder.exists():
-            folder.rmdir()  # it is empty; where it has been filled meanwhile, this raises
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            (out / f"{part}.jsonl").write_bytes("".join(lines).encode())
 
 
 def counts_in_words(folder: Path, parts: Parts) -> str:
     """Say how many rows each file has."""
     return "\n".join(f"{folder / part}.jsonl: {len(rows):,} rows" for part, rows in parts.items())
-
-
-def run_task(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
-    """Run a command: 0 if it went well, 2 and one line if the user can mend it (MINILORA_DEBUG=1: the traceback)."""
-    any_terminal()
-    try:
-        command(argv)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        if os.environ.get("MINILORA_DEBUG"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0

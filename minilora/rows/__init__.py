@@ -1,0 +1,1 @@
+"""Commands that make rows to train on from what is installed: WordNet's definitions, and Python's docstrings."""
