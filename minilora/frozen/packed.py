@@ -11,8 +11,9 @@ and with three nothing of x is left over: float32's product, for which only 16 b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import ml_dtypes
@@ -27,10 +28,11 @@ except ImportError:  # the extra is not installed
     numkong = None
 
 EXACT = 3  # pieces of x that leave nothing over
-SHARE = 2**18  # numbers of W in a share, at least
-# Waking another core takes some 30 µs. It pays from so many numbers of W on, each counted once for every row of x and
+MANY_ROWS = 8  # of x, each piece counted: from here on x is laid out, and not W
+SHARE = 2**19  # numbers of W in a share that is laid out, at least
+# Waking another core takes some 50 µs. It pays from so many numbers of W on, each counted once for every row of x and
 # four times for its way from memory.
-WORTH_ANOTHER_CORE = 2**23
+WORTH_ANOTHER_CORE = 10**7
 # NumKong's names for instructions that multiply bfloat16: x86's AVX-512 and AMX, and Arm's
 INSTRUCTIONS = ("genoa", "sapphireamx", "neonbfdot", "svebfdot", "smebf16")
 
@@ -46,31 +48,62 @@ def _has_instructions() -> bool:
     return any(found.get(name, False) for name in INSTRUCTIONS)
 
 
-class Packed:
-    """W (out, in) in bfloat16, laid out for NumKong in shares of its rows, one for each core."""
+Share = list[tuple[Any, slice]]  # parts of W, laid out or not, and the columns of y that they make
 
-    def __init__(self, W: HostArray) -> None:
-        self.shape = W.shape
-        count = min(cores(), max(1, W.size // SHARE))
-        self.shares = [numkong.dots_pack(np.ascontiguousarray(rows), dtype="bf16") for rows in np.array_split(W, count)]
-        ends = np.cumsum([share.width for share in self.shares]).tolist()
-        self.columns = [slice(end - share.width, end) for share, end in zip(self.shares, ends, strict=True)]
+
+class Packed:
+    """[W₁; W₂; …] (Σ out, in) in bfloat16. NumKong lays one factor out for itself, and takes the other as it is.
+
+    For few rows of x that is W, once, in shares of its rows, one for each core. For many it is x, at each product.
+    """
+
+    def __init__(self, weights: Sequence[HostArray]) -> None:
+        self.weights = weights
+        self.shape = (sum(len(W) for W in weights), weights[0].shape[1])
 
     def forward(self, x: HostArray, pieces: int) -> HostArray:
-        """x Wᵀ for x (N, in) in float32, by so many pieces of it: (N, out)."""
+        """x [W₁; W₂; …]ᵀ for x (N, in) in float32, by so many pieces of it: (N, Σ out)."""
         rows = split(x, pieces).reshape(-1, x.shape[1])
         y = np.empty((len(x), self.shape[0]), np.float32)
+        few = len(rows) < MANY_ROWS
+        x_laid_out = None if few else numkong.dots_pack(rows, dtype="bf16")
 
-        def multiply(share: Any, columns: slice) -> None:
-            products = np.asarray(numkong.dots_packed(rows, share))
-            np.add.reduce(products.reshape(pieces, len(x), -1), axis=0, out=y[:, columns])
+        def multiply(share: Share) -> None:
+            for W, columns in share:
+                if few:
+                    products = np.asarray(numkong.dots_packed(rows, W)).reshape(pieces, len(x), -1)
+                else:
+                    products = np.asarray(numkong.dots_packed(W, x_laid_out)).T.reshape(pieces, len(x), -1)
+                np.add.reduce(products, axis=0, out=y[:, columns])
 
-        first, *others = zip(self.shares, self.columns, strict=True)
-        at_once = map if self.shape[0] * self.shape[1] * (len(rows) + 4) < WORTH_ANOTHER_CORE else _pool().map
-        done = at_once(lambda job: multiply(*job), others)
-        multiply(*first)
+        first, *others = self._laid_out if few else self._as_they_are
+        worth = self.shape[0] * self.shape[1] * (len(rows) + 4) >= WORTH_ANOTHER_CORE
+        done = (_pool().map if worth else map)(multiply, others)
+        multiply(first)
         list(done)
         return y
+
+    @cached_property
+    def _laid_out(self) -> list[Share]:
+        count = min(cores(), max(1, self.shape[0] * self.shape[1] // SHARE))
+        shares = np.array_split(np.concatenate(self.weights), count)
+        ends = np.cumsum([len(share) for share in shares]).tolist()
+        return [
+            [(numkong.dots_pack(np.ascontiguousarray(W), dtype="bf16"), slice(end - len(W), end))]
+            for W, end in zip(shares, ends, strict=True)
+        ]
+
+    @cached_property
+    def _as_they_are(self) -> list[Share]:
+        """Each core has its share of each W."""
+        shares: list[Share] = [[] for _ in range(cores())]
+        start = 0
+        for W in self.weights:
+            for share, part in zip(shares, np.array_split(W, len(shares)), strict=True):
+                if len(part):
+                    share.append((part, slice(start, start + len(part))))
+                start += len(part)
+        return shares
 
 
 def split(x: HostArray, pieces: int) -> HostArray:

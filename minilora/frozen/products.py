@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol, TypeGuard, runtime_checkable
+from typing import Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
-
-import numpy as np
 
 from minilora.backend import Array, HostArray, xp
 from minilora.frozen.packed import Packed, available
@@ -32,17 +30,16 @@ def products_with(weights: Sequence[FrozenWeight]) -> Callable[[Array], Array]:
     """The function x (N, in) → x [W₁; W₂; …]ᵀ (N, Σ out). (docs: O1)
 
     Where all weights are in bfloat16 and the machine multiplies so, its sums differ from those of `forward` in the last
-    bits of float32. For that the weights are packed, once, which takes their memory again.
+    bits of float32. For few rows the weights are laid out anew, once, which takes their memory again.
     """
-    if available() and _in_bfloat16(weights):
-        known, others = _known.setdefault(weights[0], {}), tuple(map(id, weights[1:]))
-        if others not in known:
-            known[others] = Packed(np.concatenate([W.bfloat16() for W in weights]))
-        return partial(known[others].forward, pieces=weights[0].pieces)
-    if len(weights) == 1:
-        return weights[0].forward
+    first, *others = weights
+    arrays = [W.bfloat16() if isinstance(W, InBfloat16) else None for W in weights]
+    found = [W for W in arrays if W is not None]
+    if available() and isinstance(first, InBfloat16) and len(found) == len(weights):
+        known, numbers = _known.setdefault(first, {}), tuple(map(id, others))
+        if numbers not in known:
+            known[numbers] = Packed(found)
+        return partial(known[numbers].forward, pieces=first.pieces)
+    if not others:
+        return first.forward
     return lambda x: xp.concatenate([W.forward(x) for W in weights], axis=1)
-
-
-def _in_bfloat16(weights: Sequence[FrozenWeight]) -> TypeGuard[Sequence[InBfloat16]]:
-    return all(isinstance(W, InBfloat16) and W.bfloat16() is not None for W in weights)

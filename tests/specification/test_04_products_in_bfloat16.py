@@ -53,20 +53,23 @@ def test_a_product_by_pieces_is_as_good_as_the_pieces(seed: int, n: int, inner: 
     x, W = normal(seed, n, inner).astype(np.float32), normal(seed, outer, inner, stream=1).astype(BFLOAT16)
     exact = x.astype(np.float64) @ W.astype(np.float64).T
     sums = abs(x.astype(np.float64)) @ abs(W.astype(np.float64)).T
-    product = Packed(W).forward(x, pieces)
+    product = Packed([W]).forward(x, pieces)
     assert product.dtype == np.float32 and product.shape == (n, outer)
     assert (abs(product - exact) <= (2.0 ** (-8 * pieces) + (inner + pieces) * 2.0**-23) * sums).all()
 
 
 @by_numkong
-def test_the_shares_of_a_weight_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, W = normal(0, 3, 70).astype(np.float32), normal(0, 41, 70, stream=1).astype(BFLOAT16)
-    whole = Packed(W)
+@pytest.mark.parametrize("n", [1, 9])
+def test_the_shares_of_a_weight_make_no_difference(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """Whichever factor is laid out, and whether or not another core is woken for a share."""
+    x = normal(0, n, 70).astype(np.float32)
+    weights = [normal(0, out, 70, stream=i).astype(BFLOAT16) for i, out in enumerate((41, 1, 16), start=1)]
+    whole = Packed(weights).forward(x, EXACT)
     monkeypatch.setattr(packed, "SHARE", 1)
     monkeypatch.setattr(packed, "cores", lambda: 3)
-    shared = Packed(W)
-    assert [len(whole.shares), len(shared.shares)] == [1, 3]
-    np.testing.assert_array_equal(shared.forward(x, EXACT), whole.forward(x, EXACT))
+    for worth in (0, packed.WORTH_ANOTHER_CORE):
+        monkeypatch.setattr(packed, "WORTH_ANOTHER_CORE", worth)
+        np.testing.assert_array_equal(Packed(weights).forward(x, EXACT), whole)
 
 
 @by_numkong
