@@ -13,23 +13,23 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from minilora.adapters.change import Change, changed_model, changes, effective_rank
 from minilora.backend import HostArray, to_host, xp
 from minilora.data.batches import Batch
 from minilora.data.prompts import last_words, question
 from minilora.model.model import Model
-from minilora.model.names import HEAD
+from minilora.model.names import HEAD, parameter_count
 from minilora.ops.cross_entropy import IGNORE
 from minilora.runs.evaluation import drift_of_tokens, log_softmax, losses_of_tokens, outside_text
 from minilora.runs.run import Judgement, Run
 from minilora.training.step import hidden_states, mean_loss
 
 FINDINGS_FILE = "report.json"
-SHARE, LEAST = (
-    0.08,
-    8192,
-)  # the budget of the losses below: a share of the tokens trained on, and never fewer than LEAST
+# Of the tokens trained on, the share that is read again for the losses below. Of a small model, LEAST are read at any
+# rate; of a larger one than SMALL, fewer by as much as it is larger.
+SHARE, LEAST, SMALL = 0.08, 8192, 135_000_000
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 MOST_RANKS = 8  # of more ranks, powers of two are tried
 ROWS_AT_ONCE = 16
@@ -100,23 +100,32 @@ def losses_with_less(run: Run, by_module: dict[str, Change]) -> dict[str, Any]:
     if not largest or not run.task.held_out:
         return {}
     ranks = ranks_to_try(largest)
-    budget = max(LEAST, int(SHARE * run.state.tokens))
-    batches = part_of(run.task.held_out, budget // (len(ranks) + len(SCALES) - 1))
+    models = len(ranks) + len(SCALES) - 1  # with all ranks and the scale 1 it is the same one
+    batches = part_of(run.task.held_out, budget(run) // models)
+    with tqdm(total=models, desc="less of it", unit="model", dynamic_ncols=True, leave=False, disable=None) as bar:
 
-    def loss(model: Model) -> float | None:
-        return _short(mean_loss(model, batches))
+        def loss(model: Model) -> float | None:
+            found = _short(mean_loss(model, batches))
+            bar.update()
+            return found
 
-    def less(rank: int | None = None, scale: float = 1.0) -> float | None:
-        return loss(changed_model(run.base, run.adapted, by_module, rank, scale))
+        def less(rank: int | None = None, scale: float = 1.0) -> float | None:
+            return loss(changed_model(run.base, run.adapted, by_module, rank, scale))
 
-    whole = loss(run.adapted)
-    return {
-        "rows": sum(len(batch.tokens) for batch in batches),
-        "all_rows": sum(len(batch.tokens) for batch in run.task.held_out),
-        "tokens": sum(map(_tokens, batches)),
-        "ranks": [{"rank": k, "loss": whole if k == largest else less(rank=k)} for k in ranks],
-        "scales": [{"scale": c, "loss": whole if c == 1 else less(scale=c)} for c in SCALES],
-    }
+        whole = loss(run.adapted)
+        return {
+            "rows": sum(len(batch.tokens) for batch in batches),
+            "all_rows": sum(len(batch.tokens) for batch in run.task.held_out),
+            "tokens": sum(map(_tokens, batches)),
+            "ranks": [{"rank": k, "loss": whole if k == largest else less(rank=k)} for k in ranks],
+            "scales": [{"scale": c, "loss": whole if c == 1 else less(scale=c)} for c in SCALES],
+        }
+
+
+def budget(run: Run) -> int:
+    """How many tokens the losses with less of the change may read."""
+    least = LEAST * min(1.0, SMALL / parameter_count(run.adapted.config))
+    return int(max(least, SHARE * run.state.tokens))
 
 
 def ranks_to_try(largest: int) -> list[int]:
@@ -161,7 +170,7 @@ def _padded(array: HostArray, length: int, value: Any) -> HostArray:
 
 def losses_token_by_token(run: Run) -> list[dict[str, Any]]:
     """A few held-out rows in tokens, each labelled one with its loss before and now."""
-    rows = rows_of(run.task.held_out)
+    rows = rows_of(part_of(run.task.held_out, budget(run)))
     chosen = [rows[i] for i in _evenly(len(rows), TOKEN_ROWS)]
     if not chosen:
         return []
@@ -180,7 +189,7 @@ def losses_token_by_token(run: Run) -> list[dict[str, Any]]:
 
 def drift_token_by_token(run: Run) -> dict[str, Any]:
     """Texts outside the task, each token with the drift of what was expected there, and the largest ones explained."""
-    rows = rows_of(outside_text(run.tokenizer, DRIFT_TEXTS))
+    rows = rows_of(part_of(outside_text(run.tokenizer, DRIFT_TEXTS), budget(run)))
     batch = side_by_side(rows)
     ends = np.cumsum([_tokens(row) for row in rows])
     drifts = np.split(drift_of_tokens(run.base, run.adapted, batch), ends[:-1])

@@ -138,6 +138,16 @@ def test_the_budget_is_a_share_of_the_tokens_trained_on(look: Any, monkeypatch: 
     assert len(used) == 14 and 100 < sum(used) <= 300
 
 
+def test_of_a_large_model_fewer_tokens_are_read_at_any_rate(look: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = look()
+    run.state.tokens = 0
+    assert finding.budget(run) == finding.LEAST
+    monkeypatch.setattr(finding, "SMALL", finding.parameter_count(run.adapted.config) / 100)
+    assert finding.budget(run) == finding.LEAST // 100
+    run.state.tokens = 10**6
+    assert finding.budget(run) == finding.SHARE * 10**6
+
+
 def test_held_out_rows_have_their_losses_at_their_own_tokens(look: Any) -> None:
     run, found = look(data="pairs.jsonl")
     (batch, *_) = run.task.held_out
