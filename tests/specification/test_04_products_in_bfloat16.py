@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.commands import good
+from support.gguf_models import real_smollm2
 from support.strategies import TINY, normal, random_weights, seeds, sizes
 
 from minilora.backend import to_host
+from minilora.data.tokenizer import Tokenizer
+from minilora.formats.load import load_model
 from minilora.frozen import packed
 from minilora.frozen.half import HalfWeight
 from minilora.frozen.packed import EXACT, Packed, available, split
@@ -21,7 +26,7 @@ from minilora.frozen.stored import StoredWeight
 from minilora.frozen.weight import DenseWeight, FrozenWeight
 from minilora.model.base import base_model
 from minilora.model.decoding import Decoder
-from minilora.model.generation import last_logits
+from minilora.model.generation import complete, last_logits, stream
 from minilora.model.model import Model, forward
 
 by_numkong = pytest.mark.skipif(not available(), reason="NumKong (extra bf16) or instructions for bfloat16 are missing")
@@ -141,3 +146,29 @@ def _last_by_steps(model: Model) -> np.ndarray:
     _, past, _ = forward(model, np.array([TEXT[:2]]), np.array([[0, 1]]), np.ones((1, 2), int), keep=False)
     decoder = Decoder(model, past)
     return [decoder.step(np.array([token]), np.array([i])) for i, token in enumerate(TEXT) if i >= 2][-1]
+
+
+BEGINNINGS = (
+    *("The capital of France is", "Once upon a time there was", "Water boils at", "def fibonacci(n):", "Dear Sir,"),
+    *("A good breakfast consists of", "The largest planet in the solar system", "To make bread, you need"),
+    *("Photosynthesis is the process by which", "She opened the door and"),
+)
+
+
+def test_the_real_smollm2_chooses_float32s_tokens_in_three_pieces_and_nearly_always_in_one(tmp_path: Path) -> None:
+    """Each token is chosen after float32's text, so that a near-tie that falls otherwise counts once."""
+    folder, tokenizer = tmp_path / "smollm2", Tokenizer.load(path := real_smollm2())
+    good("convert", "--model", path, "--dtype", "bfloat16", "--out", folder)
+    prompts = [tokenizer.encode(text) for text in BEGINNINGS]
+    answers = np.array(complete(load_model(folder)[0], prompts, 32, frozenset()))
+    ways: list[tuple[dict[str, str], float]] = [({"frozen": "stored"}, 0.99), ({"mixed_precision": "bf16"}, 0.97)]
+    for way, least in ways:
+        chosen: list[np.ndarray] = []
+
+        def follow(logits: np.ndarray, texts: Any = (), chosen: list[np.ndarray] = chosen) -> np.ndarray:
+            chosen.append(logits.argmax(axis=-1))
+            return answers[:, len(chosen) - 1]
+
+        for _ in zip(answers.T, stream(load_model(folder, **way)[0], prompts, follow), strict=False):
+            pass
+        assert np.mean(np.array(chosen).T[:, : answers.shape[1]] == answers) >= least
