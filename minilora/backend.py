@@ -190,23 +190,22 @@ def widen(array: Array, dtype: Any) -> Array:
 # --- Matrix products ---
 
 FEW_ROWS, VERY_FEW_ROWS = 32, 8  # rows of x
-CACHED = 2**18  # numbers of a W that the cache of one core holds
-PIECE = 64  # rows of such a W that are multiplied at a time
-SLICE, SLICE_ON_GPU = CACHED, 2**26  # numbers of a W that are widened at a time; a GPU wants large products
+PIECE = 64  # rows of W that are multiplied at a time
+# Numbers of a W that are widened at a time: as many as the cache of one core holds. A GPU wants large products.
+SLICE, SLICE_ON_GPU = 2**18, 2**26
 
 
 def matmul_transposed(x: Array, W: Array) -> Array:
     """x Wᵀ: x (N, in), W (out, in) → (N, out). (docs: O1)
 
     When x has few rows, as in generation, OpenBLAS is faster with W as the left factor. The result is still put in
-    the usual order in memory, because the next product rounds according to that order. A W that fits in the cache of
-    one core is multiplied in pieces: OpenBLAS keeps such small products on one core, and the other cores need not
-    fetch W first.
+    the usual order in memory, because the next product rounds according to that order. With very few rows W is
+    multiplied in pieces: OpenBLAS takes such small products as they are, and does not lay W out for itself first.
     """
     if not (on_cpu() and 1 < len(x) <= FEW_ROWS):
         return x @ W.T
     out_features, in_features = W.shape
-    if len(x) <= VERY_FEW_ROWS and W.size <= CACHED and out_features % PIECE == 0:
+    if len(x) <= VERY_FEW_ROWS and out_features % PIECE == 0:
         W = W.reshape(-1, PIECE, in_features)
     return xp.ascontiguousarray((W @ x.T).reshape(out_features, len(x)).T)
 

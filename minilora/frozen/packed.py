@@ -60,6 +60,7 @@ class Packed:
     def __init__(self, weights: Sequence[HostArray]) -> None:
         self.weights = weights
         self.shape = (sum(len(W) for W in weights), weights[0].shape[1])
+        self.whole, self.apart = _shares(weights, 1), _shares(weights, cores())
 
     def forward(self, x: HostArray, pieces: int) -> HostArray:
         """x [W₁; W₂; …]ᵀ for x (N, in) in float32, by so many pieces of it: (N, Σ out)."""
@@ -76,8 +77,8 @@ class Packed:
                     products = np.asarray(numkong.dots_packed(W, x_laid_out)).T.reshape(pieces, len(x), -1)
                 np.add.reduce(products, axis=0, out=y[:, columns])
 
-        first, *others = self._laid_out if few else self._as_they_are
         worth = self.shape[0] * self.shape[1] * (len(rows) + 4) >= WORTH_ANOTHER_CORE
+        first, *others = self._laid_out if few else self.apart if worth else self.whole
         done = (_pool().map if worth else map)(multiply, others)
         multiply(first)
         list(done)
@@ -93,17 +94,17 @@ class Packed:
             for W, end in zip(shares, ends, strict=True)
         ]
 
-    @cached_property
-    def _as_they_are(self) -> list[Share]:
-        """Each core has its share of each W."""
-        shares: list[Share] = [[] for _ in range(cores())]
-        start = 0
-        for W in self.weights:
-            for share, part in zip(shares, np.array_split(W, len(shares)), strict=True):
-                if len(part):
-                    share.append((part, slice(start, start + len(part))))
-                start += len(part)
-        return shares
+
+def _shares(weights: Sequence[HostArray], count: int) -> list[Share]:
+    """The weights as they are, in so many shares, each of a part of every W."""
+    shares: list[Share] = [[] for _ in range(count)]
+    start = 0
+    for W in weights:
+        for share, part in zip(shares, np.array_split(W, count), strict=True):
+            if len(part):
+                share.append((part, slice(start, start + len(part))))
+            start += len(part)
+    return shares
 
 
 def split(x: HostArray, pieces: int) -> HostArray:
