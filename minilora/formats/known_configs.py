@@ -1,4 +1,4 @@
-"""The `config.json` of the SmolLM family's base models and of two of Qwen's, for shapes without a download."""
+"""The `config.json` of models of SmolLM, Qwen and Llama, for shapes without a download."""
 
 from __future__ import annotations
 
@@ -111,12 +111,30 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3-0.6B": _qwen("qwen3", 1024, 28, 16, 8, 128, 3072, 40960),
 }
 
-# GPT-3 (Brown et al., 2020, arXiv:2005.14165, table 2.1) as a Llama, to count with: nobody fills it with weights here.
+_LLAMA_3: dict[str, Any] = {
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+# GPT-3 (Brown et al., 2020, arXiv:2005.14165, table 2.1) as a Llama.
 # Its MLP of two D × 4D matrices becomes a gated one of three, of the same number of weights: F = 4D · 2/3.
 GPT_3: dict[str, Any] = {
     **_llama(12288, 96, 96, 96, 32768, 1e4, 2048),
     "vocab_size": 50257,
     "torch_dtype": "float16",
+}
+
+# To count with: nobody fills them with weights here. Llama 3.1 is by Grattafiori et al., 2024, arXiv:2407.21783.
+LARGE_SHAPES: dict[str, dict[str, Any]] = {
+    "Llama-3.1-8B": _llama(4096, 32, 32, 8, 14336, 5e5, 131072) | _LLAMA_3,
+    "Llama-3.1-70B": _llama(8192, 80, 64, 8, 28672, 5e5, 131072) | _LLAMA_3,
+    "GPT-3": GPT_3,
 }
 
 

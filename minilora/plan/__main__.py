@@ -16,10 +16,10 @@ import sys
 
 from minilora.backend import peak_memory_bytes
 from minilora.cli import errors
-from minilora.plan.figures import run_figures
+from minilora.plan.figures import ranks_figures, run_figures
 from minilora.plan.flags import read_run
 from minilora.plan.measurement import measured_in_a_process
-from minilora.plan.report import comparison, flops_table, heading, memory_table
+from minilora.plan.report import comparison, flops_table, heading, memory_table, ranks_table
 
 
 def plan_command(argv: list[str] | None = None) -> None:
@@ -30,12 +30,16 @@ def plan_command(argv: list[str] | None = None) -> None:
     if args.measure:
         flags, total = sys.argv[1:] if argv is None else argv, figures["this"]["memory"]["total"]
         figures["measured"] = measured_in_a_process(flags, run, total)
+    if args.ranks:
+        figures["ranks"] = ranks_figures(run, figures["this"], args.ranks, args.interconnect, args.tflops)
     if args.json:
         print(json.dumps(figures, indent=2, allow_nan=False))
         return
     print(*heading(run, figures), "", *memory_table(run, figures), "", *flops_table(figures), sep="\n")
     if args.measure:
         print("", *comparison(figures["this"]["memory"], figures["measured"]), sep="\n")
+    if args.ranks:
+        print("", *ranks_table(figures["ranks"]), sep="\n")
 
 
 def main(argv: list[str] | None = None) -> int:

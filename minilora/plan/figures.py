@@ -12,6 +12,7 @@ from minilora.methods.full import Full
 from minilora.methods.method import Method
 from minilora.model.names import parameter_count
 from minilora.plan.planned_run import PlannedRun
+from minilora.plan.ranks import link_of, measured_rates, message_bytes, scaling
 from minilora.training.parts import number_of_parts
 
 MEMORY = (
@@ -61,4 +62,29 @@ def method_figures(run: PlannedRun, method: Method) -> dict[str, Any]:
         "flops": flops | {"total": total},
         "head_share": (count.forward.head + count.backward.head) / total,
         "calls": count.calls,
+    }
+
+
+def ranks_figures(
+    run: PlannedRun, figures: dict[str, Any], most: int, interconnect: str, tflops: float | None
+) -> dict[str, Any]:
+    """A step of the method on 1, 2, 4, … `most` ranks. With fewer micro-batches than ranks, each has one."""
+    rates = measured_rates(run.config.hidden_size)
+    if tflops is not None:
+        rates = rates._replace(flops=tflops * 1e12)
+    given = run.settings.grad_accumulation
+    micro_batches = max(given, most)
+    message = message_bytes(run.method.shapes(run.config))
+    compute = figures["flops"]["total"] / given / rates.flops
+    link = link_of(interconnect, rates)
+    counts = sorted({2**i for i in range(most.bit_length()) if 2**i < most} | {most})
+    return {
+        "interconnect": interconnect,
+        "link": link._asdict(),
+        "rates": rates._asdict(),
+        "message_bytes": message,
+        "micro_batches": micro_batches,
+        "micro_batch_seconds": compute,
+        "memory_of_each": figures["memory"]["total"] + 2 * message,  # one that comes, and one on its way
+        "steps": [scaling(n, micro_batches, compute, message, link, rates)._asdict() for n in counts],
     }

@@ -15,14 +15,14 @@ from minilora.formats.adapters import read_layout
 from minilora.formats.checkpoint import DTYPES, read_config, read_config_file
 from minilora.formats.gguf_file import is_gguf
 from minilora.formats.hub import find_adapter, find_model
-from minilora.formats.known_configs import GPT_3, KNOWN_CONFIGS
+from minilora.formats.known_configs import KNOWN_CONFIGS, LARGE_SHAPES
 from minilora.formats.load import SHIPPED_MODEL
 from minilora.methods.method import Method
 from minilora.model.config import Config
 from minilora.runs.settings import Settings
 from minilora.runs.task import load_task, micro_batches
 
-KNOWN_SHAPES = KNOWN_CONFIGS | {"GPT-3": GPT_3}
+KNOWN_SHAPES = KNOWN_CONFIGS | LARGE_SHAPES
 
 
 class MicroBatch(NamedTuple):
