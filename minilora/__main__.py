@@ -19,6 +19,7 @@ COMMANDS = {
     "combine": "add several adapters up to one",
     "convert": "write an adapter or a model in another tool's format",
     "plan": "count the memory and the arithmetic of a run before it begins",
+    "plan.scale": "how a step scales to 1,024 ranks, as a table and a picture",
     "compare": "every method on the same work: a table and plots",
     "benchmark": "time and memory beside transformers + PEFT",
     "benchmark.ranks": "time and memory of training on ranks beside threads",

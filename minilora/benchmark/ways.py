@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -49,7 +50,7 @@ def started(way: Way, module_and_flags: Sequence[str]) -> tuple[str, list[int]]:
     environment = without_launcher(os.environ) | threads
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complaints:
         process = psutil.Popen(command, env=environment, stdout=said, stderr=complaints, text=True)
-        peaks = private_peaks(process)
+        peaks = private_peaks(process, way.ranks)
         said.seek(0)
         complaints.seek(0)
         if process.returncode:
@@ -58,18 +59,22 @@ def started(way: Way, module_and_flags: Sequence[str]) -> tuple[str, list[int]]:
         return said.read(), peaks
 
 
-def private_peaks(process: Any) -> list[int]:
-    """Wait for the process; the most private memory of each Python process in it: resident, less the pages of files."""
+def private_peaks(process: Any, ranks: int) -> list[int]:
+    """Wait for the process; the most private memory of each rank in it: resident, less the pages of files.
+
+    The ranks are those Python processes that are there the longest: a rank that starts a command is two for a moment.
+    """
     import psutil
 
-    peaks: dict[int, int] = {}
+    seen: dict[int, list[int]] = defaultdict(list)
     while True:
         try:
             process.wait(LOOK_EVERY)
-            return list(peaks.values())
+            longest = sorted(seen, key=lambda pid: len(seen[pid]))[-ranks:]
+            return [max(of_process) for pid, of_process in seen.items() if pid in longest]
         except psutil.TimeoutExpired:
             with suppress(psutil.NoSuchProcess):  # it has just ended
                 for one in [process, *process.children(recursive=True)]:
                     if one.name().startswith("python"):
                         memory = one.memory_info()
-                        peaks[one.pid] = max(peaks.get(one.pid, 0), memory.rss - memory.shared)
+                        seen[one.pid].append(memory.rss - memory.shared)

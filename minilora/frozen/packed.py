@@ -30,8 +30,8 @@ except ImportError:  # the extra is not installed
 EXACT = 3  # pieces of x that leave nothing over
 MANY_ROWS = 8  # of x, each piece counted: from here on x is laid out, and not W
 SHARE = 2**19  # numbers of W in a share that is laid out, at least
-# Waking another core takes some 50 µs. It pays from so many numbers of W on, each counted once for every row of x and
-# four times for its way from memory.
+# Waking another core takes some 50 µs. It pays from so many numbers of W on, each counted once for every row, of every
+# piece, and four times for its way from memory.
 WORTH_ANOTHER_CORE = 10**7
 # NumKong's names for instructions that multiply bfloat16: x86's AVX-512 and AMX, and Arm's
 INSTRUCTIONS = ("genoa", "sapphireamx", "neonbfdot", "svebfdot", "smebf16")
@@ -54,13 +54,13 @@ Share = list[tuple[Any, slice]]  # parts of W, laid out or not, and the columns 
 class Packed:
     """[W₁; W₂; …] (Σ out, in) in bfloat16. NumKong lays one factor out for itself, and takes the other as it is.
 
-    For few rows of x that is W, once, in shares of its rows, one for each core. For many it is x, at each product.
+    For few rows of x that is W, once; a large one in a share for each core. For many it is x, at each product.
     """
 
     def __init__(self, weights: Sequence[HostArray]) -> None:
         self.weights = weights
         self.shape = (sum(len(W) for W in weights), weights[0].shape[1])
-        self.whole, self.apart = _shares(weights, 1), _shares(weights, cores())
+        self.for_one_core, self.for_all_cores = _shares(weights, 1), _shares(weights, cores())
 
     def forward(self, x: HostArray, pieces: int) -> HostArray:
         """x [W₁; W₂; …]ᵀ for x (N, in) in float32, by so many pieces of it: (N, Σ out)."""
@@ -78,7 +78,8 @@ class Packed:
                 np.add.reduce(products, axis=0, out=y[:, columns])
 
         worth = self.shape[0] * self.shape[1] * (len(rows) + 4) >= WORTH_ANOTHER_CORE
-        first, *others = self._laid_out if few else self.apart if worth else self.whole
+        as_they_are = self.for_all_cores if worth else self.for_one_core
+        first, *others = self._laid_out if few else as_they_are
         done = (_pool().map if worth else map)(multiply, others)
         multiply(first)
         list(done)

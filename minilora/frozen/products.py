@@ -22,15 +22,18 @@ class InBfloat16(FrozenWeight, Protocol):
         """W (out, in), in the memory of the host; None if it is held in another type or for another precision."""
 
 
-# What was packed stays as long as its first weight lives; the others are known by their number in memory.
+# What was packed stays as long as its first weight lives. The others are known by their number in memory: weights that
+# are multiplied together are those of a layer of one base, and live as long as it does.
 _known: WeakKeyDictionary[FrozenWeight, dict[tuple[int, ...], Packed]] = WeakKeyDictionary()
 
 
 def products_with(weights: Sequence[FrozenWeight]) -> Callable[[Array], Array]:
     """The function x (N, in) → x [W₁; W₂; …]ᵀ (N, Σ out). (docs: O1)
 
-    Where all weights are in bfloat16 and the machine multiplies so, its sums differ from those of `forward` in the last
-    bits of float32. For few rows the weights are laid out anew, once, which takes their memory again.
+    Where all weights are in bfloat16 and the machine multiplies so, NumKong does (`packed`). With three pieces of x its
+    sums differ from those of `forward` in the last bits of float32. With one, in mixed precision, they are not rounded
+    to bfloat16 once more, as `forward` does. For few rows the weights are laid out anew, once, which takes their memory
+    again.
     """
     first, *others = weights
     arrays = [W.bfloat16() if isinstance(W, InBfloat16) else None for W in weights]

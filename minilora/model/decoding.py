@@ -58,7 +58,7 @@ class Decoder:
         """The logits (B, V) after one more token of each row; tokens and positions are (B,)."""
         self._add_column(positions)
         x, _ = self.model.sites[EMBED].forward(tokens)
-        turn, no_turn = self._turns(positions, x.dtype)
+        turn, no_turn = self._turns(x.dtype)
         mask = None if self.mask is None else self.mask.astype(x.dtype)
         for layer, use_rope, (keys, values) in zip(
             self.layers, self.model.config.rope_layers, self.keys_values, strict=True
@@ -79,15 +79,11 @@ class Decoder:
             self.keys_values = [(_with_room(k), _with_room(v)) for k, v in self.keys_values]
         self.length += 1
 
-    def _turns(self, positions: Array, dtype: Any) -> tuple[Turn, Turn]:
-        """What turns queries and keys at these positions, and what does not turn them (a layer without RoPE)."""
+    def _turns(self, dtype: Any) -> tuple[Turn, Turn]:
+        """What turns queries and keys of the new column, and what only divides the queries (a layer without RoPE)."""
         config = self.model.config
-        cos, sin = rope_angles(
-            positions[:, None] + self.model.virtual_tokens,
-            self.frequencies,
-            np.float64,
-            rope_amplitude(config.rope_scaling),
-        )
+        amplitude = rope_amplitude(config.rope_scaling)
+        cos, sin = rope_angles(self.positions[:, -1:], self.frequencies, np.float64, amplitude)
         both = xp.concatenate([-sin, sin], axis=2)  # the first half of a head gets −x₂ sin, the second x₁ sin
         turn = Turn((self.factors * cos).astype(dtype), (self.factors * both).astype(dtype))
         return turn, Turn(self.factors.astype(dtype), None)
@@ -96,7 +92,7 @@ class Decoder:
 class Turn(NamedTuple):
     """RoPE for all heads of q and k at once, with the queries' 1/√d in it."""
 
-    cos: Array  # (B, H + K, 1, d/2)
+    cos: Array  # (B, H + K, 1, d/2); without RoPE the 1/√d alone, (H + K, 1, 1)
     sin: Array | None  # (B, H + K, 2, d/2), negative in the first half
 
 

@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from minilora.backend import cores
 from minilora.counting.step_count import count_step
+from minilora.figures.machine import usable_cores
 from minilora.formats.sizes import checkpoint_bytes, numbers, saved_bytes
 from minilora.methods.full import Full
 from minilora.methods.method import Method
 from minilora.model.names import parameter_count
 from minilora.plan.planned_run import PlannedRun
-from minilora.plan.ranks import link_of, measured_rates, message_bytes, scaling
+from minilora.plan.ranks import THIS_MACHINE, link_of, measured_rates, message_bytes, scaling
 from minilora.training.parts import number_of_parts
 
 MEMORY = (
@@ -68,7 +70,10 @@ def method_figures(run: PlannedRun, method: Method) -> dict[str, Any]:
 def ranks_figures(
     run: PlannedRun, figures: dict[str, Any], most: int, interconnect: str, tflops: float | None
 ) -> dict[str, Any]:
-    """A step of the method on 1, 2, 4, … `most` ranks. With fewer micro-batches than ranks, each has one."""
+    """A step of the method on 1, 2, 4, … `most` ranks. With fewer micro-batches than ranks, each has one.
+
+    Ranks on this machine share its cores: where they have more threads than it has cores, each is slower by as much.
+    """
     rates = measured_rates(run.config.hidden_size)
     if tflops is not None:
         rates = rates._replace(flops=tflops * 1e12)
@@ -77,6 +82,13 @@ def ranks_figures(
     message = message_bytes(run.method.shapes(run.config))
     compute = figures["flops"]["total"] / given / rates.flops
     link = link_of(interconnect, rates)
+    here = interconnect == THIS_MACHINE
+    if here and most > usable_cores():
+        raise ValueError(f"--ranks {most}: this machine has {usable_cores()} cores; name an --interconnect of several")
+
+    def slower(ranks: int) -> float:
+        return max(1.0, ranks * cores() / usable_cores()) if here else 1.0
+
     counts = sorted({2**i for i in range(most.bit_length()) if 2**i < most} | {most})
     return {
         "interconnect": interconnect,
@@ -84,7 +96,8 @@ def ranks_figures(
         "rates": rates._asdict(),
         "message_bytes": message,
         "micro_batches": micro_batches,
+        "flags": given,
         "micro_batch_seconds": compute,
         "memory_of_each": figures["memory"]["total"] + 2 * message,  # one that comes, and one on its way
-        "steps": [scaling(n, micro_batches, compute, message, link, rates)._asdict() for n in counts],
+        "steps": [scaling(n, micro_batches, compute * slower(n), message, link, rates)._asdict() for n in counts],
     }

@@ -4,15 +4,14 @@ A message of M bytes is on its way for
 
     c = α + M/β
 
-and takes another a = TOUCHED · M/γ to be packed, and added where it arrives: γ is what a rank's memory gives. All ranks
-compute at the same time, and the sum of the gradients passes from one to the next. With t for a micro-batch, and k of
-them on n ranks,
+and a rank takes another a = TOUCHED · M/γ to add its own gradients to it: γ is what its memory gives. All ranks compute
+at the same time, and the sum passes from one to the next. With t for a micro-batch, and k of them on n > 1 ranks,
 
     T = (k/n)(t + a) + (n − 1)(c + a) + the broadcast, as long as n divides k and n (c + a) ≤ t + a:
 
-the rounds before the last hide behind the computation. The last passes all ranks but one, so T grows with n. That is
-the price of an order of summation which does not depend on n. A ring's allreduce, whose order does, sends 2 M (n − 1)/n
-bytes whatever n is (Thakur, Rabenseifner & Gropp, 2005).
+the rounds before the last hide behind the computation. The last one goes through all ranks, so T grows with n. That is
+the price of an order of summation which does not depend on n. A ring's allreduce, whose order does, sends fewer than
+2 M bytes however many ranks there are (Thakur, Rabenseifner & Gropp, 2005).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import numpy as np
 from minilora.model.names import Shape
 from minilora.training.message import ALIGNED, START
 
-TOUCHED = 5  # bytes of memory read or written for a byte of a message: packed (2), then added in place (3)
+TOUCHED = 3  # bytes of memory read or written for a byte of a message, as gradients are added to it in place
 OVER_PRODUCTS = 1.3  # a step takes so many times its matrix products (docs/benchmark.md, W5)
 ROWS, WIDTH, NUMBERS = 1024, 2048, 2**24  # of what is measured: a product's rows and at most its width, and an addition
 
@@ -45,7 +44,7 @@ LINKS = {
     "100GbE": Link(5e-6, 100e9 / 8),
     "NVLink": Link(3e-6, 450e9),
 }
-THIS_MACHINE = "memory"  # the ranks are on this machine, and a message is copied in and out of memory they share
+THIS_MACHINE = "memory"  # the ranks share this machine's cores, and a message is copied in and out of shared memory
 
 
 class Rates(NamedTuple):

@@ -100,9 +100,10 @@ def comparison(memory: dict[str, Any], measured: dict[str, int]) -> list[str]:
 def ranks_table(figures: dict[str, Any]) -> list[str]:
     """A step on more and more ranks: its seconds, and the share of them that is neither waiting nor messages."""
     link, rates = figures["link"], figures["rates"]
+    more = "" if figures["micro_batches"] == figures["flags"] else ", one for each rank (--grad-accumulation)"
     return [
-        f"{figures['micro_batches']:,} micro-batches of {figures['micro_batch_seconds']:.3g} s, at "
-        f"{rates['flops'] / 1e9:,.0f} GFLOP/s a rank; a message of {size(figures['message_bytes'])} over "
+        f"{figures['micro_batches']:,} micro-batches{more}, each of {figures['micro_batch_seconds']:.3g} s, at "
+        f"{rates['flops'] / 1e9:,.0f} GFLOP/s; a message of {size(figures['message_bytes'])} over "
         f"{figures['interconnect']}, {link['alpha'] * 1e6:.3g} µs and {link['beta'] / 1e9:,.3g} GB/s; "
         f"{size(figures['memory_of_each'])} a rank",
         row("ranks", "seconds a step", "efficiency", "by allreduce"),

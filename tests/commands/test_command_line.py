@@ -30,6 +30,7 @@ NEEDED = {  # what a command asks for before it looks at anything else
     "rows.docstrings": ["--out", "b"],
 }
 FLAGS = {
+    "plan.scale": "--plot",
     "chat": "--model",
     "generate": "--model",
     "evaluate": "--model",

@@ -75,21 +75,32 @@ def test_the_command_times_the_flags_step_on_more_and_more_ranks() -> None:
     assert ranks["memory_of_each"] == this["memory"]["total"] + 2 * ranks["message_bytes"]
     efficiencies = [step["efficiency"] for step in ranks["steps"]]
     assert efficiencies == sorted(efficiencies, reverse=True) and efficiencies[0] == 1
-    few = json.loads(good("plan", *flags, "--ranks", 2, "--json"))["ranks"]
+    few = json.loads(good("plan", *flags, "--ranks", 2, "--interconnect", "NVLink", "--json"))["ranks"]
     assert few["micro_batches"] == 2 and few["rates"]["flops"] > 1e8 < few["rates"]["memory"], "measured here"
+
+
+@pytest.mark.parametrize("threads", [4, 1])
+def test_ranks_on_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    monkeypatch.setattr("minilora.plan.figures.usable_cores", lambda: 4)
+    monkeypatch.setattr("minilora.plan.figures.cores", lambda: threads)
+    flags = ("--model", "SmolLM2-135M", "--batch-size", 4, "--max-length", 64, "--grad-accumulation", 8)
+    found = json.loads(good("plan", *flags, "--ranks", 4, "--json"))["ranks"]
+    alone, *shared = (step["seconds"] for step in found["steps"])
+    expected = [alone, alone] if threads == 4 else [alone / 2, alone / 4]
+    assert shared == pytest.approx(expected, rel=0.3) and all(a > b for a, b in zip(shared, expected, strict=True))
 
 
 def test_the_table_has_a_line_for_each_number_of_ranks() -> None:
     figures: dict[str, Any] = {
-        "micro_batches": 1024, "micro_batch_seconds": 0.25, "rates": {"flops": 4e11, "memory": 1e10},
+        "micro_batches": 1024, "flags": 1, "micro_batch_seconds": 0.25, "rates": {"flops": 4e11, "memory": 1e10},
         "message_bytes": 9_770_000, "interconnect": "25GbE", "link": {"alpha": 30e-6, "beta": 3.125e9},
         "memory_of_each": 2_000_000_000,
         "steps": [scaling(n, 1024, 0.25, 9_770_000, LINKS["25GbE"], Rates(4e11, 1e10))._asdict() for n in (1, 2)],
     }  # fmt: skip
     first, head, one, two = ranks_table(figures)
     assert first == (
-        "1,024 micro-batches of 0.25 s, at 400 GFLOP/s a rank; a message of 9.77 MB over 25GbE, 30 µs and 3.12 GB/s; "
-        "2.00 GB a rank"
+        "1,024 micro-batches, one for each rank (--grad-accumulation), each of 0.25 s, at 400 GFLOP/s; "
+        "a message of 9.77 MB over 25GbE, 30 µs and 3.12 GB/s; 2.00 GB a rank"
     )
     assert head.split() == ["ranks", "seconds", "a", "step", "efficiency", "by", "allreduce"]
     assert one.split() == ["1", "256", "100.0%", "100.0%"] and two.split()[0] == "2"
@@ -101,6 +112,7 @@ def test_mistakes_are_told_by_flag() -> None:
         (("--ranks", 2, "--tflops", -1), "--tflops"),
         (("--interconnect", "NVLink"), "give --ranks"),
         (("--ranks", 2, "--interconnect", "token-ring"), "--interconnect"),
+        (("--ranks", 10_000), "name an --interconnect"),
     ):
         assert_refused(run("plan", "--model", "SmolLM2-135M", *flags), named)
 
