@@ -65,8 +65,10 @@ class MetricsFile:
 
     def __init__(self, folder: Path, step: int, report_to: str = "none") -> None:
         kept = [line for line in read_metrics(folder) if line["step"] <= step]
-        write_text(folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        path = folder / METRICS_FILE
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        with writing(path):
+            self.file = path.open("a", encoding="utf-8")
         self.board: Any = None
         if report_to == TENSORBOARD:
             from tensorboardX import SummaryWriter
