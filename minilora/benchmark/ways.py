@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minilora.benchmark.worker import environment
 from minilora.training.ranks import without_launcher
 
 LOOK_EVERY = 0.05  # seconds, at the memory
@@ -45,11 +46,11 @@ def started(way: Way, module_and_flags: Sequence[str]) -> tuple[str, list[int]]:
         import psutil
     except ImportError:
         raise ValueError("the memory of processes is read by psutil: pip install 'minilora[peers]'") from None
-    threads = {name: str(way.threads) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     command = [*launcher, sys.executable, "-m", *module_and_flags]
-    environment = without_launcher(os.environ) | threads
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complaints:
-        process = psutil.Popen(command, env=environment, stdout=said, stderr=complaints, text=True)
+        process = psutil.Popen(
+            command, env=without_launcher(environment(way.threads)), stdout=said, stderr=complaints, text=True
+        )
         peaks = private_peaks(process, way.ranks)
         said.seek(0)
         complaints.seek(0)

@@ -14,7 +14,7 @@ from minilora.methods.full import Full
 from minilora.methods.method import Method
 from minilora.model.names import parameter_count
 from minilora.plan.planned_run import PlannedRun
-from minilora.plan.ranks import THIS_MACHINE, link_of, measured_rates, message_bytes, scaling
+from minilora.plan.ranks import THIS_MACHINE, link_of, measured_rates, memory_of_rank, message_bytes, scaling
 from minilora.training.parts import number_of_parts
 
 MEMORY = (
@@ -98,6 +98,6 @@ def ranks_figures(
         "micro_batches": micro_batches,
         "flags": given,
         "micro_batch_seconds": compute,
-        "memory_of_each": figures["memory"]["total"] + 2 * message,  # one that comes, and one on its way
+        "memory_of_each": memory_of_rank(figures["memory"]["total"], message),
         "steps": [scaling(n, micro_batches, compute * slower(n), message, link, rates)._asdict() for n in counts],
     }

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minilora.model.names import Shape
-from minilora.training.message import ALIGNED, START
+from minilora.training.message import START, room_for
 
 TOUCHED = 3  # bytes of memory read or written for a byte of a message, as gradients are added to it in place
 OVER_PRODUCTS = 1.3  # a step takes so many times its matrix products (docs/benchmark.md, W5)
@@ -69,7 +69,12 @@ def link_of(name: str, rates: Rates) -> Link:
 
 def message_bytes(shapes: Mapping[str, Shape], itemsize: int = 4) -> int:
     """The length of a step's message, for gradients of these shapes: that of `training/message.py`."""
-    return START + sum(-(-math.prod(shape) * itemsize // ALIGNED) * ALIGNED for shape in shapes.values())
+    return START + sum(room_for(math.prod(shape) * itemsize) for shape in shapes.values())
+
+
+def memory_of_rank(step: int, message: int) -> int:
+    """The bytes of a step, and two messages: one that comes, and one on its way."""
+    return step + 2 * message
 
 
 def relay_seconds(ranks: int, micro_batches: int, compute: float, message: int, link: Link, rates: Rates) -> float:

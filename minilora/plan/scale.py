@@ -22,7 +22,7 @@ from minilora.figures.machine import facts, usable_cores
 from minilora.figures.tables import Table, as_markdown, as_text, check_markdown_file, write_markdown
 from minilora.plan.figures import method_figures
 from minilora.plan.flags import read_run
-from minilora.plan.ranks import LINKS, Link, Rates, Scaling, measured_rates, message_bytes, scaling
+from minilora.plan.ranks import LINKS, Link, Rates, Scaling, measured_rates, memory_of_rank, message_bytes, scaling
 from minilora.plan.report import size
 
 MODELS = {"SmolLM2-135M": "#08519c", "SmolLM2-1.7B": "#31a354", "Llama-3.1-8B": "#d94801", "Llama-3.1-70B": "#756bb1"}
@@ -51,7 +51,7 @@ def line_of(model: str, rank: int) -> Line:
     run, _ = read_run(["--model", model, "--rank", str(rank), *WORK])
     counted = method_figures(run, run.method)
     message = message_bytes(run.method.shapes(run.config))
-    memory = counted["memory"]["total"] + 2 * message
+    memory = memory_of_rank(counted["memory"]["total"], message)
     return Line(model, rank, counted["trainable_parameters"], counted["flops"]["total"], message, memory)
 
 

@@ -137,13 +137,17 @@ def ranks_to_try(largest: int) -> list[int]:
 
 def part_of(batches: Sequence[Batch], most_tokens: int) -> list[Batch]:
     """Rows of the batches, evenly spread, with at most so many tokens; one row at least."""
-    rows = rows_of(batches)
+    chosen = within(rows_of(batches), most_tokens)
+    return [side_by_side(chosen[start : start + ROWS_AT_ONCE]) for start in range(0, len(chosen), ROWS_AT_ONCE)]
+
+
+def within(rows: Sequence[Batch], most_tokens: int) -> list[Batch]:
+    """As many of the rows, evenly spread, as have at most so many tokens; one at least."""
     lengths = [_tokens(row) for row in rows]
     count = len(rows)
     while count > 1 and sum(lengths[i] for i in _evenly(len(rows), count)) > most_tokens:
         count -= 1
-    chosen = [rows[i] for i in _evenly(len(rows), count)]
-    return [side_by_side(chosen[start : start + ROWS_AT_ONCE]) for start in range(0, count, ROWS_AT_ONCE)]
+    return [rows[i] for i in _evenly(len(rows), count)]
 
 
 def rows_of(batches: Sequence[Batch]) -> list[Batch]:
@@ -170,8 +174,8 @@ def _padded(array: HostArray, length: int, value: Any) -> HostArray:
 
 def losses_token_by_token(run: Run) -> list[dict[str, Any]]:
     """A few held-out rows in tokens, each labelled one with its loss before and now."""
-    rows = rows_of(part_of(run.task.held_out, budget(run)))
-    chosen = [rows[i] for i in _evenly(len(rows), TOKEN_ROWS)]
+    rows = rows_of(run.task.held_out)
+    chosen = within([rows[i] for i in _evenly(len(rows), TOKEN_ROWS)], budget(run))
     if not chosen:
         return []
     batch = side_by_side(chosen)
@@ -189,7 +193,7 @@ def losses_token_by_token(run: Run) -> list[dict[str, Any]]:
 
 def drift_token_by_token(run: Run) -> dict[str, Any]:
     """Texts outside the task, each token with the drift of what was expected there, and the largest ones explained."""
-    rows = rows_of(part_of(outside_text(run.tokenizer, DRIFT_TEXTS), budget(run)))
+    rows = within(rows_of(outside_text(run.tokenizer, DRIFT_TEXTS)), budget(run))
     batch = side_by_side(rows)
     ends = np.cumsum([_tokens(row) for row in rows])
     drifts = np.split(drift_of_tokens(run.base, run.adapted, batch), ends[:-1])

@@ -52,7 +52,7 @@ class Layout:
             strides = [stride if length > 1 else g.nbytes for stride, length in zip(g.strides, g.shape, strict=True)]
             axes = tuple(int(axis) for axis in np.argsort([-stride for stride in strides], kind="stable"))
             self.places[name] = Place(self.bytes, tuple(g.shape), axes, g.dtype.str)
-            self.bytes += -(-g.nbytes // ALIGNED) * ALIGNED
+            self.bytes += room_for(g.nbytes)
         self.checksum = checksum([repr(self.places).encode()])
 
     def views(self, flat: Array) -> Gradients:
@@ -63,6 +63,11 @@ class Layout:
             in_memory = flat[start : start + size].view(dtype).reshape([shape[axis] for axis in axes])
             found[name] = in_memory.transpose([axes.index(axis) for axis in range(len(axes))])
         return found
+
+
+def room_for(nbytes: int) -> int:
+    """What a gradient of so many bytes takes in the buffer: filled up to a multiple of ALIGNED."""
+    return -(-nbytes // ALIGNED) * ALIGNED
 
 
 def packed(total: Sum) -> HostArray:
